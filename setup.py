@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pyproject.toml can't say: the C engine is built once, as libcolocache.so.0, and the Python module links to it.
+
+The package then holds
+
+    colocache/lib/libcolocache.so.0   the engine (SONAME libcolocache.so.0; versions from csrc/libcolocache.map)
+    colocache/lib/libcolocache.so     a linker script, for `cc -lcolocache`
+    colocache/lib/libcolocache.a      the same objects
+    colocache/include/colocache.h     the public header
+    colocache/_engine.abi3.so         cffi's module, run path $ORIGIN/lib
+
+Variables of the environment that the build reads:
+
+    COLOCACHE_BUILD_WERROR=1   warnings of the C compiler are errors (CI)
+    COLOCACHE_BUILD_FAULTS=1   a test build with crash points (-DCOLOCACHE_FAULTS); never ship it
+    COLOCACHE_BUILD_CFLAGS     more flags for csrc/*.c, after ours (sanitizers)
+    CC, CFLAGS, LDFLAGS        as for every extension module
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError, SetupError
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+GUEST = ROOT / "colocache" / "vmm" / "_guest_build.py"
+SONAME = "libcolocache.so.0"
+
+# No -march: functions that need AVX carry their own target attribute and are picked at run time.
+CFLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+
+
+def need_headers() -> None:
+    """Stop with one sentence where Python.h is missing, before a compiler's pages of errors say it."""
+    paths = sysconfig.get_paths()
+    where = sorted({paths["include"], paths["platinclude"]})
+    if not any((Path(path) / "Python.h").is_file() for path in where):
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise SetupError(
+            f"Python.h of Python {version} is missing (looked in {', '.join(where)}): install Python's headers, "
+            f"on Debian or Ubuntu with `apt install python3-dev` (or python{version}-dev)"
+        )
+
+
+def need_compiler() -> None:
+    """Stop with one sentence where there is no C compiler."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    if shutil.which(compiler) is None:
+        raise SetupError(
+            f"no C compiler ({compiler}): install one, on Debian or Ubuntu with `apt install gcc libc6-dev`"
+        )
+
+
+def tree(*suffixes: str) -> list[Path]:
+    return sorted(path for path in CSRC.rglob("*") if path.suffix in suffixes)
+
+
+class BuildEngine(build_ext):
+    """Builds csrc/*.c into the library, then the extension modules that link to it."""
+
+    def run(self) -> None:
+        need_compiler()
+        need_headers()
+        # setuptools sets inplace to 0 while it builds and copies the modules to the source tree afterwards.
+        self.in_source = bool(self.inplace)
+        super().run()
+
+    def build_extensions(self) -> None:
+        lib = Path(self.build_lib) / "colocache" / "lib"
+        include = Path(self.build_lib) / "colocache" / "include"
+        lib.mkdir(parents=True, exist_ok=True)
+        include.mkdir(parents=True, exist_ok=True)
+        self.build_library(lib)
+        shutil.copyfile(CSRC / "include" / "colocache.h", include / "colocache.h")
+        for ext in self.extensions:
+            ext.library_dirs.append(str(lib))
+        super().build_extensions()
+        if self.in_source:
+            # An editable install runs from the source tree: what the modules load must lie beside them there.
+            for made in (lib, include):
+                shutil.copytree(made, ROOT / "colocache" / made.name, dirs_exist_ok=True)
+
+    def flags(self) -> list[str]:
+        flags = list(CFLAGS)
+        if os.environ.get("COLOCACHE_BUILD_WERROR") == "1":
+            flags.append("-Werror")
+        if os.environ.get("COLOCACHE_BUILD_FAULTS") == "1":
+            flags.append("-DCOLOCACHE_FAULTS")
+        return flags + shlex.split(os.environ.get("COLOCACHE_BUILD_CFLAGS", ""))
+
+    def build_library(self, lib: Path) -> None:
+        sources = sorted(CSRC.glob("*.c"))
+        flags = self.flags()
+        objects = self.compile_all(sources, flags)
+        script = CSRC / "libcolocache.map"
+        link = [f"-Wl,-soname,{SONAME}", "-Wl,-z,relro", "-pthread"]
+        if script.is_file():
+            link.append(f"-Wl,--version-script={script}")
+        link += [flag for flag in flags if flag.startswith("-fsanitize")]
+        self.compiler.link_shared_object(objects, str(lib / SONAME), extra_postargs=link, build_temp=self.build_temp)
+        (lib / "libcolocache.so").write_text(f"/* GNU ld script */\nINPUT({SONAME})\n", encoding="utf-8")
+        archive = lib / "libcolocache.a"
+        archive.unlink(missing_ok=True)  # ar adds to what is there: an object of a removed source would stay
+        self.compiler.create_static_lib(objects, "colocache", output_dir=str(lib))
+
+    def compile_all(self, sources: list[Path], flags: list[str]) -> list[str]:
+        """Object files of `sources`: those older than their source, a header or this file, or of other flags, anew."""
+        temp = Path(self.build_temp) / "csrc"
+        temp.mkdir(parents=True, exist_ok=True)
+        stamp = temp / "flags"
+        used = " ".join([*self.compiler.compiler_so, *flags])
+        same = stamp.is_file() and stamp.read_text(encoding="utf-8") == used
+        stamp.unlink(missing_ok=True)
+        newest = max(path.stat().st_mtime for path in [*tree(".h"), ROOT / "setup.py"])
+
+        def one(source: Path) -> str:
+            target = temp / (source.stem + ".o")
+            if same and target.is_file() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
+                return str(target)
+            command = [*self.compiler.compiler_so, *flags, "-I", str(CSRC / "include"), "-I", str(CSRC)]
+            try:
+                self.compiler.spawn([*command, "-c", str(source), "-o", str(target)])
+            except Exception as error:
+                target.unlink(missing_ok=True)
+                raise CompileError(f"{source.relative_to(ROOT)} does not compile: {error}") from error
+            return str(target)
+
+        with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+            objects = list(pool.map(one, sources))
+        stamp.write_text(used, encoding="utf-8")
+        return objects
+
+
+modules = ["colocache/_native_build.py:ffibuilder"]
+if GUEST.is_file():
+    modules.append("colocache/vmm/_guest_build.py:ffibuilder")
+
+setup(
+    cffi_modules=modules,
+    cmdclass={"build_ext": BuildEngine},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
