@@ -361,7 +361,7 @@ struct colocache_flush_result {
 
 /* The commit point.  vCPUs stopped, log synced, all pages and the device state of args->epoch there.  Order: check the
  * counts, ask `check`, flush set := PVM | SVM, record, commit word; then both bitmaps are cleared.  Until it returns 0
- * nothing is sealed and nothing is lost: bits, cache and the epoch before stay.  An error aborts the epoch.
+ * nothing is sealed and nothing is lost: bits, cache and the epoch before stay.  An error other than E_EPOCH aborts the epoch.
  * E_EPOCH, E_INCOMPLETE, E_VETO, E_FAILED_OVER (take over instead), E_SEALED, E_NO_MEMORY (sparse). */
 int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args, struct colocache_seal_result *out);
 
@@ -378,11 +378,13 @@ int colocache_loaded(struct colocache *cc, int ok);
 int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
 
 /* Give up the open epoch.  Its number is not used again; bits and cache stay.  Waits for receives under way.
- * E_EPOCH if it is not the open one, E_SEALED if too late.  Any thread. */
+ * Returns 0, or 1 if failover was asked for at the same moment: this machine takes over now.  E_EPOCH if it is not the
+ * open one, E_SEALED if too late.  Any thread; shut down the sockets of receives that wait for a peer first. */
 int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason);
 
 /* May this machine take over?  0: now, from its live state; the handle takes no more epochs.  1: an epoch is being
- * sealed, flushed or loaded; colocache_loaded (or a failing seal) will say so when it is time.  E_NO_STATE,
+ * sealed, flushed or loaded; when it is time colocache_loaded or colocache_abort return 1, or a failing seal leaves the
+ * phase FAILED_OVER.  E_NO_STATE,
  * E_LOAD_FAILED.  *epoch_out: newest sealed epoch.  Any thread; decided by one compare-and-exchange. */
 int colocache_failover(struct colocache *cc, uint64_t *epoch_out);
 

@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * bitmap.h -- bitmaps of pages, and nothing but bitmaps: words and a summary.
+ *
+ * words    little-endian u64, bit n of word w = page 64w+n, bits past the last page zero.
+ * summary  bit n of summary word s = "word 64s+n may have a bit set".  Set after its word; a taker clears it before it
+ *          takes the word.  So: summary bit clear and no setter at work => word is zero.  The other way round
+ *          nothing is promised (a summary bit may be set over a zero word).
+ *
+ *   set(first, n)        OR bits, any thread
+ *   or_words(...)        OR words at any page offset, any thread
+ *   take_word(w)         exchange with zero, any thread
+ *   union_into(f, p, s)  f := p | s, with counts            } writers of p and s kept out by a gate
+ *   clear_all(b)         b := 0                             }
+ *   count, next_run, checksum, tail_ok, summary_ok, rebuild_summary
+ */
+#ifndef CC_BITMAP_H
+#define CC_BITMAP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct cc_bitmap {
+    uint64_t *words;
+    uint64_t *summary;
+    uint64_t n_bits;
+    uint64_t n_words;         /* ceil(n_bits / 64) */
+    uint64_t n_summary_words; /* ceil(n_words / 64) */
+};
+
+struct cc_union_counts {
+    uint64_t pvm, svm, both_or_either; /* bits set in p, in s, in p | s */
+};
+
+static inline uint64_t cc_words_for(uint64_t n_bits) { return n_bits / 64 + (n_bits % 64 != 0); }
+
+/* Bits [first, first+n) of one word; n >= 1, first + n <= 64. */
+static inline uint64_t cc_word_mask(uint64_t first, uint64_t n) { return (~0ull >> (64 - n)) << first; }
+
+void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary, uint64_t n_bits);
+void cc_bitmap_set(struct cc_bitmap *bitmap, uint64_t first, uint64_t n);
+void cc_bitmap_set_all(struct cc_bitmap *bitmap);
+void cc_bitmap_or_words(struct cc_bitmap *bitmap, uint64_t first, uint64_t n, const uint64_t *words);
+/* The words of [first word, +n_words) one after the other; false when there is none left from *word on. */
+bool cc_bitmap_take_next(struct cc_bitmap *bitmap, uint64_t *word, uint64_t end_word, uint64_t *bits_out);
+
+void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *pvm, const struct cc_bitmap *svm,
+                          struct cc_union_counts *counts);
+void cc_bitmap_clear_all(struct cc_bitmap *bitmap);
+
+uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);
+/* The run that begins at the first set bit in [from, end): first page and length (cut at end); false if none. */
+bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n);
+uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
+bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits);
+bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap);
+void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap);
+
+#endif

@@ -1,0 +1,72 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * commit.c -- the commit word and its two records.
+ *
+ * The word is a generation; its lowest bit names the record that is valid.  A new record is written into the other one,
+ * complete with its checksum, and then the word is stored with release order: one aligned 64-bit store, which no
+ * death of a process can tear.  So at every instant exactly one record is named, and it is complete.  A named record
+ * whose checksum fails is therefore damage, never a crash: it is refused, and the older record is never used.
+ */
+#include "internal.h"
+
+#include <string.h>
+
+#include "checksum.h"
+#include "fault.h"
+
+static uint64_t record_checksum(const struct cc_record *record)
+{
+    return cc_checksum(record, offsetof(struct cc_record, checksum));
+}
+
+/* cc_commit_read -- the record that is named: 1 there is one, 0 nothing was ever sealed, E_CORRUPT */
+int cc_commit_read(const struct cc_control *control, struct cc_record *out)
+{
+    uint64_t word = cc_observe(&control->commit_word);
+    if (word == 0) {
+        memset(out, 0, sizeof *out);
+        return 0;
+    }
+    *out = control->records[word & 1];
+    uint64_t expected = record_checksum(out);
+    if (out->checksum != expected)
+        return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used",
+                       (unsigned long long)word, (unsigned long long)out->checksum, (unsigned long long)expected);
+    if (out->generation != word || out->epoch == 0 || out->committed > 1 || out->device_area > 1 ||
+        out->strategy != CC_STRATEGY_COPY || out->device_bytes > control->device_state_max_bytes)
+        return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",
+                       (unsigned long long)word, (unsigned long long)out->generation, (unsigned long long)out->epoch);
+    for (size_t i = 0; i < sizeof out->reserved / sizeof *out->reserved; i++) {
+        if (out->reserved[i])
+            return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has reserved bytes that are not zero", (unsigned long long)word);
+    }
+    return 1;
+}
+
+/* cc_commit_publish -- make `record` the valid one.  Everything it speaks of is in place already. */
+void cc_commit_publish(struct cc_control *control, struct cc_record *record)
+{
+    uint64_t word = cc_observe(&control->commit_word) + 1;
+    record->generation = word;
+    record->checksum = record_checksum(record);
+    CC_CRASH_POINT("commit: before the record");
+    control->records[word & 1] = *record;
+    CC_CRASH_POINT("commit: before the word");
+    cc_publish(&control->commit_word, word); /* from here on the epoch is what an attach finds */
+    CC_CRASH_POINT("commit: after the word");
+}
+
+uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
+{
+    return cc->devices + area * cc->control->device_area_bytes;
+}
+
+int cc_commit_check_device_state(struct colocache *cc, const struct cc_record *record)
+{
+    uint64_t found = cc_checksum(cc_device_area(cc, record->device_area), record->device_bytes);
+    if (found != record->device_checksum)
+        return cc_fail(COLOCACHE_E_CORRUPT, "device state of epoch %llu (%llu bytes) has checksum %016llx, its record says %016llx",
+                       (unsigned long long)record->epoch, (unsigned long long)record->device_bytes,
+                       (unsigned long long)found, (unsigned long long)record->device_checksum);
+    return 0;
+}

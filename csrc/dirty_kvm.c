@@ -1,0 +1,117 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * dirty_kvm.c -- KVM's dirty log of a VM's memory slots.
+ *
+ * Plain KVM_GET_DIRTY_LOG gets and write-protects in one call.  With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 the get is almost
+ * free and KVM_CLEAR_DIRTY_LOG write-protects; a page written between the two would be in no log, so both happen here, one after the other,
+ * while the vCPUs stand still (secondary) or before any of the pages is read (primary, which only needs extra bits to be possible).
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+struct kvm_source {
+    struct colocache_source base;
+    int vm_fd;
+    bool manual_protect;
+    uint32_t n_slots;
+    uint64_t *words; /* room for the largest slot */
+    struct colocache_kvm_slot slots[];
+};
+
+static int vm_ioctl(int fd, unsigned long request, void *arg)
+{
+    int rc;
+    do {
+        rc = ioctl(fd, request, arg);
+    } while (rc < 0 && errno == EINTR);
+    return rc;
+}
+
+static int lost(const struct colocache_kvm_slot *slot, const char *what)
+{
+    int saved = errno;
+    return cc_fail(COLOCACHE_E_LOG_LOST, "%s of KVM slot %u failed: %s; call colocache_dirty_log_lost", what, slot->slot,
+                   colocache_strerror(-saved));
+}
+
+static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot *slot,
+                     int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+{
+    uint64_t n_words = cc_words_for(slot->n_pages);
+    memset(source->words, 0, n_words * 8);
+    struct kvm_dirty_log get = {.slot = slot->slot, .dirty_bitmap = source->words};
+    if (vm_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
+        return lost(slot, "KVM_GET_DIRTY_LOG");
+    if (slot->n_pages % 64) /* the slot's last word may carry no bits past its end, but that is the kernel's promise, not ours */
+        source->words[n_words - 1] &= cc_word_mask(0, slot->n_pages % 64);
+    int rc = take(context, slot->block, slot->first_pfn, slot->n_pages, source->words);
+    if (rc || !source->manual_protect)
+        return rc;
+    /* num_pages must be a multiple of 64 or reach the end of the slot: one call per 2^31 pages at most does both */
+    for (uint64_t first = 0; first < slot->n_pages;) {
+        uint64_t n = slot->n_pages - first < (1u << 31) ? slot->n_pages - first : 1u << 31;
+        struct kvm_clear_dirty_log clear = {.slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first,
+                                            .dirty_bitmap = source->words + first / 64};
+        if (vm_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
+            return lost(slot, "KVM_CLEAR_DIRTY_LOG");
+        first += n;
+    }
+    return 0;
+}
+
+static int kvm_sync(struct colocache_source *base, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+{
+    struct kvm_source *source = (struct kvm_source *)base;
+    for (uint32_t i = 0; i < source->n_slots; i++) {
+        int rc = sync_slot(source, &source->slots[i], take, context);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+static void kvm_close(struct colocache_source *base)
+{
+    struct kvm_source *source = (struct kvm_source *)base;
+    if (source->vm_fd >= 0)
+        close(source->vm_fd);
+    free(source->words);
+    free(source);
+}
+
+int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots, int manual_protect,
+                         struct colocache_source **out)
+{
+    if (!slots || !n_slots || n_slots > 65536 || !out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "a KVM log needs 1 to 65536 slots and a place for the result");
+    uint64_t most = 0;
+    for (uint32_t i = 0; i < n_slots; i++) {
+        if (slots[i].n_pages == 0 || slots[i].n_pages > (1ull << 38))
+            return cc_fail(COLOCACHE_E_LENGTH, "KVM slot %u has %llu pages", slots[i].slot, (unsigned long long)slots[i].n_pages);
+        if (slots[i].n_pages > most)
+            most = slots[i].n_pages;
+    }
+    struct kvm_source *source = calloc(1, sizeof *source + n_slots * sizeof slots[0]);
+    if (!source)
+        return cc_fail(-ENOMEM, "no memory for %u KVM slots", n_slots);
+    source->base = (struct colocache_source){.sync = kvm_sync, .close = kvm_close};
+    source->manual_protect = manual_protect != 0;
+    source->n_slots = n_slots;
+    memcpy(source->slots, slots, n_slots * sizeof slots[0]);
+    source->words = calloc(cc_words_for(most), 8);
+    source->vm_fd = fcntl(vm_fd, F_DUPFD_CLOEXEC, 3);
+    if (!source->words || source->vm_fd < 0) {
+        int rc = source->words ? cc_fail_errno("duplicating the VM's descriptor") : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
+        kvm_close(&source->base);
+        return rc;
+    }
+    *out = &source->base;
+    return 0;
+}

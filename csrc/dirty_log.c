@@ -1,0 +1,91 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * dirty_log.c -- words from any source into the SVM bitmap.
+ *
+ * vCPUs and device threads are stopped; get, OR, clear; all before anything writes guest RAM again.  A source gets
+ * into memory of its own, hands over, then clears: a death in between loses the process, whose log then counts as all ones.
+ */
+#include "internal.h"
+
+#include "fault.h"
+
+/* mark -- OR into the SVM bitmap inside the mark gate, so that a seal's union and clear see all of it or nothing */
+static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    struct cc_block *block;
+    int rc = cc_block_get(cc, index, &block);
+    if (rc == 0)
+        rc = cc_block_range(block, first_pfn, n_pages);
+    if (rc || n_pages == 0)
+        return rc;
+    if (words && !cc_bitmap_tail_ok(words, n_pages))
+        return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
+                       (unsigned long long)n_pages, block->name);
+    cc_gate_enter(&cc->mark_gate);
+    if (words)
+        cc_bitmap_or_words(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages, words);
+    else
+        cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages);
+    cc_gate_leave(&cc->mark_gate);
+    return 0;
+}
+
+int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages)
+{
+    return mark(cc, block, first_pfn, n_pages, NULL);
+}
+
+int colocache_sync_words(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    if (!words && n_pages)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "words is NULL");
+    return mark(cc, block, first_pfn, n_pages, words);
+}
+
+static int take_into_svm(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    int rc = mark(context, block, first_pfn, n_pages, words);
+    CC_CRASH_POINT("sync: taken, before the log is cleared");
+    return rc;
+}
+
+int colocache_sync_dirty_log(struct colocache *cc, struct colocache_source *source)
+{
+    if (!cc || !source)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or the source is NULL");
+    return source->sync(source, take_into_svm, cc);
+}
+
+int colocache_dirty_log_lost(struct colocache *cc)
+{
+    if (!cc)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        int rc = mark(cc, i, 0, cc->blocks[i].n_pages, NULL);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
+/* ---- sources by themselves -------------------------------------------------------------------------------------------- */
+
+static int throw_away(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    (void)context, (void)block, (void)first_pfn, (void)n_pages, (void)words;
+    return 0;
+}
+
+int colocache_source_discard(struct colocache_source *source)
+{
+    if (!source)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the source is NULL");
+    return source->sync(source, throw_away, NULL);
+}
+
+int colocache_source_close(struct colocache_source *source)
+{
+    if (source)
+        source->close(source);
+    return 0;
+}

@@ -1,0 +1,58 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#include "internal.h"
+
+#include "fault.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef COLOCACHE_FAULTS
+
+#include <signal.h>
+#include <unistd.h>
+
+uint64_t colocache_fault_crash_at;
+uint64_t colocache_fault_passed;
+
+int cc_fault_refuse(void)
+{
+    const char *at = getenv("COLOCACHE_FAULT_CRASH_AT");
+    if (at)
+        colocache_fault_crash_at = strtoull(at, NULL, 10);
+    return 0;
+}
+
+/* Nothing is flushed, closed or unlocked: SIGKILL is what the kernel's OOM killer and an operator send too. */
+void cc_fault_pass(const char *name)
+{
+    (void)name;
+    if (__atomic_add_fetch(&colocache_fault_passed, 1, __ATOMIC_SEQ_CST) == colocache_fault_crash_at) {
+        kill(getpid(), SIGKILL);
+        for (;;)
+            pause();
+    }
+}
+
+int cc_fault_flush_sources(void)
+{
+    const char *sources = getenv("COLOCACHE_FAULT_UNION");
+    if (!sources)
+        return CC_FLUSH_BOTH;
+    if (strcmp(sources, "pvm") == 0)
+        return CC_FLUSH_PVM_ONLY;
+    if (strcmp(sources, "svm") == 0)
+        return CC_FLUSH_SVM_ONLY;
+    return strcmp(sources, "none") == 0 ? CC_FLUSH_NONE : CC_FLUSH_BOTH;
+}
+
+#else
+
+int cc_fault_refuse(void)
+{
+    if (getenv("COLOCACHE_FAULT_CRASH_AT") || getenv("COLOCACHE_FAULT_UNION"))
+        return cc_fail(COLOCACHE_E_UNSUPPORTED,
+                       "COLOCACHE_FAULT_* is set but this build has no faults: build with COLOCACHE_FAULTS or unset it");
+    return 0;
+}
+
+#endif

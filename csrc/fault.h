@@ -1,0 +1,37 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fault.h -- crash points for tests.
+ *
+ * CC_CRASH_POINT("name") stands before and after each store that matters.  In a test build (-DCOLOCACHE_FAULTS) the process
+ * can be told to die (SIGKILL) when it comes by the n-th point, counted over all of them; n = 0 only counts.
+ * CC_FLUSH_SOURCES tells which bitmaps the union takes, so that a demo can be seen to go wrong without one of them.
+ * In a normal build both compile to nothing, and a process that asks for them by environment is refused
+ * (cc_fault_refuse), so that no test can believe it injected something.
+ *
+ *     COLOCACHE_FAULT_CRASH_AT=n      die at the n-th crash point (from 1)
+ *     COLOCACHE_FAULT_UNION=pvm|svm|none
+ */
+#ifndef CC_FAULT_H
+#define CC_FAULT_H
+
+enum cc_flush_sources { CC_FLUSH_BOTH = 0, CC_FLUSH_PVM_ONLY = 1, CC_FLUSH_SVM_ONLY = 2, CC_FLUSH_NONE = 3 };
+
+/* 0, or COLOCACHE_E_UNSUPPORTED if faults are asked for by environment but not built in. */
+int cc_fault_refuse(void);
+
+#ifdef COLOCACHE_FAULTS
+#include <stdint.h>
+#pragma GCC visibility push(default)
+extern uint64_t colocache_fault_crash_at; /* 0 = never */
+extern uint64_t colocache_fault_passed;   /* crash points passed so far */
+#pragma GCC visibility pop
+void cc_fault_pass(const char *name);
+int cc_fault_flush_sources(void);
+#define CC_CRASH_POINT(name) cc_fault_pass(name)
+#define CC_FLUSH_SOURCES() cc_fault_flush_sources()
+#else
+#define CC_CRASH_POINT(name) ((void)0)
+#define CC_FLUSH_SOURCES() CC_FLUSH_BOTH
+#endif
+
+#endif

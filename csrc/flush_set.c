@@ -1,0 +1,48 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * flush_set.c -- what must be copied at this epoch: PVM bits or SVM bits.
+ *
+ * A page only the PVM wrote must come over; a page only the SVM wrote must go back; so it is the union, and both
+ * bitmaps are needed.  Both are read here and cleared elsewhere (checkpoint.c), after the seal.
+ */
+#include "internal.h"
+
+#include <string.h>
+
+#include "checksum.h"
+#include "fault.h"
+
+/* cc_flush_set_unite -- flush set := PVM | SVM for every block, with its counts; both gates are closed */
+int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out)
+{
+    struct cc_union_counts counts = {0};
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        struct cc_bitmap *pvm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM];
+        struct cc_bitmap *svm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM];
+        struct cc_bitmap *flush_set = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
+        if (!cc_bitmap_tail_ok(pvm->words, pvm->n_bits) || !cc_bitmap_tail_ok(svm->words, svm->n_bits))
+            return cc_fail(COLOCACHE_E_TAIL, "block %s has bits set past its last page %llu: something wrote into the control region",
+                           cc->blocks[i].name, (unsigned long long)cc->blocks[i].n_pages - 1);
+        int sources = CC_FLUSH_SOURCES();
+        if (sources == CC_FLUSH_PVM_ONLY || sources == CC_FLUSH_NONE)
+            cc_bitmap_clear_all(svm);
+        if (sources == CC_FLUSH_SVM_ONLY || sources == CC_FLUSH_NONE)
+            cc_bitmap_clear_all(pvm);
+        cc_bitmap_union_into(flush_set, pvm, svm, &counts);
+        CC_CRASH_POINT("seal: a flush set is united");
+    }
+    out->flush_pages = counts.both_or_either;
+    out->pvm_pages = counts.both_or_either - counts.svm;
+    out->svm_pages = counts.both_or_either - counts.pvm;
+    out->both_pages = counts.pvm + counts.svm - counts.both_or_either;
+    return 0;
+}
+
+/* cc_flush_set_checksum -- over the flush sets of all blocks, in order */
+uint64_t cc_flush_set_checksum(struct colocache *cc)
+{
+    uint64_t sum = 0;
+    for (uint32_t i = 0; i < cc->n_blocks; i++)
+        sum += cc_checksum_term(cc_bitmap_checksum(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]), i);
+    return cc_checksum_finish(sum);
+}

@@ -1,0 +1,30 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * page_copy.h -- how bytes of pages move.  Knows no bitmaps.
+ *
+ * The flush writes memory that nobody reads soon: stores that pull the destination into the CPU cache would cost
+ * a read of every line and push out what the VM needs.  So: streaming (non-temporal) stores, and a prefetch of the head
+ * of the next run, because the hardware prefetcher doesn't cross a 4 KiB page.
+ * Streaming stores are ordered by no release store: whoever copied calls fence() before saying done.
+ */
+#ifndef CC_PAGE_COPY_H
+#define CC_PAGE_COPY_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+struct cc_copy {
+    int variant; /* enum colocache_copy, never AUTO */
+    /* n_bytes is a multiple of 4096, both addresses of 64.  next_src/next_dst: where the following call will begin (hints,
+     * only prefetched), or the same as src/dst. */
+    void (*run)(void *dst, const void *src, uint64_t n_bytes, const void *next_src, const void *next_dst);
+    void (*fence)(void);
+};
+
+bool cc_copy_supported(int variant);
+/* AUTO gives the best this CPU has; false if the variant is not to be had. */
+bool cc_copy_pick(int variant, struct cc_copy *out);
+/* Are these bytes (a multiple of 64) all zero?  Stops at the first that isn't. */
+bool cc_is_zero(const void *data, uint64_t n_bytes);
+
+#endif

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#define _GNU_SOURCE
+#include "pool.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+#define THREADS_MAX 256u
+
+struct cc_pool {
+    pthread_mutex_t lock;
+    pthread_cond_t wake, done;
+    void (*work)(void *context);
+    void *context;
+    uint32_t to_start; /* workers that may still pick up this job */
+    uint32_t running;  /* workers that have not finished it */
+    bool stopping;
+    uint32_t n_workers; /* without the caller */
+    pthread_t workers[];
+};
+
+static void *worker(void *arg)
+{
+    struct cc_pool *pool = arg;
+    pthread_mutex_lock(&pool->lock);
+    for (;;) {
+        while (!pool->to_start && !pool->stopping)
+            pthread_cond_wait(&pool->wake, &pool->lock);
+        if (pool->stopping)
+            break;
+        pool->to_start--;
+        pthread_mutex_unlock(&pool->lock);
+        pool->work(pool->context);
+        pthread_mutex_lock(&pool->lock);
+        if (--pool->running == 0)
+            pthread_cond_signal(&pool->done);
+    }
+    pthread_mutex_unlock(&pool->lock);
+    return NULL;
+}
+
+static uint32_t usable_cores(void)
+{
+    cpu_set_t set;
+    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
+    return n < 1 ? 1 : (uint32_t)n;
+}
+
+int cc_pool_create(uint32_t n_threads, struct cc_pool **out)
+{
+    if (n_threads == 0)
+        n_threads = usable_cores();
+    if (n_threads > THREADS_MAX)
+        n_threads = THREADS_MAX;
+
+    struct cc_pool *pool = calloc(1, sizeof *pool + (n_threads - 1) * sizeof pool->workers[0]);
+    if (!pool)
+        return -ENOMEM;
+    pthread_mutex_init(&pool->lock, NULL);
+    pthread_cond_init(&pool->wake, NULL);
+    pthread_cond_init(&pool->done, NULL);
+
+    /* The host program's signals are none of the workers' business: block them all while the threads are born. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int rc = 0;
+    while (pool->n_workers < n_threads - 1 && rc == 0) {
+        rc = pthread_create(&pool->workers[pool->n_workers], NULL, worker, pool);
+        if (rc == 0)
+            pool->n_workers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (rc) {
+        cc_pool_destroy(pool);
+        return -rc;
+    }
+    *out = pool;
+    return 0;
+}
+
+void cc_pool_destroy(struct cc_pool *pool)
+{
+    if (!pool)
+        return;
+    pthread_mutex_lock(&pool->lock);
+    pool->stopping = true;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+    for (uint32_t i = 0; i < pool->n_workers; i++)
+        pthread_join(pool->workers[i], NULL);
+    pthread_cond_destroy(&pool->done);
+    pthread_cond_destroy(&pool->wake);
+    pthread_mutex_destroy(&pool->lock);
+    free(pool);
+}
+
+uint32_t cc_pool_size(const struct cc_pool *pool)
+{
+    return pool->n_workers + 1;
+}
+
+void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *context), void *context)
+{
+    uint32_t helpers = n_threads > pool->n_workers + 1 ? pool->n_workers : n_threads - 1;
+    if (helpers == 0) {
+        work(context);
+        return;
+    }
+    pthread_mutex_lock(&pool->lock);
+    pool->work = work;
+    pool->context = context;
+    pool->to_start = pool->running = helpers;
+    pthread_cond_broadcast(&pool->wake);
+    pthread_mutex_unlock(&pool->lock);
+
+    work(context);
+
+    pthread_mutex_lock(&pool->lock);
+    /* Workers that have not woken by now are not needed: all the work is taken.  Not waiting for them saves a scheduling delay. */
+    pool->running -= pool->to_start;
+    pool->to_start = 0;
+    while (pool->running)
+        pthread_cond_wait(&pool->done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
+}

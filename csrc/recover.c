@@ -1,0 +1,189 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * recover.c -- attach: what a process finds after another one died, and what it does about it.
+ *
+ *   record        `receiving`        guest RAM            what happens                               action
+ *   none          any                partial              the initial copy starts again              NOTHING
+ *   sealed(N)     = N                half old, half new   flush set copied, committed                REPLAYED
+ *   committed(N)  = N                the dead VM's own    whole cache copied, VM restarts from N     RESTART
+ *   committed(N)  > N                the dead VM's own    nothing to restart from; the SVM's log     NO_RESTART
+ *                                                         is unknown: every page counts as written
+ *
+ * Every one of these can be killed at any point and repeated: copying again is idempotent, `receiving` is never lowered, and a
+ * record is only replaced by publishing the next.  The bitmaps' summaries are rebuilt; the commit record's checksum, the flush
+ * set's and the device state's are verified before anything is written.
+ */
+#include "internal.h"
+
+#include <stdio.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "fault.h"
+
+/* bind_blocks -- every block of the region with the images that were given for its name */
+static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t file_bytes)
+{
+    uint64_t n_blocks = cc_observe(&cc->control->n_blocks);
+    if (n_images != n_blocks)
+        return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u",
+                       (unsigned long long)n_blocks, n_images);
+    for (uint32_t b = 0; b < n_blocks; b++) {
+        int rc = cc_block_check_entry(&cc->table[b], file_bytes);
+        if (rc)
+            return rc;
+        const struct colocache_images *found = NULL;
+        struct colocache_images given;
+        for (uint32_t i = 0; i < n_images && !found; i++) {
+            rc = cc_take_struct(&given, sizeof given, &images[i], sizeof given, "images");
+            if (rc)
+                return rc;
+            if (given.name && strncmp(given.name, cc->table[b].name, COLOCACHE_NAME_BYTES) == 0)
+                found = &images[i];
+        }
+        if (!found)
+            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s", cc->table[b].name);
+        rc = cc_block_reattach(cc, b, found);
+        if (rc)
+            return rc;
+        cc->n_blocks = b + 1;
+    }
+    return 0;
+}
+
+/* start_again -- nothing was ever sealed: as good as new, but epoch numbers that were used stay used */
+static void start_again(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+            cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
+            cc_bitmap_clear_all(&cc->blocks[i].bitmaps[kind]);
+        }
+    }
+    cc_control_new_history(cc->control);
+}
+
+/* check_bitmaps -- tails first (they are checked, not mended), then summaries are made anew */
+static int check_bitmaps(struct colocache *cc)
+{
+    int rc = cc_validate_bitmaps(cc, false);
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
+        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++)
+            cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
+    }
+    return rc;
+}
+
+static int replay(struct colocache *cc, struct cc_record *record, struct colocache_recovery *report)
+{
+    uint64_t found = cc_flush_set_checksum(cc);
+    if (found != record->flush_checksum)
+        return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
+                       (unsigned long long)record->epoch, (unsigned long long)found, (unsigned long long)record->flush_checksum);
+    for (uint32_t i = 0; i < cc->n_blocks; i++) { /* sparse: this process doesn't know yet what is allocated */
+        struct cc_block *block = &cc->blocks[i];
+        uint64_t first = 0, n = 0;
+        while (block->sparse &&
+               cc_bitmap_next_run(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], first + n, block->n_pages, &first, &n)) {
+            int rc = cc_block_allocate(block, first, n);
+            if (rc)
+                return rc;
+        }
+    }
+    struct colocache_flush_result result = {0};
+    int rc = cc_finish_flush(cc, record, &result);
+    report->action = COLOCACHE_RECOVERED_REPLAYED;
+    report->n_pages = result.n_pages;
+    snprintf(report->sentence, sizeof report->sentence,
+             "epoch %llu was sealed but not committed: replayed its flush, %llu pages; guest RAM and device state are epoch %llu",
+             (unsigned long long)record->epoch, (unsigned long long)result.n_pages, (unsigned long long)record->epoch);
+    return rc;
+}
+
+static int restart(struct colocache *cc, const struct cc_record *record, struct colocache_recovery *report)
+{
+    int rc = cc_flush_copy_all(cc, &report->n_pages);
+    report->action = COLOCACHE_RECOVERED_RESTART;
+    snprintf(report->sentence, sizeof report->sentence,
+             "epoch %llu is committed and no newer page had come: restarted from epoch %llu, %llu pages copied from the cache",
+             (unsigned long long)record->epoch, (unsigned long long)record->epoch, (unsigned long long)report->n_pages);
+    return rc;
+}
+
+static int no_restart(struct colocache *cc, const struct cc_record *record, struct colocache_recovery *report)
+{
+    report->action = COLOCACHE_RECOVERED_NO_RESTART;
+    report->epoch = 0;
+    snprintf(report->sentence, sizeof report->sentence,
+             "cannot restart: pages of epoch %llu had already come over epoch %llu and the VM that ran is gone; the next checkpoint makes the secondary whole",
+             (unsigned long long)report->receiving_epoch, (unsigned long long)record->epoch);
+    return colocache_dirty_log_lost(cc);
+}
+
+/* recover -- by the table above */
+static int recover(struct colocache *cc, struct colocache_recovery *report)
+{
+    struct cc_record record;
+    int rc = cc_commit_read(cc->control, &record);
+    if (rc < 0)
+        return rc;
+    report->receiving_epoch = cc_observe(&cc->control->receiving);
+    report->epoch = record.epoch;
+    if (rc == 0) {
+        start_again(cc);
+        report->action = COLOCACHE_RECOVERED_NOTHING;
+        snprintf(report->sentence, sizeof report->sentence, "no epoch was sealed yet: the initial copy starts again");
+        return 0;
+    }
+    if (report->receiving_epoch < record.epoch)
+        return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed but only epoch %llu was ever received", (unsigned long long)record.epoch,
+                       (unsigned long long)report->receiving_epoch);
+    rc = check_bitmaps(cc);
+    if (rc == 0)
+        rc = cc_commit_check_device_state(cc, &record);
+    if (rc)
+        return rc;
+    if (!record.committed && report->receiving_epoch > record.epoch)
+        return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
+                       (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
+    if (!record.committed)
+        rc = replay(cc, &record, report);
+    else if (report->receiving_epoch == record.epoch)
+        rc = restart(cc, &record, report);
+    else
+        return no_restart(cc, &record, report);
+    if (rc == 0)
+        cc_publish32(&cc->phase, COLOCACHE_PHASE_LIVE);
+    return rc;
+}
+
+int colocache_attach(int control_fd, const struct colocache_options *options, const struct colocache_images *images,
+                     uint32_t n_images, struct colocache_recovery *report, struct colocache **out)
+{
+    struct colocache *cc;
+    struct colocache_recovery found = {0};
+    struct stat st;
+    if (!out || (n_images && !images))
+        return cc_fail(COLOCACHE_E_ARGUMENT, "out or images is NULL");
+    *out = NULL;
+    int rc = cc_control_open(control_fd, false, options, &cc);
+    if (rc)
+        return rc;
+    if (fstat(cc->control_fd, &st) != 0)
+        rc = cc_fail_errno("fstat of the control region");
+    if (rc == 0 && cc_observe(&cc->control->taken_over))
+        rc = cc_fail(COLOCACHE_E_FAILED_OVER, "this secondary took over and its process ended: there is no older state to go back to");
+    if (rc == 0)
+        rc = bind_blocks(cc, images, n_images, (uint64_t)st.st_size);
+    if (rc == 0)
+        rc = recover(cc, &found);
+    if (rc) {
+        cc_control_free(cc);
+        return rc;
+    }
+    cc_log(cc, COLOCACHE_LOG_INFO, "%s", found.sentence);
+    if (report)
+        *report = found;
+    *out = cc;
+    return 0;
+}

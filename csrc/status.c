@@ -1,0 +1,172 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* status.c -- looking: at a handle, at one block, at a region that somebody else owns. */
+#include "internal.h"
+
+#include <string.h>
+#include <sys/stat.h>
+
+/* fill_from_control -- what a region says by itself */
+static int fill_from_control(const struct cc_control *control, struct colocache_status *out, struct cc_record *record)
+{
+    int rc = cc_commit_read(control, record);
+    if (rc < 0)
+        return rc;
+    memcpy(out->history_id, control->history_id, sizeof out->history_id);
+    out->n_blocks = (uint32_t)cc_observe(&control->n_blocks);
+    out->sealed_epoch = record->epoch;
+    out->committed_epoch = record->committed ? record->epoch : record->committed_before;
+    out->receiving_epoch = cc_observe(&control->receiving);
+    out->device_state_bytes = record->device_bytes;
+    out->device_state_max_bytes = control->device_state_max_bytes;
+    out->control_bytes = control->bitmap_end;
+    out->owner_pid = control->owner_pid;
+    return 0;
+}
+
+int colocache_get_status(struct colocache *cc, struct colocache_status *out)
+{
+    struct colocache_status status = {0};
+    struct cc_record record;
+    if (!cc || !out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or out is NULL");
+    int rc;
+    do { /* a record may be replaced while it is read: then the word has moved on, and the sum of what was read means nothing */
+        uint64_t word = cc_observe(&cc->control->commit_word);
+        rc = fill_from_control(cc->control, &status, &record);
+        if (word == cc_observe(&cc->control->commit_word))
+            break;
+    } while (true);
+    if (rc)
+        return rc;
+    uint32_t phase = cc_observe32(&cc->phase);
+    status.phase = phase & CC_PHASE_MASK;
+    status.failover_pending = (phase & CC_PHASE_PENDING) != 0;
+    status.received_pages = cc_observe(&cc->received_pages);
+    status.n_threads = cc_pool_size(cc->pool);
+    status.copy_variant = (uint32_t)cc->copy.variant;
+    return cc_give_struct(out, &status, sizeof status, "status");
+}
+
+int colocache_get_block(struct colocache *cc, uint32_t index, struct colocache_block_info *out)
+{
+    struct cc_block *block;
+    if (!out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
+    int rc = cc_block_get(cc, index, &block);
+    if (rc)
+        return rc;
+    memset(out, 0, sizeof *out);
+    memcpy(out->name, block->name, sizeof out->name);
+    out->len_bytes = block->len_bytes;
+    out->page_size = block->page_size;
+    out->sparse = block->sparse;
+    out->n_pages = block->n_pages;
+    out->pvm_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_PVM]);
+    out->svm_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_SVM]);
+    out->flush_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
+    out->guest_addr = block->guest.addr;
+    out->cache_addr = block->cache.addr;
+    return 0;
+}
+
+int colocache_get_bitmap(struct colocache *cc, uint32_t index, int kind, uint64_t *words, uint64_t n_words)
+{
+    struct cc_block *block;
+    int rc = cc_block_get(cc, index, &block);
+    if (rc)
+        return rc;
+    if (kind < 0 || kind >= (int)CC_BITMAPS || !words)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "there is no bitmap %d, or words is NULL", kind);
+    const struct cc_bitmap *bitmap = &block->bitmaps[kind];
+    if (n_words != bitmap->n_words)
+        return cc_fail(COLOCACHE_E_LENGTH, "a bitmap of block %s has %llu words, room for %llu was given", block->name,
+                       (unsigned long long)bitmap->n_words, (unsigned long long)n_words);
+    for (uint64_t w = 0; w < n_words; w++)
+        words[w] = cc_observe(&bitmap->words[w]);
+    return 0;
+}
+
+/* ---- inspect: no lock, nothing written, nothing believed --------------------------------------------------------------- */
+
+/* inspect_block -- counts straight from the words: the owner may be at work on the summaries, or dead in the middle of it */
+static int inspect_block(int fd, const struct cc_block_entry *entry, struct colocache_block_info *out)
+{
+    memset(out, 0, sizeof *out);
+    memcpy(out->name, entry->name, sizeof out->name);
+    out->len_bytes = entry->len_bytes;
+    out->page_size = entry->page_size;
+    out->sparse = entry->sparse;
+    out->n_pages = entry->len_bytes / entry->page_size;
+    void *map;
+    int rc = cc_map_file(fd, entry->bitmap_offset, entry->bitmap_bytes, false, &map);
+    if (rc)
+        return rc;
+    struct cc_bitmap bitmaps[CC_BITMAPS];
+    cc_block_bind_bitmaps(bitmaps, map, out->n_pages);
+    uint64_t *counts[CC_BITMAPS] = {&out->pvm_pages, &out->svm_pages, &out->flush_pages};
+    for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+        for (uint64_t w = 0; w < bitmaps[kind].n_words; w++)
+            *counts[kind] += (uint64_t)__builtin_popcountll(cc_peek(&bitmaps[kind].words[w]));
+    }
+    cc_unmap(map, entry->bitmap_bytes);
+    return 0;
+}
+
+static int inspect_blocks(int fd, const struct cc_block_entry *table, uint64_t file_bytes, struct colocache_status *status,
+                          struct colocache_block_info *blocks, uint32_t room)
+{
+    for (uint32_t i = 0; i < status->n_blocks; i++) {
+        struct colocache_block_info info;
+        int rc = cc_block_check_entry(&table[i], file_bytes);
+        if (rc == 0)
+            rc = inspect_block(fd, &table[i], &info);
+        if (rc)
+            return rc;
+        status->pvm_pages += info.pvm_pages;
+        status->svm_pages += info.svm_pages;
+        status->flush_pages += info.flush_pages;
+        if (blocks && i < room)
+            blocks[i] = info;
+    }
+    return 0;
+}
+
+int colocache_inspect(int control_fd, struct colocache_status *out, struct colocache_block_info *blocks, uint32_t *n_blocks)
+{
+    struct stat st;
+    struct colocache_status status = {0};
+    struct cc_record record;
+    if (!out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
+    if (fstat(control_fd, &st) != 0)
+        return cc_fail_errno("fstat of the control region");
+    if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
+        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
+    void *head;
+    int rc = cc_map_file(control_fd, 0, CC_DEVICES_OFFSET, false, &head);
+    if (rc)
+        return rc;
+    const struct cc_control *control = head;
+    rc = cc_control_check(control, (uint64_t)st.st_size);
+    for (int tries = 0; rc == 0 && tries < 100; tries++) { /* the owner may publish while we read; a standing region never needs a second try */
+        uint64_t word = cc_observe(&control->commit_word);
+        rc = fill_from_control(control, &status, &record);
+        if (word == cc_observe(&control->commit_word))
+            break;
+        rc = tries == 99 ? rc : 0;
+    }
+    if (rc == 0) {
+        status.phase = cc_observe(&control->taken_over)          ? COLOCACHE_PHASE_FAILED_OVER
+                       : record.epoch == 0                       ? COLOCACHE_PHASE_EMPTY
+                       : record.committed                        ? COLOCACHE_PHASE_LIVE
+                                                                 : COLOCACHE_PHASE_SEALING;
+        rc = inspect_blocks(control_fd, (const void *)((const uint8_t *)head + CC_TABLE_OFFSET), (uint64_t)st.st_size, &status, blocks,
+                            n_blocks ? *n_blocks : 0);
+    }
+    cc_unmap(head, CC_DEVICES_OFFSET);
+    if (rc)
+        return rc;
+    if (n_blocks)
+        *n_blocks = status.n_blocks;
+    return cc_give_struct(out, &status, sizeof status, "status");
+}

@@ -1,0 +1,93 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* validate.c -- every invariant, checked and told with the first that is broken. */
+#include "internal.h"
+
+#include <string.h>
+#include <sys/stat.h>
+
+static const char *const bitmap_names[CC_BITMAPS] = {"PVM bitmap", "SVM bitmap", "flush set"};
+
+/* cc_validate_bitmaps -- tails; and summaries, unless they are about to be rebuilt */
+int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        const struct cc_block *block = &cc->blocks[i];
+        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+            const struct cc_bitmap *bitmap = &block->bitmaps[kind];
+            if (!cc_bitmap_tail_ok(bitmap->words, bitmap->n_bits))
+                return cc_fail(COLOCACHE_E_TAIL, "block %s: the %s has bits set past the last page %llu", block->name, bitmap_names[kind],
+                               (unsigned long long)block->n_pages - 1);
+            if (with_summaries && !cc_bitmap_summary_ok(bitmap))
+                return cc_fail(COLOCACHE_E_CORRUPT, "block %s: the summary of the %s hides a word", block->name, bitmap_names[kind]);
+        }
+    }
+    return 0;
+}
+
+static int validate_record(struct colocache *cc)
+{
+    struct cc_record record;
+    int rc = cc_commit_read(cc->control, &record);
+    if (rc < 0)
+        return rc;
+    if (rc == 0)
+        return 0;
+    uint64_t receiving = cc_observe(&cc->control->receiving);
+    if (receiving < record.epoch || (!record.committed && receiving > record.epoch))
+        return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is %s while the newest received is %llu", (unsigned long long)record.epoch,
+                       record.committed ? "committed" : "sealed", (unsigned long long)receiving);
+    if (!record.committed) {
+        uint64_t n_pages = 0;
+        for (uint32_t i = 0; i < cc->n_blocks; i++)
+            n_pages += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
+        if (record.flush_checksum != cc_flush_set_checksum(cc) || record.flush_pages != n_pages)
+            return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of epoch %llu (%llu pages) changed since its seal (%llu pages)",
+                           (unsigned long long)record.epoch, (unsigned long long)n_pages, (unsigned long long)record.flush_pages);
+    }
+    return cc_commit_check_device_state(cc, &record);
+}
+
+/* compare_pages -- a page that nobody wrote since the last seal is the same in guest RAM and cache; a page that is sealed
+ * and not flushed yet may differ */
+static int compare_pages(struct colocache *cc)
+{
+    struct cc_record record;
+    int rc = cc_commit_read(cc->control, &record);
+    if (rc <= 0)
+        return rc; /* before the first seal guest RAM is partial by design */
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        const struct cc_block *block = &cc->blocks[i];
+        uint64_t at = 0, first, n_bytes;
+        while (cc_block_next_data(block, at, &first, &n_bytes)) {
+            for (uint64_t pfn = first >> block->page_shift; pfn < (first + n_bytes) >> block->page_shift; pfn++) {
+                uint64_t dirty = block->bitmaps[COLOCACHE_BITMAP_PVM].words[pfn / 64] | block->bitmaps[COLOCACHE_BITMAP_SVM].words[pfn / 64];
+                if (!record.committed)
+                    dirty |= block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET].words[pfn / 64];
+                if (!(dirty >> (pfn % 64) & 1) && memcmp(cc_guest_page(block, pfn), cc_cache_page(block, pfn), block->page_size) != 0)
+                    return cc_fail(COLOCACHE_E_CORRUPT, "block %s: page %llu differs between guest RAM and cache, but is in no bitmap",
+                                   block->name, (unsigned long long)pfn);
+            }
+            at = first + n_bytes;
+        }
+    }
+    return 0;
+}
+
+int colocache_validate(struct colocache *cc, int with_pages)
+{
+    struct stat st;
+    if (!cc)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
+    if (fstat(cc->control_fd, &st) != 0)
+        return cc_fail_errno("fstat of the control region");
+    int rc = cc_control_check(cc->control, (uint64_t)st.st_size);
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
+        rc = cc_block_check_entry(&cc->table[i], (uint64_t)st.st_size);
+    if (rc == 0)
+        rc = cc_validate_bitmaps(cc, true);
+    if (rc == 0)
+        rc = validate_record(cc);
+    if (rc == 0 && with_pages)
+        rc = compare_pages(cc);
+    return rc;
+}
