@@ -17,6 +17,7 @@ class ColocacheError(Exception):
 
     code: int = 0
     hint: str | None = None
+    n_pages: int = 0  # of Cache.receive_stream: pages taken before it failed
 
     def __init__(self, sentence: str, *, hint: str | None = None, code: int | None = None) -> None:
         super().__init__(sentence)

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pointer of the C library in Python's hands: closed once, never used after it, views of its memory counted."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import operator
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from colocache._native import check, ffi
+from colocache.errors import ArgumentError, ClosedError, OrderError
+
+U64_MAX = (1 << 64) - 1
+INT_MAX = (1 << 31) - 1
+
+
+class HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+class Handle:
+    """Guards one C object. `with handle as pointer:` around each call; close waits for none and refuses if one runs.
+
+    It belongs to the process that made it: after a fork the child's uses raise ClosedError, its close does nothing.
+    """
+
+    def __init__(self, what: str, pointer: Any, close: Callable[[Any], int]) -> None:
+        self.what = what
+        self._pointer = pointer
+        self._close = close
+        self._pid = os.getpid()
+        # Reentrant: the end of a view may close the handle from inside any allocation, one under this lock included.
+        self._lock = threading.RLock()
+        self._running = 0
+        self._views: dict[int, weakref.ref[Any]] = {}
+
+    def __enter__(self) -> Any:
+        with self._lock:
+            self._running += 1  # first: from here on nothing closes it
+            if self._pointer is not None and os.getpid() == self._pid:
+                return self._pointer
+            self._running -= 1
+        if self._pointer is None:
+            raise ClosedError(f"the {self.what} is closed")
+        raise ClosedError(f"the {self.what} belongs to process {self._pid}, from which this one was forked")
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._running -= 1
+
+    def __del__(self) -> None:
+        # Views don't keep their handle alive: memory under them stays mapped rather than vanish.
+        if getattr(self, "_pointer", None) is not None and os.getpid() == self._pid:
+            if not self._views:
+                self.close()
+            warnings.warn(f"a {self.what} was never closed", ResourceWarning, stacklevel=2)
+
+    @property
+    def closed(self) -> bool:
+        return self._pointer is None
+
+    def close(self) -> None:
+        """Free the C object, once. BufferError while views are alive, OrderError while another thread is in a call."""
+        if self._pointer is None or os.getpid() != self._pid:
+            return
+        if self._views:
+            gc.collect()
+        with self._lock:
+            if self._pointer is None:
+                return
+            if self._views:
+                raise BufferError(
+                    f"{len(self._views)} views of the {self.what} are still alive: drop them before close"
+                )
+            if self._running:
+                raise OrderError(f"{self._running} calls on the {self.what} are still running: end them before close")
+            pointer, self._pointer = self._pointer, None
+        check(self._close(pointer))
+
+    def leave(self, error: BaseException | None) -> None:
+        """The end of a `with`. An error on its way has views in its frames and isn't hidden: closing waits for them."""
+        try:
+            self.close()
+        except BufferError:
+            if error is None:
+                raise
+            for view in [ref() for ref in list(self._views.values())]:
+                if view is not None:
+                    weakref.finalize(view, self._close_quietly)
+
+    def _close_quietly(self) -> None:
+        with contextlib.suppress(BufferError, OrderError):  # not the last one yet
+            self.close()
+
+    def memory(self, pointer: Any, len_bytes: int) -> memoryview:
+        """A writable view of the object's memory; it counts until the last thing that refers to it is gone."""
+        if len_bytes == 0:
+            return memoryview(bytearray())
+        buffer = ffi.buffer(pointer, len_bytes)
+        key = id(buffer)
+        self._views[key] = weakref.ref(buffer, lambda _: self._views.pop(key, None))
+        return memoryview(buffer)
+
+
+def u64(value: int, what: str) -> int:
+    """`value` as the C library takes it; ArgumentError if it is no integer from 0 to 2^64 - 1."""
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise ArgumentError(f"{what} is {value!r}, not an integer") from error
+    if not 0 <= number <= U64_MAX:
+        raise ArgumentError(f"{what} is {number}: it must be from 0 to 2^64 - 1")
+    return number
+
+
+def words_of(words: npt.ArrayLike, n_pages: int) -> tuple[npt.NDArray[np.uint64], Any]:
+    """Contiguous u64 words for n_pages bits, and the C pointer into them; ArgumentError for another length or type."""
+    array = np.ascontiguousarray(words)
+    if array.dtype != np.uint64:
+        raise ArgumentError(f"bitmap words are {array.dtype}, not uint64")
+    if array.ndim != 1 or array.size != -(-n_pages // 64):
+        raise ArgumentError(f"{array.size} bitmap words for {n_pages} pages: it takes {-(-n_pages // 64)}")
+    return array, ffi.from_buffer("uint64_t[]", array)
+
+
+def fd_of(fd: int | HasFileno) -> int:
+    """A descriptor number from itself or from a socket or file."""
+    number = fd if isinstance(fd, int) else fd.fileno()
+    if not 0 <= number <= INT_MAX:
+        raise ArgumentError(f"descriptor {number} is not open")
+    return number
+
+
+def milliseconds(timeout: float | None) -> int:
+    """Seconds as C takes them; None, for ever, is -1."""
+    if timeout is None:
+        return -1
+    if not timeout >= 0:
+        raise ArgumentError(f"timeout is {timeout}: seconds from 0, or None for ever")
+    return min(math.ceil(timeout * 1000), INT_MAX) if timeout < INT_MAX else INT_MAX

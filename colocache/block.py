@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A RAM block of a cache: its two images as numpy views without a copy, and its three bitmaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colocache import bitmap
+from colocache._handle import Handle, u64
+from colocache._native import check, ffi, lib
+from colocache.errors import BlockError, RangeError
+from colocache.results import BlockInfo
+
+if TYPE_CHECKING:
+    from colocache.cache import Cache
+
+Pages = npt.NDArray[np.uint8]
+
+
+class Block:
+    """A RAM block. Views are (n_pages, page_size) uint8; each one that is alive keeps the cache from closing."""
+
+    name: str
+    index: int
+    n_pages: int
+    page_size: int
+    len_bytes: int
+    guest_addr: int  # where guest RAM is mapped in this process
+
+    def __init__(self, cache: Cache, handle: Handle, index: int) -> None:
+        """Not for users: see Cache.blocks."""
+        self._cache = cache
+        self._handle = handle
+        self.index = index
+        info = self._info()
+        facts = BlockInfo.of(info, index)
+        self.name, self.n_pages = facts.name, facts.n_pages
+        self.page_size, self.len_bytes = facts.page_size, facts.len_bytes
+        self._guest, self._cached = info.guest_addr, info.cache_addr
+        self.guest_addr = int(ffi.cast("uintptr_t", info.guest_addr))
+
+    def _info(self) -> Any:
+        info = ffi.new("struct colocache_block_info *")
+        with self._handle as cc:
+            check(lib.colocache_get_block(cc, self.index, info))
+        return info
+
+    def info(self) -> BlockInfo:
+        """Counts of the bits that are set now."""
+        return BlockInfo.of(self._info(), self.index)
+
+    def _view(self, base: Any, first_pfn: int, n_pages: int) -> memoryview:
+        with self._handle:  # ClosedError before the memory of a closed one is looked at
+            start = ffi.cast("char *", base) + first_pfn * self.page_size
+            return self._handle.memory(start, n_pages * self.page_size)
+
+    def _pages(self, memory: memoryview) -> Pages:
+        return np.frombuffer(memory, np.uint8).reshape(-1, self.page_size)
+
+    @property
+    def guest(self) -> Pages:
+        """Guest RAM, read-only: what the SVM runs on."""
+        return self._pages(self._view(self._guest, 0, self.n_pages).toreadonly())
+
+    @property
+    def cache(self) -> Pages:
+        """The cache image, read-only: where arriving pages are."""
+        return self._pages(self._view(self._cached, 0, self.n_pages).toreadonly())
+
+    @contextmanager
+    def writable(self, first_pfn: int = 0, n_pages: int | None = None) -> Iterator[Pages]:
+        """A writable view of guest RAM from first_pfn on, (n_pages, page_size).
+
+        For device emulation. Its pages count as written by the SVM when it is taken, at every sync and seal while it or
+        a view of it is alive, and when it is given back. Nobody writes between sync and loaded. RangeError.
+        """
+        first, count = self.span(first_pfn, n_pages)
+        if count == 0:
+            raise RangeError(f"a writable view of no page of block {self.name}")
+        memory = self._view(self._guest, first, count)
+        with self._cache._writing(self.index, first, count, memory):
+            yield self._pages(memory)
+
+    def span(self, first_pfn: int, n_pages: int | None) -> tuple[int, int]:
+        """The range as two checked numbers, to the end if n_pages is None. RangeError."""
+        first = u64(first_pfn, "first page")
+        count = max(0, self.n_pages - first) if n_pages is None else u64(n_pages, "number of pages")
+        if first > self.n_pages or count > self.n_pages - first:
+            raise RangeError(f"pages {first} to {first + count} of block {self.name}: it has {self.n_pages} pages")
+        return first, count
+
+    def _bitmap(self, kind: int) -> bitmap.Words:
+        words = np.zeros(bitmap.n_words(self.n_pages), np.uint64)
+        with self._handle as cc:
+            check(lib.colocache_get_bitmap(cc, self.index, kind, ffi.from_buffer("uint64_t[]", words), words.size))
+        return words
+
+    @property
+    def pvm_bitmap(self) -> bitmap.Words:
+        """Pages received since the last seal; a copy."""
+        return self._bitmap(lib.COLOCACHE_BITMAP_PVM)
+
+    @property
+    def svm_bitmap(self) -> bitmap.Words:
+        """Pages that the SVM wrote since the last seal, as far as its log was synced; a copy."""
+        return self._bitmap(lib.COLOCACHE_BITMAP_SVM)
+
+    @property
+    def flush_set(self) -> bitmap.Words:
+        """Pages of the newest sealed epoch that the flush copies; a copy."""
+        return self._bitmap(lib.COLOCACHE_BITMAP_FLUSH_SET)
+
+    def __repr__(self) -> str:
+        return f"<Block {self.index} {self.name}: {self.n_pages} pages of {self.page_size}>"
+
+
+class Blocks(Mapping[str, Block]):
+    """The blocks of a cache in the order in which they were added, by name or by index."""
+
+    def __init__(self, blocks: Sequence[Block]) -> None:
+        self._blocks = tuple(blocks)
+        self._by_name = {block.name: block for block in blocks}
+
+    def __getitem__(self, key: str | int) -> Block:
+        try:
+            if isinstance(key, str):
+                return self._by_name[key]
+            return self._blocks[u64(key, "block")]
+        except LookupError as error:
+            names = ", ".join(f"{block.index} {block.name}" for block in self._blocks)
+            raise BlockError(f"there is no block {key!r}; there are {names}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_name)
+
+    def __len__(self) -> int:
+        return len(self._blocks)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache of a secondary, in Python words. The order of the calls, and the promise, are colocache.h's."""
+
+from __future__ import annotations
+
+import itertools
+import select
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from colocache._handle import Handle, HasFileno, fd_of, milliseconds, u64, words_of
+from colocache._native import check, error_from, ffi, lib, struct
+from colocache.block import Block, Blocks
+from colocache.dirty_log import DirtyLog
+from colocache.errors import ArgumentError, TimedOutError
+from colocache.memory import Memory
+from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Status
+
+Check = Callable[[memoryview], object]
+LogSink = Callable[[int, str], object]  # level 0 debug, 1 info, 2 warning; a sentence
+Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
+
+
+class Cache:
+    """A secondary: its blocks with their two images each, its bitmaps and its commit record. Context manager.
+
+    Any thread may receive, mark_dirty, ask failover or status and abort; the rest is for one thread at a time.
+    """
+
+    blocks: Blocks
+    recovery: Recovery | None  # what attach found; None after create
+
+    def __init__(self, handle: Handle, keep: list[Any], recovery: Recovery | None) -> None:
+        """Not for users: see create and attach."""
+        self._handle = handle
+        self._keep = keep  # what C refers to as long as the handle lives
+        self.recovery = recovery
+        self._writers: dict[int, tuple[int, int, int, weakref.ref[Any]]] = {}
+        self._writer_numbers = itertools.count()
+        self.blocks = Blocks([Block(self, handle, index) for index in range(self.status().n_blocks)])
+
+    # ---- create, attach, close ----
+
+    @classmethod
+    def create(
+        cls,
+        memory: Memory,
+        *,
+        threads: int = 0,
+        copy: str = "auto",
+        device_state_max: int = 64 << 20,
+        log: LogSink | None = None,
+    ) -> Cache:
+        """A new secondary in fresh memory, all of whose blocks are added. The memory stays the caller's to close.
+
+        `threads` of the flush, 0 = as many as cores; `copy` auto, libc, avx2, avx512 or neon; `device_state_max` bytes.
+        BusyError, ExistsError, NoMemoryError, UnsupportedError.
+        """
+        memory.check_open()
+        options, keep = _options(threads, copy, device_state_max, log)
+        out = ffi.new("struct colocache **")
+        check(lib.colocache_create(memory.control_fd, options, out))
+        handle = Handle("cache", out[0], lib.colocache_close)
+        try:
+            images, _names = _images(memory)
+            with handle as cc:
+                for index in range(len(memory.images)):
+                    check(lib.colocache_add_block(cc, images + index, ffi.NULL))
+            return cls(handle, keep, None)
+        except BaseException:
+            handle.close()
+            raise
+
+    @classmethod
+    def attach(cls, memory: Memory, *, threads: int = 0, copy: str = "auto", log: LogSink | None = None) -> Cache:
+        """Take over the secondary of a process that died: what was sealed is finished first; see `.recovery`.
+
+        BusyError, NotColocacheError, LayoutError, CorruptError, ForeignImageError, BlockError, FailedOverError.
+        """
+        memory.check_open()
+        options, keep = _options(threads, copy, 0, log)
+        images, _names = _images(memory)
+        report = ffi.new("struct colocache_recovery *")
+        out = ffi.new("struct colocache **")
+        check(lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out))
+        handle = Handle("cache", out[0], lib.colocache_close)
+        try:
+            return cls(handle, keep, Recovery.of(report))
+        except BaseException:
+            handle.close()
+            raise
+
+    def close(self) -> None:
+        """Unmap and unlock; removes nothing. BufferError while views are alive; a second close is fine."""
+        self._handle.close()
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.leave(error)
+
+    # ---- receive ----
+
+    def _block(self, block: Block | str | int) -> int:
+        return block.index if isinstance(block, Block) else self.blocks[block].index
+
+    def receive(self, epoch: int, block: Block | str | int, pfn: int, data: Buffer) -> None:
+        """One page of `epoch` into the cache image. EpochError, SealedError, BlockError, RangeError, LengthError."""
+        source = ffi.from_buffer("unsigned char[]", data)
+        index, number, page = self._block(block), u64(epoch, "epoch"), u64(pfn, "page")
+        with self._handle as cc:
+            check(lib.colocache_receive_page(cc, number, index, page, source, len(source)))
+
+    def receive_zero(self, epoch: int, block: Block | str | int, first_pfn: int, n_pages: int = 1) -> None:
+        """Pages of `epoch` that are all zero bytes."""
+        index, number = self._block(block), u64(epoch, "epoch")
+        first, count = u64(first_pfn, "first page"), u64(n_pages, "number of pages")
+        with self._handle as cc:
+            check(lib.colocache_receive_zero(cc, number, index, first, count))
+
+    def receive_pages(self, epoch: int, block: Block | str | int, pfns: npt.ArrayLike, data: Buffer) -> None:
+        """Pages one after the other in `data`, for pfns[0], pfns[1], ...; none is taken if one is out of range."""
+        given = np.asarray(pfns)
+        if given.size and (given.dtype.kind not in "iu" or (given.dtype.kind == "i" and given.min() < 0)):
+            raise ArgumentError(f"page numbers are integers from 0, these are {given.dtype} from {given.min()}")
+        numbers = np.ascontiguousarray(given, np.uint64)
+        source = ffi.from_buffer("unsigned char[]", data)
+        pointer = ffi.from_buffer("uint64_t[]", numbers)
+        index, number = self._block(block), u64(epoch, "epoch")
+        with self._handle as cc:
+            check(lib.colocache_receive_pages(cc, number, index, pointer, numbers.size, source, len(source)))
+
+    def receive_stream(self, fd: int | HasFileno, *, timeout: float | None, epoch: int = 0) -> tuple[bytes, int]:
+        """Take PAGES packets from a stream socket until another message comes; its 40 header bytes, and pages taken.
+
+        `timeout`: longest wait in seconds without a byte. `epoch` 0 takes the packets' own. PacketError, EpochError,
+        BlockError, RangeError, PeerLostError, TimedOutError; after an error `error.n_pages` says how many were taken.
+        """
+        socket, wait, number = fd_of(fd), milliseconds(timeout), u64(epoch, "epoch")
+        # The first wait is Python's, so that Ctrl-C is heard while nothing comes.
+        poll = select.poll()
+        poll.register(socket, select.POLLIN | select.POLLRDHUP)
+        if not poll.poll(None if wait < 0 else wait):
+            raise TimedOutError(f"no message came for {wait / 1000:g} s")
+        header = ffi.new("unsigned char[]", lib.COLOCACHE_HEADER_BYTES)
+        n_pages = ffi.new("uint64_t *")
+        with self._handle as cc:
+            code = lib.colocache_receive_stream(cc, socket, wait, number, header, n_pages)
+            if code < 0:
+                error = error_from(code)
+                error.n_pages = n_pages[0]
+                raise error
+        return bytes(ffi.buffer(header)), int(n_pages[0])
+
+    def device_state_buffer(self, epoch: int, len_bytes: int) -> memoryview:
+        """Room for the device state of `epoch`, to be filled before seal; the last call before seal counts.
+
+        Drop it before close. TooLargeError, EpochError, SealedError, NoMemoryError.
+        """
+        addr = ffi.new("void **")
+        number, length = u64(epoch, "epoch"), u64(len_bytes, "length in bytes")
+        with self._handle as cc:
+            check(lib.colocache_device_state_begin(cc, number, length, addr))
+            return self._handle.memory(addr[0], length)
+
+    def device_state(self) -> bytes:
+        """The device state of the newest sealed epoch. NoStateError."""
+        addr, length = ffi.new("const void **"), ffi.new("uint64_t *")
+        with self._handle as cc:
+            check(lib.colocache_device_state(cc, addr, length))
+            return bytes(ffi.buffer(addr[0], length[0])) if length[0] else b""
+
+    # ---- the SVM's dirty log ----
+
+    def mark_dirty(self, block: Block | str | int, first_pfn: int, n_pages: int = 1) -> None:
+        """Pages that user space on the SVM's side wrote, after the write. Any thread. RangeError."""
+        index, first, count = self._block(block), u64(first_pfn, "first page"), u64(n_pages, "number of pages")
+        with self._handle as cc:
+            check(lib.colocache_mark_dirty(cc, index, first, count))
+
+    def sync_dirty_log(self, source: DirtyLog) -> None:
+        """Get, OR into the SVM bitmap, clear. vCPUs stopped. LogLostError: then dirty_log_lost."""
+        self._mark_writers()
+        with self._handle as cc, source._handle as log:
+            check(lib.colocache_sync_dirty_log(cc, log))
+
+    def sync_words(
+        self, block: Block | str | int, words: npt.ArrayLike, first_pfn: int = 0, n_pages: int | None = None
+    ) -> None:
+        """OR u64 words of any log: bit 0 of words[0] is page first_pfn. The caller clears that log. TailError."""
+        self._mark_writers()
+        one = block if isinstance(block, Block) else self.blocks[block]
+        first, count = one.span(first_pfn, n_pages)
+        _array, pointer = words_of(words, count)
+        with self._handle as cc:
+            check(lib.colocache_sync_words(cc, one.index, first, count, pointer))
+
+    def dirty_log_lost(self) -> None:
+        """The log is unknown, because its owner died: every page counts as written by the SVM."""
+        with self._handle as cc:
+            check(lib.colocache_dirty_log_lost(cc))
+
+    @contextmanager
+    def _writing(self, block: int, first_pfn: int, n_pages: int, memory: memoryview) -> Iterator[None]:
+        """A writable view's range: marked now, at each sync until its memory is let go, and when it is given back."""
+        self.mark_dirty(block, first_pfn, n_pages)
+        self._writers[next(self._writer_numbers)] = (block, first_pfn, n_pages, weakref.ref(memory.obj))
+        try:
+            yield
+        finally:
+            self.mark_dirty(block, first_pfn, n_pages)
+
+    def _mark_writers(self) -> None:
+        """Mark what writable views may have written; one that is gone is marked a last time."""
+        for key, (block, first_pfn, n_pages, alive) in list(self._writers.items()):
+            gone = alive() is None
+            self.mark_dirty(block, first_pfn, n_pages)
+            if gone:
+                self._writers.pop(key, None)
+
+    # ---- seal, flush, abort, failover ----
+
+    def seal(self, epoch: int, *, n_pages: int | None = None, check: Check | None = None) -> SealResult:
+        """The commit point. vCPUs stopped, log synced, pages and device state of `epoch` there.
+
+        `n_pages`: how many the peer says it sent (IncompleteError); `check` sees the device state, read-only, and
+        refuses it by raising: VetoError, with that exception as __cause__. An error aborts the epoch; nothing is lost.
+        EpochError, SealedError, FailedOverError (take over instead), NoMemoryError.
+        """
+        self._mark_writers()
+        args, result = struct("colocache_seal_args"), struct("colocache_seal_result")
+        args.epoch = u64(epoch, "epoch")
+        args.n_pages = lib.COLOCACHE_ANY_COUNT if n_pages is None else u64(n_pages, "number of pages")
+        asked = _Asked(self._handle, check or (lambda _: None))
+        context = ffi.new_handle(asked)  # must live as long as C may call
+        args.check, args.check_context = lib.colocache_py_check, context
+        with self._handle as cc:
+            code = lib.colocache_seal(cc, args, result)
+            if code < 0:
+                error = error_from(code)
+                if asked.error is None:
+                    raise error
+                if not isinstance(asked.error, Exception):
+                    raise asked.error  # Ctrl-C or exit, not an opinion of the check
+                raise error from asked.error
+        return SealResult.of(result)
+
+    def flush(self) -> FlushResult:
+        """Make guest RAM the sealed epoch and say so in the commit record. May be repeated. NotSealedError."""
+        result = struct("colocache_flush_result")
+        with self._handle as cc:
+            check(lib.colocache_flush(cc, result))
+        return FlushResult.of(result)
+
+    def loaded(self, ok: bool = True) -> bool:
+        """How the load of the device state went. True: failover was asked for meanwhile, take over now.
+
+        ok False: this VM must never run; memory and device state stay for a fresh one that attaches.
+        """
+        with self._handle as cc:
+            return check(lib.colocache_loaded(cc, int(ok))) == 1
+
+    def preflush(self) -> int:
+        """Before epoch 1 is sealed: copy what has come to guest RAM already; how many pages. OrderError later."""
+        n_pages = ffi.new("uint64_t *")
+        with self._handle as cc:
+            check(lib.colocache_preflush(cc, n_pages))
+        return int(n_pages[0])
+
+    def abort(self, epoch: int, reason: str) -> None:
+        """Give up the open epoch; its number is not used again, bits and cache stay. EpochError, SealedError."""
+        text = ffi.new("char[]", reason.replace("\0", " ").encode())
+        number = u64(epoch, "epoch")
+        with self._handle as cc:
+            check(lib.colocache_abort(cc, number, text))
+
+    def failover(self) -> Failover:
+        """May this machine take over? NoStateError, LoadFailedError. Any thread."""
+        epoch = ffi.new("uint64_t *")
+        with self._handle as cc:
+            code = check(lib.colocache_failover(cc, epoch))
+        return Failover(now=code == 0, epoch=int(epoch[0]))
+
+    # ---- looking ----
+
+    def status(self) -> Status:
+        """A snapshot. Any thread."""
+        out = struct("colocache_status")
+        with self._handle as cc:
+            check(lib.colocache_get_status(cc, out))
+        return Status.of(out)
+
+    def validate(self, compare_pages: bool = False) -> None:
+        """Check every invariant; CorruptError or TailError names the first that is broken.
+
+        `compare_pages`: also that pages in neither bitmap are the same in both images; only while the SVM is stopped,
+        its log synced, and nothing is received.
+        """
+        with self._handle as cc:
+            check(lib.colocache_validate(cc, int(compare_pages)))
+
+    def __repr__(self) -> str:
+        return "<Cache: closed>" if self._handle.closed else f"<Cache: {self.status()}>"
+
+
+class _Asked:
+    """A check that C asks, and what it raised."""
+
+    def __init__(self, handle: Handle, check: Check) -> None:
+        self.handle, self.check = handle, check
+        self.error: BaseException | None = None
+
+
+def _outside(_kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
+    """Ctrl-C in the few instructions of a callback that are not in its own try: seal still must raise it."""
+    asked = trace.tb_frame.f_locals.get("asked") if trace is not None else None
+    if isinstance(asked, _Asked) and asked.error is None:
+        asked.error = error
+
+
+@ffi.def_extern(name="colocache_py_check", error=1, onerror=_outside)  # type: ignore[untyped-decorator]
+def _py_check(context: Any, state: Any, len_bytes: int) -> int:
+    asked: _Asked = ffi.from_handle(context)
+    try:
+        asked.check(asked.handle.memory(state, len_bytes).toreadonly())
+    except BaseException as error:  # noqa: BLE001 an exception can't pass through C: seal raises it
+        asked.error = error
+        return 1
+    return 0
+
+
+@ffi.def_extern(name="colocache_py_log")  # type: ignore[untyped-decorator]
+def _py_log(context: Any, level: int, sentence: Any) -> None:
+    sink: LogSink = ffi.from_handle(context)
+    sink(level, ffi.string(sentence).decode("utf-8", "replace"))
+
+
+def _options(threads: int, copy: str, device_state_max: int, log: LogSink | None) -> tuple[Any, list[Any]]:
+    """The C struct, and what must live as long as the handle."""
+    if copy not in COPY_NAMES:
+        raise ArgumentError(f"copy is {copy!r}, known are {', '.join(COPY_NAMES)}")
+    if not 0 <= threads < 1 << 16:
+        raise ArgumentError(f"threads is {threads}: from 0 (as many as cores) to {(1 << 16) - 1}")
+    options = struct("colocache_options", n_threads=threads, copy_variant=COPY_NAMES[copy])
+    options.device_state_max_bytes = u64(device_state_max, "device_state_max")
+    keep: list[Any] = []
+    if log is not None:
+        keep.append(ffi.new_handle(log))
+        options.log, options.log_context = lib.colocache_py_log, keep[0]
+    return options, keep
+
+
+def _images(memory: Memory) -> tuple[Any, Sequence[Any]]:
+    """The C array of a memory's images, and the names that it points to."""
+    array = ffi.new("struct colocache_images[]", len(memory.images))
+    names = []
+    for c, one in zip(array, memory.images, strict=True):
+        names.append(ffi.new("char[]", one.spec.name.encode()))
+        c.struct_size = ffi.sizeof("struct colocache_images")
+        c.name, c.len_bytes, c.page_size = names[-1], one.spec.len_bytes, one.spec.page_size
+        c.sparse = int(one.sparse)
+        c.guest_fd, c.guest_offset = one.guest_fd, one.guest_offset
+        c.cache_fd, c.cache_offset = one.cache_fd, one.cache_offset
+    return array, names

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dirty logs that the kernel keeps: KVM's, and that of this process's own 4 KiB mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from colocache._handle import Handle, HasFileno, fd_of, u64
+from colocache._native import check, ffi, lib
+
+
+@dataclass(frozen=True)
+class KvmSlot:
+    """A KVM memory slot that holds `n_pages` of a block from `first_pfn` on; slots may begin at any page."""
+
+    slot: int
+    block: int
+    first_pfn: int
+    n_pages: int
+
+
+@dataclass(frozen=True)
+class UffdRange:
+    """Memory at `addr` that holds `n_pages` of a block from `first_pfn` on, written by threads of this process."""
+
+    block: int
+    first_pfn: int
+    n_pages: int
+    addr: int
+
+
+class DirtyLog:
+    """A source for Cache.sync_dirty_log and Sender.sync_dirty_log. Context manager; a second close is fine."""
+
+    def __init__(self, handle: Handle) -> None:
+        """Not for users: see KvmDirtyLog and UffdDirtyLog."""
+        self._handle = handle
+
+    def discard(self) -> None:
+        """Get, clear and throw away: before the VM first runs."""
+        with self._handle as source:
+            check(lib.colocache_source_discard(source))
+
+    def close(self) -> None:
+        self._handle.close()
+
+    def __enter__(self) -> DirtyLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._handle.leave(error)
+
+
+class KvmDirtyLog(DirtyLog):
+    """KVM's log of a VM whose slots have KVM_MEM_LOG_DIRTY_PAGES and 4096-byte pages.
+
+    `manual_protect`: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled on it. The descriptor stays the caller's.
+    """
+
+    def __init__(self, vm_fd: int | HasFileno, slots: Sequence[KvmSlot], manual_protect: bool) -> None:
+        array = ffi.new("struct colocache_kvm_slot[]", len(slots))
+        for c, slot in zip(array, slots, strict=True):
+            c.slot, c.block = u64(slot.slot, "slot"), u64(slot.block, "block")
+            c.first_pfn, c.n_pages = u64(slot.first_pfn, "first page"), u64(slot.n_pages, "number of pages")
+        out = ffi.new("struct colocache_source **")
+        check(lib.colocache_source_kvm(fd_of(vm_fd), array, len(slots), int(manual_protect), out))
+        super().__init__(_source_handle("KVM dirty log", out[0]))
+
+
+class UffdDirtyLog(DirtyLog):
+    """The kernel's log of this process's own mappings (userfaultfd write-protect, PAGEMAP_SCAN; Linux 6.7).
+
+    Needs no privilege. On hugetlb it sees 2 MiB at a time. UnsupportedError where the kernel lacks it.
+    """
+
+    def __init__(self, ranges: Sequence[UffdRange]) -> None:
+        array = ffi.new("struct colocache_uffd_range[]", len(ranges))
+        for c, one in zip(array, ranges, strict=True):
+            c.block, c.addr = u64(one.block, "block"), ffi.cast("void *", u64(one.addr, "address"))
+            c.first_pfn, c.n_pages = u64(one.first_pfn, "first page"), u64(one.n_pages, "number of pages")
+        out = ffi.new("struct colocache_source **")
+        check(lib.colocache_source_uffd(array, len(ranges), out))
+        super().__init__(_source_handle("dirty log of this process", out[0]))
+
+
+def _source_handle(what: str, source: Any) -> Handle:
+    return Handle(what, source, lib.colocache_source_close)

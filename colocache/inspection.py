@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Looking at a control region without owning it: no lock is taken and nothing is written."""
+
+from __future__ import annotations
+
+import os
+
+from colocache._native import check, ffi, lib, struct
+from colocache.memory import Memory, check_name, file_name, open_shm
+from colocache.results import BlockInfo, Inspection, Status
+from colocache.spec import BLOCKS_MAX
+
+
+def inspect(region: Memory | str | int) -> Inspection:
+    """A region by its memory, its name, or a descriptor of its control object.
+
+    NotColocacheError (there is none, or it is something else), LayoutError, CorruptError.
+    """
+    if isinstance(region, str):
+        fd = open_shm(file_name(check_name(region), "control"))
+        try:
+            return _inspect(fd)
+        finally:
+            os.close(fd)
+    if isinstance(region, Memory):
+        region.check_open()
+        return _inspect(region.control_fd)
+    return _inspect(region)
+
+
+def _inspect(control_fd: int) -> Inspection:
+    status = struct("colocache_status")
+    blocks = ffi.new("struct colocache_block_info[]", BLOCKS_MAX)
+    n_blocks = ffi.new("uint32_t *", BLOCKS_MAX)
+    check(lib.colocache_inspect(control_fd, status, blocks, n_blocks))
+    found = range(min(n_blocks[0], BLOCKS_MAX))
+    return Inspection(Status.of(status), tuple(BlockInfo.of(blocks[index], index) for index in found))

@@ -1,0 +1,399 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of a secondary: names, files and their end. The only importer of posix_ipc; C gets descriptors.
+
+A region NAME is the POSIX shared-memory object `/colocache.NAME.control`, and per block I the images
+`colocache.NAME.guest.I` and `colocache.NAME.cache.I`: POSIX shared memory, files on a hugetlbfs mount, or memfds
+without a name, which go with the last process that holds them.
+
+Whoever has a region's memory holds a shared flock on its control object, apart from the owner's lock that the C library
+takes: while either is held, `clean` leaves the region alone. The kernel drops both at death.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import posix_ipc
+
+from colocache import backing as bk
+from colocache.errors import (
+    ArgumentError,
+    BusyError,
+    ClosedError,
+    ColocacheError,
+    ExistsError,
+    LengthError,
+    MemoryShortError,
+    NoStateError,
+    NotColocacheError,
+    SystemCallError,
+    UnsupportedError,
+)
+from colocache.spec import BlockSpec, Images, check_blocks
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3})")
+
+
+def check_name(name: str) -> str:
+    """The name itself; ArgumentError if a region can't be called so."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise ArgumentError(f"{name!r} is no name of a region: 1 to 64 of A-Z a-z 0-9 . _ -")
+    return name
+
+
+def file_name(name: str, part: str) -> str:
+    return f"colocache.{name}.{part}"
+
+
+def open_shm(file: str, *, create: bool = False) -> int:
+    """Descriptor of a POSIX shared-memory object, new and empty if `create`."""
+    try:
+        flags = posix_ipc.O_CREX if create else 0
+        return int(posix_ipc.SharedMemory(f"/{file}", flags, mode=0o600, size=0).fd)
+    except posix_ipc.ExistentialError as error:
+        if create:
+            raise ExistsError(f"POSIX shared memory /{file} is there already") from error
+        raise NotColocacheError(f"there is no POSIX shared memory /{file}") from error
+    except posix_ipc.PermissionsError as error:
+        raise SystemCallError(f"no permission for POSIX shared memory /{file}", errno=errno.EACCES) from error
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise SystemCallError(f"POSIX shared memory /{file}: {error.strerror}", errno=code) from error
+
+
+def open_file(folder: Path, file: str, *, create: bool = False) -> int:
+    """Descriptor of an image by name, in POSIX shared memory or on a hugetlbfs mount."""
+    if folder == bk.SHM_DIR:
+        return open_shm(file, create=create)
+    try:
+        flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if create else 0)
+        return os.open(folder / file, flags, 0o600)
+    except FileExistsError as error:
+        raise ExistsError(f"{folder / file} is there already") from error
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise SystemCallError(f"{folder / file}: {error.strerror}", errno=code) from error
+
+
+def remove_file(folder: Path, file: str) -> None:
+    """Remove a name; one that is gone already is fine."""
+    try:
+        if folder == bk.SHM_DIR:
+            posix_ipc.unlink_shared_memory(f"/{file}")
+        else:
+            (folder / file).unlink(missing_ok=True)
+    except posix_ipc.ExistentialError:
+        pass
+    except (posix_ipc.PermissionsError, OSError) as error:
+        raise SystemCallError(f"{folder / file} can't be removed: {error}", errno=errno.EACCES) from error
+
+
+def identity(fd: int) -> tuple[int, int]:
+    stat = os.fstat(fd)
+    return stat.st_dev, stat.st_ino
+
+
+def hold(control_fd: int, name: str) -> None:
+    """Take the shared lock that tells `clean` to leave the region alone; BusyError while it is being removed."""
+    try:
+        fcntl.flock(control_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BusyError(f"region {name} is being removed by another process", hint="try again") from error
+    if os.fstat(control_fd).st_nlink == 0:
+        raise NotColocacheError(f"region {name} was removed just now")
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Ctrl-C between making a name and noting it would leave the name behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Memory:
+    """All images and the control region of one secondary.
+
+    Made by `create` (leaving a `with` closes it and removes its names), `open` (a region that outlived its process) or
+    `from_manifest` (in a child, from inherited descriptors); of the latter two, leaving a `with` only closes.
+    What was created and neither closed nor unlinked is removed when the interpreter exits.
+    """
+
+    name: str
+    backing: str
+    persistent: bool
+    why: str
+    control_fd: int
+    images: tuple[Images, ...]
+
+    def __init__(self, name: str, backing: str, *, persistent: bool, why: str) -> None:
+        """Not for users: see create, open and from_manifest."""
+        self.name, self.backing, self.persistent, self.why = name, backing, persistent, why
+        self.control_fd = -1
+        self.images = ()
+        self._fds: list[int] = []
+        self._made: list[tuple[Path, str, tuple[int, int]]] = []  # folder, file, device and inode
+        self._pid = os.getpid()
+        self._opened = False
+
+    # ---- making ----
+
+    @classmethod
+    def create(
+        cls,
+        name: str | None = None,
+        blocks: Sequence[BlockSpec] = (),
+        *,
+        backing: str = "auto",
+        reserve: bool = True,
+    ) -> Memory:
+        """Make the images of `blocks` and an empty control region, all zero bytes.
+
+        `name` None: a free one is chosen. `backing` auto takes the best that has room; `.why` says which and why.
+        `reserve` False: pages are allocated as they come, for guests that use little of their memory.
+        MemoryShortError (how much is missing, and the command), UnsupportedError, ExistsError, BlockError.
+        """
+        specs = check_blocks(blocks)
+        name = f"{os.getpid()}-{secrets.token_hex(4)}" if name is None else check_name(name)
+        refused: list[str] = []
+        for kind in bk.kinds(backing):
+            try:
+                bk.check_room(kind, 2 * sum(kind.size_of(spec.len_bytes) for spec in specs), reserve=reserve)
+                return cls._make(name, specs, kind, refused, reserve=reserve)
+            except (MemoryShortError, UnsupportedError, SystemCallError) as error:
+                refused.append(f"not {kind.backing}: {error}")
+                last: ColocacheError = error
+        raise last
+
+    @classmethod
+    def _make(
+        cls, name: str, specs: Sequence[BlockSpec], kind: bk.Kind, refused: Sequence[str], *, reserve: bool
+    ) -> Memory:
+        memory = cls(name, kind.backing, persistent=kind.persistent, why="; ".join([kind.why, *refused]))
+        try:
+            memory.control_fd = memory._new_file(bk.SHM_DIR, "control")
+            hold(memory.control_fd, name)
+            made = []
+            for index, spec in enumerate(specs):
+                pair = [
+                    memory._new_image(kind, f"{side}.{index}", spec, reserve=reserve) for side in ("guest", "cache")
+                ]
+                made.append(Images(spec, pair[0], 0, pair[1], 0, not reserve))
+            memory.images = tuple(made)
+        except BaseException:
+            memory.unlink()
+            memory.close()
+            raise
+        return memory
+
+    def _new_file(self, folder: Path, part: str) -> int:
+        file = file_name(self.name, part)
+        with _signals_wait():
+            fd = open_file(folder, file, create=True)
+            self._fds.append(fd)
+            self._made.append((folder, file, identity(fd)))
+            _unfinished.add(self)
+        return fd
+
+    def _new_image(self, kind: bk.Kind, part: str, spec: BlockSpec, *, reserve: bool) -> int:
+        if kind.folder is None:
+            fd = bk.nameless_file(kind, file_name(self.name, part))
+            self._fds.append(fd)
+        else:
+            fd = self._new_file(kind.folder, part)
+        bk.size_file(kind, fd, spec.len_bytes, reserve=reserve)
+        return fd
+
+    # ---- finding again ----
+
+    @classmethod
+    def open(cls, name: str) -> Memory:
+        """The region that a process left: its images by name. NotColocacheError, NoStateError (images are gone)."""
+        from colocache.inspection import inspect
+
+        check_name(name)
+        memory = cls(name, "shm", persistent=True, why="opened by name")
+        memory._opened = True
+        try:
+            memory.control_fd = open_shm(file_name(name, "control"))
+            memory._fds.append(memory.control_fd)
+            hold(memory.control_fd, name)
+            blocks = inspect(memory.control_fd).blocks
+            found = []
+            for block in blocks:
+                pair = [memory._old_image(f"{side}.{block.index}", block.len_bytes) for side in ("guest", "cache")]
+                spec = BlockSpec(block.name, block.len_bytes, block.page_size)
+                found.append(Images(spec, pair[0], 0, pair[1], 0, block.sparse))
+            memory.images = tuple(found)
+        except BaseException:
+            memory.close()
+            raise
+        return memory
+
+    def _old_image(self, part: str, len_bytes: int) -> int:
+        file = file_name(self.name, part)
+        for folder in [bk.SHM_DIR, *bk.hugetlbfs_mounts()]:
+            if (folder / file).exists():
+                fd = open_file(folder, file)
+                self._fds.append(fd)
+                if os.fstat(fd).st_size < len_bytes:
+                    raise LengthError(f"{folder / file} is {os.fstat(fd).st_size} bytes, its block has {len_bytes}")
+                self.backing = "shm" if folder == bk.SHM_DIR else "hugetlb"
+                return fd
+        raise NoStateError(
+            f"region {self.name} has no image {file}: its memory had no name and went with its last process",
+            hint=f"`colocache clean {self.name}` removes the rest",
+        )
+
+    # ---- handing over ----
+
+    @property
+    def fds(self) -> tuple[int, ...]:
+        """Every descriptor, for subprocess's pass_fds."""
+        self.check_open()
+        return tuple(self._fds)
+
+    def manifest(self) -> str:
+        """JSON that from_manifest reads in a child which inherited `fds` under the same numbers."""
+        self.check_open()
+        images = [
+            {
+                "name": one.spec.name,
+                "len_bytes": one.spec.len_bytes,
+                "page_size": one.spec.page_size,
+                "guest_fd": one.guest_fd,
+                "guest_offset": one.guest_offset,
+                "cache_fd": one.cache_fd,
+                "cache_offset": one.cache_offset,
+                "sparse": one.sparse,
+            }
+            for one in self.images
+        ]
+        facts = {"name": self.name, "backing": self.backing, "persistent": self.persistent, "why": self.why}
+        return json.dumps({**facts, "control_fd": self.control_fd, "images": images})
+
+    @classmethod
+    def from_manifest(cls, text: str) -> Memory:
+        """The memory that a parent described; the descriptors in it now belong to this object. ArgumentError."""
+        try:
+            facts = json.loads(text)
+            memory = cls(
+                check_name(facts["name"]),
+                str(facts["backing"]),
+                persistent=bool(facts["persistent"]),
+                why=str(facts["why"]),
+            )
+            memory.control_fd = int(facts["control_fd"])
+            memory.images = tuple(
+                Images(
+                    BlockSpec(str(one["name"]), int(one["len_bytes"]), int(one["page_size"])),
+                    int(one["guest_fd"]),
+                    int(one["guest_offset"]),
+                    int(one["cache_fd"]),
+                    int(one["cache_offset"]),
+                    bool(one["sparse"]),
+                )
+                for one in facts["images"]
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArgumentError(f"this is no manifest of a region's memory: {error}") from error
+        check_blocks([one.spec for one in memory.images])
+        fds = [memory.control_fd, *(fd for one in memory.images for fd in (one.guest_fd, one.cache_fd))]
+        for fd in fds:
+            try:
+                os.fstat(fd)
+                os.set_inheritable(fd, False)
+            except (OSError, OverflowError) as error:
+                raise ArgumentError(f"descriptor {fd} of the manifest is not open here: pass it on") from error
+        memory._fds = fds
+        return memory
+
+    # ---- the end ----
+
+    def check_open(self) -> None:
+        """ClosedError after close."""
+        if not self._fds:
+            raise ClosedError(f"the memory of region {self.name} is closed")
+
+    def close(self) -> None:
+        """Close the descriptors. Names stay, for another process to open; a second close is fine."""
+        fds, self._fds = self._fds, []
+        self.control_fd = -1
+        for fd in fds:
+            os.close(fd)
+        _unfinished.discard(self)
+
+    def unlink(self) -> None:
+        """Remove the names that this object made; after `open`, the region's, unless somebody owns it (BusyError).
+
+        In a child that was forked or got a manifest it does nothing: the names are the parent's.
+        """
+        if os.getpid() != self._pid:
+            return
+        if self._opened:
+            self._unlink_opened()
+            return
+        made, self._made = self._made, []
+        _unfinished.discard(self)
+        # The control object goes last: as long as it is there, the images have a lock to ask.
+        for folder, file, which in reversed(made):
+            if self._is_still(folder, file, which):
+                remove_file(folder, file)
+
+    def _unlink_opened(self) -> None:
+        from colocache.regions import remove_region
+
+        self.check_open()
+        fcntl.flock(self.control_fd, fcntl.LOCK_UN)  # ours is not in the way of the removal
+        try:
+            remove_region(self.name)
+        finally:
+            with contextlib.suppress(ColocacheError):  # removed, or somebody else is removing it
+                hold(self.control_fd, self.name)
+
+    @staticmethod
+    def _is_still(folder: Path, file: str, which: tuple[int, int]) -> bool:
+        """False if somebody removed the name and another region has it now."""
+        try:
+            stat = (folder / file).stat()
+        except OSError:
+            return False
+        return (stat.st_dev, stat.st_ino) == which
+
+    def __enter__(self) -> Memory:
+        self.check_open()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._opened:
+            self.unlink()
+        self.close()
+
+    def __repr__(self) -> str:
+        state = f"{len(self.images)} blocks" if self._fds else "closed"
+        return f"<Memory {self.name}: {self.backing}, {state}>"
+
+
+_unfinished: set[Memory] = set()
+
+
+@atexit.register
+def _remove_all() -> None:
+    for memory in list(_unfinished):
+        memory.unlink()
