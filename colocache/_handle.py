@@ -94,13 +94,18 @@ class Handle:
         except BufferError:
             if error is None:
                 raise
-            for view in [ref() for ref in list(self._views.values())]:
-                if view is not None:
-                    weakref.finalize(view, self._close_quietly)
+            _leaving.add(self)  # alive until its last view is gone
+            self._leave_if_unused()
 
-    def _close_quietly(self) -> None:
-        with contextlib.suppress(BufferError, OrderError):  # not the last one yet
-            self.close()
+    def _leave_if_unused(self) -> None:
+        if self in _leaving and not self._views:
+            with contextlib.suppress(OrderError):
+                self.close()
+            _leaving.discard(self)
+
+    def _view_gone(self, key: int) -> None:
+        self._views.pop(key, None)
+        self._leave_if_unused()
 
     def memory(self, pointer: Any, len_bytes: int) -> memoryview:
         """A writable view of the object's memory; it counts until the last thing that refers to it is gone."""
@@ -108,8 +113,11 @@ class Handle:
             return memoryview(bytearray())
         buffer = ffi.buffer(pointer, len_bytes)
         key = id(buffer)
-        self._views[key] = weakref.ref(buffer, lambda _: self._views.pop(key, None))
+        self._views[key] = weakref.ref(buffer, lambda _: self._view_gone(key))
         return memoryview(buffer)
+
+
+_leaving: set[Handle] = set()
 
 
 def u64(value: int, what: str) -> int:

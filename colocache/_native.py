@@ -3,14 +3,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import Any
 
 from colocache.errors import ColocacheError, error_for
 
-_flags = sys.getdlopenflags()
-sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)
 try:
     from colocache._engine import ffi, lib
 except ImportError as error:
@@ -18,8 +14,6 @@ except ImportError as error:
         f"colocache's compiled engine does not load ({error}): install the package with `pip install .`; "
         "a source tree that was never built can't be imported"
     ) from error
-finally:
-    sys.setdlopenflags(_flags)
 
 __all__ = ["check", "error_from", "ffi", "lib"]
 

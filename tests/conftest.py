@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all tests share: memory with names of this run, and the promise that nothing is left behind."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import colocache
+from colocache import BlockSpec, Cache, Memory
+from colocache import backing as bk
+
+from support import BLOCKS, ours
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def region_name() -> str:
+    """A name that no other run uses."""
+    return f"t{os.getpid()}-{next(_numbers)}"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left() -> Iterator[None]:
+    """Every test leaves /dev/shm and hugetlbfs as it found them."""
+    yield
+    left = [region for region in colocache.list_regions() if ours(region.name)]
+    for region in left:
+        for path in region.files:
+            path.unlink()
+    assert left == []
+
+
+@pytest.fixture
+def make_memory(region_name: str) -> Iterator[Callable[..., Memory]]:
+    """Memory.create with a name of this run and small blocks; removed at the end."""
+    made: list[Memory] = []
+
+    def make(blocks: tuple[BlockSpec, ...] = BLOCKS, *, backing: str = "shm", reserve: bool = True) -> Memory:
+        made.append(Memory.create(f"{region_name}-{len(made)}", blocks, backing=backing, reserve=reserve))
+        return made[-1]
+
+    yield make
+    for memory in made:
+        memory.unlink()
+        memory.close()
+
+
+@pytest.fixture
+def memory(make_memory: Callable[..., Memory]) -> Memory:
+    """A secondary's memory with the blocks boot and pc.ram, on 4 KiB pages."""
+    return make_memory()
+
+
+@pytest.fixture
+def cache(memory: Memory) -> Iterator[Cache]:
+    """A new secondary with the blocks boot and pc.ram."""
+    with Cache.create(memory, threads=2) as made:
+        yield made
+
+
+@pytest.fixture
+def huge_pages() -> int:
+    """How many 2 MiB pages are free; skips where there are none."""
+    free = bk.huge_pages().free
+    if free < 16:
+        pytest.skip(f"{free} huge pages are free, 16 are needed: sysctl vm.nr_hugepages={bk.huge_pages().total + 16}")
+    return free
+
+
+@pytest.fixture
+def source_tree() -> Path:
+    """The clone that these tests are in; skips where only the tests were copied."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file():
+        pytest.skip("these tests are not in a source tree")
+    return root

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Small things that several tests use."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from colocache import BlockSpec
+
+PAGE = 4096
+# Lengths that are no multiple of 64 pages, one of them tiny, are the normal case.
+BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", 1000 * PAGE))
+
+
+def ours(name: str) -> bool:
+    """Made by this test process: names given by the fixtures, and the free names that Memory chooses."""
+    return name.startswith((f"t{os.getpid()}-", f"{os.getpid()}-"))
+
+
+@contextmanager
+def child(code: str, *args: str, pass_fds: tuple[int, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that runs `code`; it is killed at the end if it still runs."""
+    command = [sys.executable, "-c", textwrap.dedent(code), *args]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, pass_fds=pass_fds
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line that a child prints; what it wrote to stderr is the error if there is none."""
+    assert process.stdout is not None
+    line = process.stdout.readline().strip()
+    if not line:
+        _, errors = process.communicate(timeout=60)
+        raise AssertionError(errors)
+    return line

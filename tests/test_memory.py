@@ -1,0 +1,513 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory of a secondary: reserved whole or refused with the numbers, found again by name, and never left behind."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import colocache
+from colocache import (
+    ArgumentError,
+    BlockError,
+    BlockSpec,
+    Cache,
+    ClosedError,
+    ExistsError,
+    LengthError,
+    Memory,
+    MemoryShortError,
+    NoStateError,
+    NotColocacheError,
+    RamImage,
+    UnsupportedError,
+)
+from colocache import backing as bk
+
+from support import BLOCKS, PAGE, child, line_of, ours
+
+MIB = 1 << 20
+
+
+def files_of(name: str) -> list[Path]:
+    return [path for region in colocache.list_regions() if region.name == name for path in region.files]
+
+
+# ---- what may be asked for ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../x", "x" * 65, "a b", "ä", "a\0b", "a\n", 7])
+def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
+    with pytest.raises(ArgumentError, match="is no name of a region"):
+        Memory.create(name, BLOCKS, backing="shm")
+
+
+@pytest.mark.parametrize(
+    ("name", "len_bytes", "page_size", "error"),
+    [
+        ("", PAGE, PAGE, BlockError),
+        ("x" * 256, PAGE, PAGE, BlockError),
+        ("a\0b", PAGE, PAGE, BlockError),
+        ("ram", 0, PAGE, LengthError),
+        ("ram", -PAGE, PAGE, LengthError),
+        ("ram", PAGE + 1, PAGE, LengthError),
+        ("ram", 1 << 47, PAGE, LengthError),
+        ("ram", 3 * PAGE, 2 * PAGE, LengthError),
+        ("ram", 6000, 3000, LengthError),
+        ("ram", 2048, 2048, LengthError),
+        ("ram", 4 << 20, 4 << 20, LengthError),
+    ],
+)
+def test_a_block_that_no_guest_can_have_is_refused(
+    name: str, len_bytes: int, page_size: int, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        BlockSpec(name, len_bytes, page_size)
+
+
+def test_none_too_many_or_twice_the_same_block_is_refused() -> None:
+    for blocks in ([], [BlockSpec("ram", PAGE)] * 2, [BlockSpec(f"b{i}", PAGE) for i in range(257)]):
+        with pytest.raises(BlockError):
+            Memory.create(None, blocks, backing="shm")
+
+
+def test_an_unknown_backing_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ArgumentError, match="auto, hugetlb, thp, shm"):
+        Memory.create(None, BLOCKS, backing="floppy")
+
+
+# ---- what is made -------------------------------------------------------------------------------------------
+
+
+def check_images(memory: Memory, unit: int) -> None:
+    assert [one.spec for one in memory.images] == list(BLOCKS)
+    for one in memory.images:
+        for fd in (one.guest_fd, one.cache_fd):
+            size = os.fstat(fd).st_size
+            assert size == bk.round_up(one.spec.len_bytes, unit)
+            assert os.get_inheritable(fd) is False
+            with mmap.mmap(fd, size) as mapping:
+                assert mapping[:] == bytes(size)
+    assert os.fstat(memory.control_fd).st_size == 0
+
+
+def test_shm_images_are_whole_zeroed_and_named(memory: Memory) -> None:
+    check_images(memory, PAGE)
+    assert memory.persistent
+    assert len(files_of(memory.name)) == 5
+    for one in memory.images:
+        assert os.fstat(one.guest_fd).st_blocks * 512 == one.spec.len_bytes  # reserved, not promised
+
+
+@pytest.mark.hugepages
+def test_hugetlb_images_are_there_whole(make_memory: Callable[..., Memory], huge_pages: int) -> None:
+    memory = make_memory(backing="hugetlb")
+    check_images(memory, bk.HUGE)
+    assert memory.persistent == (bk.writable_hugetlbfs() is not None)
+    for one in memory.images:
+        assert os.fstat(one.guest_fd).st_blocks * 512 == bk.round_up(one.spec.len_bytes, bk.HUGE)
+
+
+def test_thp_images_are_whole_or_refused_with_the_setting(make_memory: Callable[..., Memory]) -> None:
+    if bk.thp_mode() in ("never", "deny"):
+        with pytest.raises(UnsupportedError, match="echo advise"):
+            make_memory(backing="thp")
+        return
+    memory = make_memory(backing="thp")
+    check_images(memory, bk.HUGE)
+    assert not memory.persistent
+    assert [path.name.rsplit(".", 1)[1] for path in files_of(memory.name)] == ["control"]
+
+
+def test_sparse_images_take_no_memory_before_they_are_used(make_memory: Callable[..., Memory]) -> None:
+    memory = make_memory((BlockSpec("ram", 1 << 36),), reserve=False)
+    assert memory.images[0].sparse
+    assert os.fstat(memory.images[0].guest_fd).st_size == 1 << 36
+    assert os.fstat(memory.images[0].guest_fd).st_blocks == 0
+
+
+def test_a_free_name_is_chosen_where_none_is_given() -> None:
+    with Memory.create(None, BLOCKS, backing="shm") as one, Memory.create(None, BLOCKS, backing="shm") as other:
+        assert one.name != other.name
+
+
+def test_a_name_in_use_is_refused_and_left_alone(memory: Memory) -> None:
+    before = files_of(memory.name)
+    with pytest.raises(ExistsError, match=memory.name):
+        Memory.create(memory.name, BLOCKS, backing="shm")
+    assert files_of(memory.name) == before
+
+
+# ---- what is missing ----------------------------------------------------------------------------------------
+
+
+def test_missing_huge_pages_are_counted_and_the_command_is_told(region_name: str) -> None:
+    have = bk.huge_pages()
+    blocks = [BlockSpec("ram", (have.free + 5) * bk.HUGE)]
+    with pytest.raises(MemoryShortError) as caught:
+        Memory.create(region_name, blocks, backing="hugetlb")
+    wanted = 2 * (have.free + 5)
+    assert caught.value.needed == wanted * bk.HUGE
+    assert caught.value.available == have.free * bk.HUGE
+    assert caught.value.command == f"sysctl vm.nr_hugepages={have.total + wanted - have.free}"
+    assert f"{wanted - have.free} are missing" in str(caught.value)
+    assert caught.value.command in str(caught.value)
+
+
+def test_more_than_the_machine_has_is_refused_before_it_is_touched(region_name: str) -> None:
+    blocks = [BlockSpec("ram", bk.round_up(bk.memory_available(), PAGE))]
+    with pytest.raises(MemoryShortError, match="missing"):
+        Memory.create(region_name, blocks)
+    with pytest.raises(MemoryShortError, match="missing"):
+        RamImage.create(BlockSpec("ram", 2 * blocks[0].len_bytes))
+    assert files_of(region_name) == []
+
+
+def test_auto_goes_on_to_the_next_backing_and_says_why(monkeypatch: pytest.MonkeyPatch, region_name: str) -> None:
+    monkeypatch.setattr(bk, "huge_pages", lambda: bk.HugePages(total=7, free=3))
+    monkeypatch.setattr(bk, "thp_mode", lambda: "never")
+    with Memory.create(region_name, BLOCKS) as memory:
+        assert memory.backing == "shm"
+        assert memory.persistent
+        assert "6 huge pages of 2 MiB are needed and 3 are free" in memory.why
+        assert "sysctl vm.nr_hugepages=10" in memory.why
+        assert "shmem_enabled is never" in memory.why
+
+
+def test_with_a_small_dev_shm_auto_still_works_and_shm_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, region_name: str
+) -> None:
+    monkeypatch.setattr(bk, "huge_pages", lambda: bk.HugePages(total=0, free=0))
+    monkeypatch.setattr(bk, "thp_mode", lambda: "never")
+    monkeypatch.setattr(bk, "shm_available", lambda: MIB)
+    with Memory.create(region_name, BLOCKS) as memory:
+        assert memory.backing == "shm"
+        assert not memory.persistent
+        assert "/dev/shm has room for 1 MiB" in memory.why
+    with pytest.raises(MemoryShortError, match=r"mount -o remount,size=\d+m /dev/shm"):
+        Memory.create(region_name, BLOCKS, backing="shm")
+
+
+SMALL_SHM = """
+import colocache
+from colocache import BlockSpec, Memory, MemoryShortError
+blocks = [BlockSpec("ram", 48 << 20)]
+try:
+    Memory.create("small", blocks, backing="shm")
+except MemoryShortError as error:
+    print(error)
+with Memory.create("small", blocks) as memory:
+    print(memory.backing, memory.persistent)
+print([str(path) for region in colocache.list_regions() for path in region.files])
+"""
+
+
+def test_a_dev_shm_of_64_mib_is_no_sigbus() -> None:
+    script = 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$0" -c "$1"'
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no right to a mount namespace")
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, sys.executable, SMALL_SHM],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert run.returncode == 0, run.stderr
+    refused, made, left = run.stdout.splitlines()
+    assert refused == (
+        "96 MiB of POSIX shared memory are needed and /dev/shm has room for 64 MiB: 32 MiB are missing "
+        "(mount -o remount,size=96m /dev/shm)"
+    )
+    assert made.split()[0] in bk.BACKINGS
+    assert left == "[]"
+
+
+def test_room_that_somebody_else_took_meanwhile_is_a_sentence_too(
+    monkeypatch: pytest.MonkeyPatch, region_name: str
+) -> None:
+    have = bk.huge_pages()
+    monkeypatch.setattr(bk, "check_room", lambda *_, **__: None)
+    with pytest.raises(MemoryShortError, match=r"sysctl vm\.nr_hugepages"):
+        Memory.create(region_name, [BlockSpec("ram", (have.free + 1) * bk.HUGE)], backing="hugetlb")
+    assert files_of(region_name) == []
+
+
+# ---- the end ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("nth", [1, 2, 4])
+def test_a_creation_that_fails_half_way_leaves_nothing(
+    monkeypatch: pytest.MonkeyPatch, region_name: str, error: type[BaseException], nth: int
+) -> None:
+    calls = []
+    real = bk.size_file
+
+    def failing(*args: object, **kwargs: object) -> int:
+        calls.append(args)
+        if len(calls) == nth:
+            raise error
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(bk, "size_file", failing)
+    before = set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(error):
+        Memory.create(region_name, BLOCKS, backing="shm")
+    assert files_of(region_name) == []
+    assert set(Path("/proc/self/fd").iterdir()) == before
+
+
+def test_leaving_with_removes_the_names_and_closes(region_name: str) -> None:
+    with pytest.raises(ZeroDivisionError), Memory.create(region_name, BLOCKS, backing="shm") as memory:
+        fds = memory.fds
+        assert len(files_of(region_name)) == 5
+        raise ZeroDivisionError
+    assert files_of(region_name) == []
+    for fd in fds:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(fd)
+    with pytest.raises(ClosedError, match=region_name):
+        _ = memory.fds
+    with pytest.raises(ClosedError), memory:
+        pass
+    memory.close()
+    memory.unlink()
+
+
+def test_close_and_unlink_are_two_things(region_name: str) -> None:
+    memory = Memory.create(region_name, BLOCKS, backing="shm")
+    memory.unlink()
+    assert files_of(region_name) == []
+    assert os.fstat(memory.control_fd).st_nlink == 0  # still ours to use
+    memory.close()
+
+
+def test_unlink_leaves_a_region_that_has_the_name_now(region_name: str) -> None:
+    first = Memory.create(region_name, BLOCKS, backing="shm")
+    for path in files_of(region_name):
+        path.unlink()
+    with Memory.create(region_name, BLOCKS, backing="shm"):
+        first.unlink()
+        first.close()
+        assert len(files_of(region_name)) == 5
+
+
+ENDINGS = """
+import os, signal, sys
+from colocache import BlockSpec, Memory
+memory = Memory.create(sys.argv[1], [BlockSpec("ram", 1 << 20)], backing="shm")
+print("made", flush=True)
+if sys.argv[2] == "exit":
+    sys.exit(3)
+if sys.argv[2] == "error":
+    raise RuntimeError
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("ending", ["exit", "error", "interrupt"])
+def test_a_process_that_ends_without_closing_leaves_nothing(region_name: str, ending: str) -> None:
+    with child(ENDINGS, region_name, ending) as process:
+        assert line_of(process) == "made"
+        if ending == "interrupt":
+            assert len(files_of(region_name)) == 3
+            process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert files_of(region_name) == []
+
+
+def test_a_forked_child_removes_nothing_of_its_parents(memory: Memory) -> None:
+    pid = os.fork()
+    if pid == 0:
+        try:
+            memory.unlink()
+            memory.close()
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert len(files_of(memory.name)) == 5
+
+
+# ---- clean --------------------------------------------------------------------------------------------------
+
+OWNER = """
+import sys
+from colocache import BlockSpec, Cache, Memory
+memory = Memory.create(sys.argv[1], [BlockSpec("boot", 13 * 4096), BlockSpec("ram", 1 << 20)], backing=sys.argv[2])
+cache = Cache.create(memory)
+cache.receive(1, "ram", 7, b"x" * 4096)
+cache.device_state_buffer(1, 4)[:] = b"regs"
+cache.seal(1); cache.flush(); cache.loaded()
+if sys.argv[3] == "memory closed":
+    memory.close()
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("kept", ["memory", "memory closed"])
+def test_clean_leaves_what_a_living_process_has_and_names_it(region_name: str, kept: str) -> None:
+    with child(OWNER, region_name, "shm", kept) as process:
+        assert line_of(process) == "made"
+        report = colocache.clean(region_name)
+        assert report.removed == ()
+        assert report.busy[0][0] == region_name
+        assert f"process {process.pid}" in report.busy[0][1]
+        assert len(files_of(region_name)) == 5
+        process.kill()
+        process.communicate(timeout=60)
+        # killed: nothing removed the names, and the kernel dropped its locks
+        assert len(files_of(region_name)) == 5
+        report = colocache.clean(region_name)
+    assert report.busy == ()
+    assert [one.name for one in report.removed] == [region_name]
+    assert files_of(region_name) == []
+
+
+def test_a_region_that_outlived_its_process_is_found_by_name(region_name: str) -> None:
+    with child(OWNER, region_name, "shm", "memory") as process:
+        assert line_of(process) == "made"
+    with Memory.open(region_name) as memory:
+        assert [one.spec.name for one in memory.images] == ["boot", "ram"]
+        assert memory.persistent
+        assert memory.backing == "shm"
+        assert colocache.inspect(region_name).status.sealed_epoch == 1
+        with Cache.attach(memory) as cache:
+            assert cache.recovery is not None
+            assert cache.recovery.epoch == 1
+            assert bytes(cache.blocks["ram"].guest[7]) == b"x" * PAGE
+            assert cache.device_state() == b"regs"
+            assert colocache.clean(region_name).removed == ()
+            with pytest.raises(colocache.BusyError):
+                memory.unlink()
+            assert len(files_of(region_name)) == 5
+    assert len(files_of(region_name)) == 5  # who opens does not remove
+    with Memory.open(region_name) as memory:
+        memory.unlink()
+    assert files_of(region_name) == []
+
+
+@pytest.mark.hugepages
+def test_a_region_on_hugetlbfs_is_found_and_cleaned(region_name: str, huge_pages: int) -> None:
+    if bk.writable_hugetlbfs() is None:
+        pytest.skip("no hugetlbfs is mounted")
+    with child(OWNER, region_name, "hugetlb", "memory") as process:
+        assert line_of(process) == "made"
+    with Memory.open(region_name) as memory:
+        assert memory.backing == "hugetlb"
+    report = colocache.clean(region_name)
+    assert [one.name for one in report.removed] == [region_name]
+    assert len(report.removed[0].files) == 5
+
+
+def test_a_region_whose_images_had_no_name_says_so_and_is_cleaned(
+    region_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bk, "kinds", lambda _: [bk._shm_without_name()])
+    memory = Memory.create(region_name, BLOCKS)
+    Cache.create(memory).close()
+    memory.close()
+    with pytest.raises(NoStateError, match="went with its last process"):
+        Memory.open(region_name)
+    assert [one.name for one in colocache.clean(region_name).removed] == [region_name]
+
+
+def test_a_control_object_that_nobody_filled_in_is_cleaned_too(region_name: str) -> None:
+    Memory.create(region_name, BLOCKS, backing="shm").close()
+    with pytest.raises(NotColocacheError):
+        Memory.open(region_name)
+    assert [one.name for one in colocache.clean(region_name).removed] == [region_name]
+
+
+def test_clean_of_all_touches_nothing_of_others(memory: Memory) -> None:
+    stranger = bk.SHM_DIR / f"not-colocache.{memory.name}.control"
+    stranger.write_bytes(b"x")
+    try:
+        report = colocache.clean(memory.name)
+        assert memory.name in [name for name, _ in report.busy]
+        assert stranger.exists()
+    finally:
+        stranger.unlink()
+
+
+def test_no_region_of_that_name_is_one_sentence(region_name: str) -> None:
+    for call in (colocache.clean, Memory.open, colocache.inspect):
+        with pytest.raises(NotColocacheError, match=region_name):
+            call(region_name)
+
+
+# ---- handing over -------------------------------------------------------------------------------------------
+
+HEIR = """
+import sys
+from colocache import Cache, Memory
+with Memory.from_manifest(sys.argv[1]) as memory, Cache.create(memory) as cache:
+    cache.receive(1, "pc.ram", 999, b"y" * 4096)
+    print(list(cache.blocks), memory.backing, flush=True)
+"""
+
+
+def test_a_child_builds_the_same_memory_from_the_manifest(memory: Memory) -> None:
+    with child(HEIR, memory.manifest(), pass_fds=memory.fds) as process:
+        out, errors = process.communicate(timeout=60)
+    assert out.split("\n")[0] == "['boot', 'pc.ram'] shm", errors
+    assert len(files_of(memory.name)) == 5  # the child's end removed nothing
+    with Cache.attach(memory) as cache:
+        assert bytes(cache.blocks["pc.ram"].cache[999]) == b"y" * PAGE
+
+
+@pytest.mark.parametrize("change", [{"name": "../x"}, {"images": []}, {"control_fd": 9999}, {"control_fd": "x"}])
+def test_a_manifest_that_is_none_is_refused(memory: Memory, change: dict[str, object]) -> None:
+    text = json.dumps({**json.loads(memory.manifest()), **change})
+    with pytest.raises((ArgumentError, BlockError)):
+        Memory.from_manifest(text)
+    for nonsense in ("", "[]", "{}", "null", "7"):
+        with pytest.raises(ArgumentError, match="no manifest"):
+            Memory.from_manifest(nonsense)
+
+
+# ---- one image without a cache ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backing", ["auto", "shm"])
+def test_a_ram_image_is_zeroed_writable_memory_at_its_address(backing: str) -> None:
+    with RamImage.create(BlockSpec("ram", 13 * PAGE), backing) as ram:
+        view = ram.view
+        assert view.shape == (13, PAGE)
+        assert not view.any()
+        view[12, 4095] = 9
+        assert view.ctypes.data == ram.addr
+        assert ram.addr % PAGE == 0
+        with pytest.raises(BufferError, match="still alive"):
+            ram.close()
+        assert ram.view[12, 4095] == 9
+        del view
+    with pytest.raises(ClosedError):
+        _ = ram.view
+    ram.close()
+    assert not [region for region in colocache.list_regions() if ours(region.name)]
+
+
+@pytest.mark.hugepages
+def test_a_ram_image_on_huge_pages_begins_on_one(huge_pages: int) -> None:
+    with RamImage.create(BlockSpec("ram", 3 * MIB), "hugetlb") as ram:
+        assert ram.backing == "hugetlb"
+        assert ram.addr % bk.HUGE == 0
+        assert ram.view.shape == (768, PAGE)
+
+
+def test_an_error_is_not_hidden_by_views_in_its_frames() -> None:
+    with pytest.raises(ZeroDivisionError), RamImage.create(BlockSpec("ram", PAGE), "shm") as ram:
+        view: np.ndarray = ram.view
+        view[0, 0] = 1 // 0
