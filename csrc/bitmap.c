@@ -96,6 +96,11 @@ struct span {
     uint64_t first, n; /* words of this summary word */
 };
 
+static inline bool is_dense(uint64_t in_use)
+{
+    return in_use == ~0ull || (in_use && __builtin_popcountll(in_use) >= SUMMARY_DENSE); /* the usual cases without counting */
+}
+
 static inline struct span span_of(const struct cc_bitmap *bitmap, uint64_t s)
 {
     uint64_t first = s * 64;
@@ -103,89 +108,45 @@ static inline struct span span_of(const struct cc_bitmap *bitmap, uint64_t s)
     return (struct span){first, n};
 }
 
-static inline __attribute__((always_inline)) void union_words(uint64_t *restrict f, const uint64_t *restrict p,
-                                                              const uint64_t *restrict s, uint64_t n,
-                                                              struct cc_union_counts *counts)
-{
-    uint64_t in_p = 0, in_s = 0, in_f = 0;
-    for (uint64_t i = 0; i < n; i++) {
-        uint64_t either = p[i] | s[i];
-        f[i] = either;
-        in_p += (uint64_t)__builtin_popcountll(p[i]);
-        in_s += (uint64_t)__builtin_popcountll(s[i]);
-        in_f += (uint64_t)__builtin_popcountll(either);
-    }
-    counts->pvm += in_p;
-    counts->svm += in_s;
-    counts->both_or_either += in_f;
-}
-
-typedef void (*union_words_fn)(uint64_t *restrict, const uint64_t *restrict, const uint64_t *restrict, uint64_t,
-                               struct cc_union_counts *);
-
-static void union_words_plain(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s, uint64_t n,
-                              struct cc_union_counts *counts)
-{
-    union_words(f, p, s, n, counts);
-}
-
-#if defined(__x86_64__)
-__attribute__((target("popcnt"))) static void union_words_popcnt(uint64_t *restrict f, const uint64_t *restrict p,
-                                                                 const uint64_t *restrict s, uint64_t n,
-                                                                 struct cc_union_counts *counts)
-{
-    union_words(f, p, s, n, counts);
-}
-#endif
-
-static union_words_fn pick_union_words(void)
-{
-#if defined(__x86_64__)
-    if (__builtin_cpu_supports("popcnt"))
-        return union_words_popcnt;
-#endif
-    return union_words_plain;
-}
-
 /* cc_bitmap_union_into -- flush_set := pvm | svm and the counts.  Words in use in any of the three are visited: a bit
  * of an older flush set must not stay. */
 void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *pvm, const struct cc_bitmap *svm,
                           struct cc_union_counts *counts)
 {
-    union_words_fn unite = pick_union_words();
+    cc_unite_fn unite = cc_pick_unite();
     for (uint64_t s = 0; s < flush_set->n_summary_words; s++) {
         uint64_t in_use = pvm->summary[s] | svm->summary[s];
         uint64_t visit = in_use | flush_set->summary[s];
         if (!visit)
             continue;
         struct span span = span_of(flush_set, s);
-        if (__builtin_popcountll(visit) >= SUMMARY_DENSE) {
-            unite(flush_set->words + span.first, pvm->words + span.first, svm->words + span.first, span.n, counts);
+        if (is_dense(visit)) {
+            unite(flush_set->words + span.first, pvm->words + span.first, svm->words + span.first, span.n, span.first, counts);
         } else {
             for (uint64_t left = visit; left; left &= left - 1) {
                 uint64_t w = span.first + (uint64_t)__builtin_ctzll(left);
-                unite(flush_set->words + w, pvm->words + w, svm->words + w, 1, counts);
+                unite(flush_set->words + w, pvm->words + w, svm->words + w, 1, w, counts);
             }
         }
         flush_set->summary[s] = in_use;
     }
 }
 
-/* cc_bitmap_clear_all -- writers kept out: whole words are zeroed without an atomic each */
+/* cc_bitmap_clear_all -- writers kept out: words are zeroed without an atomic each, neighbouring busy spans in one go */
 void cc_bitmap_clear_all(struct cc_bitmap *bitmap)
 {
-    for (uint64_t s = 0; s < bitmap->n_summary_words; s++) {
-        uint64_t in_use = bitmap->summary[s];
-        if (!in_use)
+    for (uint64_t s = 0; s < bitmap->n_summary_words;) {
+        uint64_t in_use = bitmap->summary[s], first = s;
+        while (s < bitmap->n_summary_words && is_dense(bitmap->summary[s]))
+            bitmap->summary[s++] = 0;
+        if (s > first) {
+            uint64_t end = s * 64 < bitmap->n_words ? s * 64 : bitmap->n_words;
+            memset(bitmap->words + first * 64, 0, (end - first * 64) * 8);
             continue;
-        struct span span = span_of(bitmap, s);
-        if (__builtin_popcountll(in_use) >= SUMMARY_DENSE) {
-            memset(bitmap->words + span.first, 0, span.n * 8);
-        } else {
-            for (uint64_t left = in_use; left; left &= left - 1)
-                bitmap->words[span.first + (uint64_t)__builtin_ctzll(left)] = 0;
         }
-        bitmap->summary[s] = 0;
+        for (uint64_t left = in_use; left; left &= left - 1)
+            bitmap->words[s * 64 + (uint64_t)__builtin_ctzll(left)] = 0;
+        bitmap->summary[s++] = 0;
     }
 }
 
@@ -219,12 +180,79 @@ static uint64_t next_word(const struct cc_bitmap *bitmap, uint64_t w)
     return bitmap->n_words;
 }
 
+/* cc_bitmap_runs -- the next runs in [*from, end), at most `room` (at least CC_RUNS_MIN); *from moves behind the last one.
+ *
+ * `edges` has a bit wherever a page differs from the page before it: run begins and run ends in turn, so that within a word
+ * they are taken in pairs without a branch on what they are.  Words that are all clear between runs, or all set inside one,
+ * have none. */
+static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room)
+{
+    if (*from >= end)
+        return 0;
+    const uint64_t end_word = cc_words_for(end), last_mask = end % 64 ? cc_word_mask(0, end % 64) : ~0ull;
+    uint64_t w = *from / 64, mask = ~0ull << (*from % 64); /* of the first word, only pages from *from on */
+    uint64_t start = 0, carry = 0; /* carry 1: the page before this word is in a run, which began at start */
+    uint32_t n = 0;
+    while (w < end_word) {
+        uint64_t bits = bitmap->words[w] & mask;
+        mask = ~0ull;
+        if (w + 1 == end_word)
+            bits &= last_mask;
+        if (!bits && !carry) {
+            w = next_word(bitmap, w + 1);
+            continue;
+        }
+        const uint64_t base = w * 64;
+        if (room - n < CC_RUNS_MIN) { /* a word may have 33 ends: go on here next time */
+            *from = carry ? start : base;
+            return n;
+        }
+        uint64_t edges = bits ^ (bits << 1 | carry);
+        if (carry && edges) {
+            runs[n++] = (struct cc_bit_run){start, base + (uint64_t)__builtin_ctzll(edges) - start};
+            edges &= edges - 1;
+            carry = 0;
+        }
+        for (uint64_t pair = (uint64_t)__builtin_popcountll(edges) / 2; pair; pair--) {
+            uint64_t begin = (uint64_t)__builtin_ctzll(edges);
+            edges &= edges - 1;
+            runs[n++] = (struct cc_bit_run){base + begin, (uint64_t)__builtin_ctzll(edges) - begin};
+            edges &= edges - 1;
+        }
+        if (edges) {
+            start = base + (uint64_t)__builtin_ctzll(edges);
+            carry = 1;
+        }
+        w++;
+    }
+    if (carry)
+        runs[n++] = (struct cc_bit_run){start, end - start};
+    *from = end;
+    return n;
+}
+
+#if defined(__x86_64__)
+__attribute__((target("popcnt,bmi"))) static uint32_t runs_bmi(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end,
+                                                               struct cc_bit_run *runs, uint32_t room)
+{
+    return runs_of(bitmap, from, end, runs, room);
+}
+#endif
+
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room)
+{
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi"))
+        return runs_bmi(bitmap, from, end, runs, room);
+#endif
+    return runs_of(bitmap, from, end, runs, room);
+}
+
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n)
 {
     if (from >= end)
         return false;
-    uint64_t w = from / 64;
-    uint64_t bits = bitmap->words[w] & (~0ull << (from % 64));
+    uint64_t w = from / 64, bits = bitmap->words[w] & (~0ull << (from % 64));
     if (!bits) {
         w = next_word(bitmap, w + 1);
         if (w >= bitmap->n_words)
@@ -234,28 +262,29 @@ bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t 
     uint64_t start = w * 64 + (uint64_t)__builtin_ctzll(bits);
     if (start >= end)
         return false;
-
-    /* the end of the run: the first clear bit after start */
-    uint64_t clear = ~bits & (~0ull << (start % 64));
+    uint64_t clear = ~bits & (~0ull << (start % 64)); /* the run ends at the first clear bit behind its start */
     while (!clear && (w + 1) * 64 < end) {
         w++;
         clear = ~bitmap->words[w];
     }
     uint64_t stop = clear ? w * 64 + (uint64_t)__builtin_ctzll(clear) : (w + 1) * 64;
-    if (stop > end)
-        stop = end;
     *first = start;
-    *n = stop - start;
+    *n = (stop < end ? stop : end) - start;
     return true;
 }
 
-/* cc_bitmap_checksum -- sum over words that are not zero (checksum.h) */
+/* cc_bitmap_checksum -- over the words that are not zero (checksum.h) */
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap)
 {
-    uint64_t sum = bitmap->n_bits;
+    uint64_t sum = 0;
     for (uint64_t w = next_word(bitmap, 0); w < bitmap->n_words; w = next_word(bitmap, w + 1))
         sum += cc_checksum_term(bitmap->words[w], w);
-    return cc_checksum_finish(sum);
+    return cc_bitmap_checksum_of(bitmap, sum);
+}
+
+uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum)
+{
+    return cc_checksum_finish(sum + bitmap->n_bits);
 }
 
 /* cc_bitmap_tail_ok -- are the bits past the last page zero? */

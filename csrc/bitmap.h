@@ -12,13 +12,15 @@
  *   take_word(w)         exchange with zero, any thread
  *   union_into(f, p, s)  f := p | s, with counts            } writers of p and s kept out by a gate
  *   clear_all(b)         b := 0                             }
- *   count, next_run, checksum, tail_ok, summary_ok, rebuild_summary
+ *   count, next_run, runs, checksum, tail_ok, summary_ok, rebuild_summary
  */
 #ifndef CC_BITMAP_H
 #define CC_BITMAP_H
 
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "bitmap_pass.h"
 
 struct cc_bitmap {
     uint64_t *words;
@@ -28,8 +30,8 @@ struct cc_bitmap {
     uint64_t n_summary_words; /* ceil(n_words / 64) */
 };
 
-struct cc_union_counts {
-    uint64_t pvm, svm, both_or_either; /* bits set in p, in s, in p | s */
+struct cc_bit_run {
+    uint64_t first, n;
 };
 
 static inline uint64_t cc_words_for(uint64_t n_bits) { return n_bits / 64 + (n_bits % 64 != 0); }
@@ -51,7 +53,11 @@ void cc_bitmap_clear_all(struct cc_bitmap *bitmap);
 uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);
 /* The run that begins at the first set bit in [from, end): first page and length (cut at end); false if none. */
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n);
+#define CC_RUNS_MIN 34u /* a word has at most 32 runs, one that came in and one that goes out */
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room);
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
+/* The same from a sum that a union has computed on its way (cc_union_counts.sum). */
+uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum);
 bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits);
 bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap);
 void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap);

@@ -153,7 +153,7 @@ static int allocate_flush_set(struct colocache *cc)
 }
 
 /* commit_epoch -- everything the record speaks of, then the record, then the word */
-static int commit_epoch(struct colocache *cc, const struct colocache_seal_result *counts)
+static int commit_epoch(struct colocache *cc, const struct colocache_seal_result *counts, uint64_t flush_checksum)
 {
     struct cc_record before;
     int rc = cc_commit_read(cc->control, &before);
@@ -165,7 +165,7 @@ static int commit_epoch(struct colocache *cc, const struct colocache_seal_result
         .device_area = cc->staging.area,
         .device_bytes = cc->staging.len_bytes,
         .device_checksum = cc_checksum(cc_device_area(cc, cc->staging.area), cc->staging.len_bytes),
-        .flush_checksum = cc_flush_set_checksum(cc),
+        .flush_checksum = flush_checksum,
         .flush_pages = counts->flush_pages,
         .committed_before = before.epoch,
     };
@@ -197,17 +197,17 @@ static int seal_open_epoch(struct colocache *cc, const struct colocache_seal_arg
             return cc_fail(COLOCACHE_E_VETO, "the VM refused the device state of epoch %llu (%llu bytes) with %d",
                            (unsigned long long)args->epoch, (unsigned long long)cc->staging.len_bytes, veto);
     }
-    uint64_t t1 = cc_now_ns();
+    uint64_t t1 = cc_now_ns(), flush_checksum = 0;
     cc_gate_close(&cc->receive_gate); /* the last receiver is out: its bytes and bits are seen */
     cc_gate_close(&cc->mark_gate);
     rc = check_complete(cc, args); /* again: a page may have slipped in before the gate closed */
     if (rc == 0)
-        rc = cc_flush_set_unite(cc, out);
+        rc = cc_flush_set_unite(cc, out, &flush_checksum);
     if (rc == 0)
         rc = allocate_flush_set(cc);
     uint64_t t2 = cc_now_ns(), t3 = t2;
     if (rc == 0)
-        rc = commit_epoch(cc, out);
+        rc = commit_epoch(cc, out, flush_checksum);
     if (rc == 0) {
         t3 = cc_now_ns();
         clear_moved_bits(cc);

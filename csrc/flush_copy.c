@@ -12,6 +12,7 @@
 
 #define GROUP_PAGES 512u          /* of 4 KiB: one 2 MiB page */
 #define STRETCHES_MAX 4096u       /* of one block: bounds the cost of handing out work in a huge, almost clean guest */
+#define RUNS_AT_ONCE 256u
 #define SMALL_BYTES (256u << 10)  /* below this, waking a thread takes longer than copying */
 
 struct copy_job {
@@ -22,24 +23,22 @@ struct copy_job {
     uint64_t n_pages, n_runs;
 };
 
-/* copy_stretch -- the runs of flush-set pages [from, end) */
+/* copy_stretch -- the runs of flush-set pages [from, end), each with a hint where the next one is */
 static void copy_stretch(struct copy_job *job, uint64_t from, uint64_t end, uint64_t *n_pages, uint64_t *n_runs)
 {
     struct cc_block *block = job->block;
     const struct cc_bitmap *flush_set = &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
-    uint64_t first, n, next_first = 0, next_n = 0;
-    bool have = cc_bitmap_next_run(flush_set, from, end, &first, &n);
-    while (have) {
-        bool more = cc_bitmap_next_run(flush_set, first + n, end, &next_first, &next_n);
-        uint64_t hint = more ? next_first : first;
-        job->cc->copy.run(cc_guest_page(block, first), cc_cache_page(block, first), n << block->page_shift,
-                          cc_cache_page(block, hint), cc_guest_page(block, hint));
-        CC_CRASH_POINT("flush: a run is copied");
-        *n_pages += n;
-        *n_runs += 1;
-        have = more;
-        first = next_first;
-        n = next_n;
+    struct cc_bit_run runs[RUNS_AT_ONCE];
+    uint32_t n;
+    while ((n = cc_bitmap_runs(flush_set, &from, end, runs, RUNS_AT_ONCE)) != 0) {
+        for (uint32_t i = 0; i < n; i++) {
+            uint64_t first = runs[i].first, hint = i + 1 < n ? runs[i + 1].first : first;
+            job->cc->copy.run(cc_guest_page(block, first), cc_cache_page(block, first), runs[i].n << block->page_shift,
+                              cc_cache_page(block, hint), cc_guest_page(block, hint));
+            CC_CRASH_POINT("flush: a run is copied");
+            *n_pages += runs[i].n;
+        }
+        *n_runs += n;
     }
 }
 

@@ -12,10 +12,11 @@
 #include "checksum.h"
 #include "fault.h"
 
-/* cc_flush_set_unite -- flush set := PVM | SVM for every block, with its counts; both gates are closed */
-int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out)
+/* cc_flush_set_unite -- flush set := PVM | SVM for every block, with its counts and its checksum; both gates are closed */
+int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, uint64_t *checksum_out)
 {
     struct cc_union_counts counts = {0};
+    uint64_t checksum = 0;
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         struct cc_bitmap *pvm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM];
         struct cc_bitmap *svm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM];
@@ -28,17 +29,20 @@ int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out)
             cc_bitmap_clear_all(svm);
         if (sources == CC_FLUSH_SVM_ONLY || sources == CC_FLUSH_NONE)
             cc_bitmap_clear_all(pvm);
+        counts.sum = 0;
         cc_bitmap_union_into(flush_set, pvm, svm, &counts);
+        checksum += cc_checksum_term(cc_bitmap_checksum_of(flush_set, counts.sum), i);
         CC_CRASH_POINT("seal: a flush set is united");
     }
     out->flush_pages = counts.both_or_either;
     out->pvm_pages = counts.both_or_either - counts.svm;
     out->svm_pages = counts.both_or_either - counts.pvm;
     out->both_pages = counts.pvm + counts.svm - counts.both_or_either;
+    *checksum_out = cc_checksum_finish(checksum);
     return 0;
 }
 
-/* cc_flush_set_checksum -- over the flush sets of all blocks, in order */
+/* cc_flush_set_checksum -- the same checksum, from the flush sets as they stand: what an attach compares with */
 uint64_t cc_flush_set_checksum(struct colocache *cc)
 {
     uint64_t sum = 0;

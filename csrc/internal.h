@@ -132,7 +132,7 @@ void cc_receive_leave(struct colocache *cc);
 void cc_receive_done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages); /* bits, count */
 
 /* flush_set.c */
-int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out);
+int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, uint64_t *checksum_out);
 uint64_t cc_flush_set_checksum(struct colocache *cc);
 
 /* commit.c */
