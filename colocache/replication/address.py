@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the two sides meet: `HOST:PORT`, `[v6::address]:PORT` or `unix:PATH`, and the sockets made from it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from colocache.errors import ArgumentError, SystemCallError
+
+UNIX_PATH_BYTES_MAX = 107  # sockaddr_un has room for 108 with the final zero
+
+
+@dataclass(frozen=True)
+class Address:
+    """A meeting place. Port 0 lets the system choose one; `listen` tells which."""
+
+    host: str  # "" for a Unix socket
+    port: int
+    path: str  # "" for TCP
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read what the user wrote; ArgumentError says what is wrong with it."""
+        if text.startswith("unix:"):
+            path = text.removeprefix("unix:")
+            if not path or len(path.encode()) > UNIX_PATH_BYTES_MAX or "\0" in path:
+                raise ArgumentError(
+                    f"the path in {text[:200]!r} has {len(path.encode())} bytes, a Unix socket takes 1 to "
+                    f"{UNIX_PATH_BYTES_MAX}"
+                )
+            return cls("", 0, path)
+        host, colon, port = text.removeprefix("tcp:").rpartition(":")
+        if host.startswith("[") and host.endswith("]"):
+            host = host[1:-1]
+        elif ":" in host:
+            colon = ""
+        if not colon or not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > 65535:
+            raise ArgumentError(f"{text[:200]!r} is no address", hint="write HOST:PORT, [V6]:PORT or unix:PATH")
+        return cls(host, int(port[:6]), "")
+
+    def __str__(self) -> str:
+        if self.path:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def connect(self, timeout: float) -> socket.socket:
+        """A connected socket, blocking, small messages leave at once. OSError if nobody answers within `timeout` s."""
+        if self.path:
+            made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                made.settimeout(timeout)
+                made.connect(self.path)
+            except BaseException:
+                made.close()
+                raise
+        else:
+            made = socket.create_connection((self.host, self.port), timeout=timeout)
+        return prepare(made)
+
+    def listen(self) -> tuple[socket.socket, Address]:
+        """A listening socket and the address it got. SystemCallError if that is taken or not allowed."""
+        try:
+            if self.path:
+                self._remove_stale()
+                made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                try:
+                    made.bind(self.path)
+                    made.listen(4)
+                except BaseException:
+                    made.close()
+                    raise
+                return made, self
+            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+            made = socket.create_server((self.host, self.port), family=family, backlog=4)
+            return made, Address(self.host, made.getsockname()[1], "")
+        except OSError as error:
+            raise SystemCallError(f"can't listen on {self}: {error.strerror or error}", errno=error.errno or 0) from error
+
+    def remove(self) -> None:
+        """Remove the file of a Unix socket; the other kind leaves nothing behind."""
+        if self.path:
+            with contextlib.suppress(OSError):
+                Path(self.path).unlink()
+
+    def _remove_stale(self) -> None:
+        """Remove the socket file of a listener that is gone; one that answers, or another kind of file, stays."""
+        try:
+            if not stat.S_ISSOCK(Path(self.path).lstat().st_mode):
+                return
+        except OSError:
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.settimeout(1.0)
+            try:
+                probe.connect(self.path)
+            except ConnectionRefusedError:
+                self.remove()
+            except OSError:
+                return
+
+
+def prepare(made: socket.socket) -> socket.socket:
+    """A fresh connection as the channel wants it: blocking, and TCP does not hold small messages back."""
+    made.settimeout(None)
+    if made.family in (socket.AF_INET, socket.AF_INET6):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return made

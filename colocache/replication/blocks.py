@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RAM blocks in the three shapes that meet here: as specified, as mapped, as told to the peer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from colocache import Block, BlockSpec, RamImage
+from colocache.replication.messages import HelloBlock
+from colocache.vmm.machine import Ram
+
+
+def hello_blocks(specs: Iterable[BlockSpec]) -> tuple[HelloBlock, ...]:
+    """Blocks as HELLO names them, in their order."""
+    return tuple(HelloBlock(spec.name, spec.len_bytes, spec.page_size) for spec in specs)
+
+
+def rams_of_images(images: Iterable[RamImage]) -> tuple[Ram, ...]:
+    """A primary's guest RAM."""
+    return tuple(
+        Ram(image.spec.name, index, image.spec.page_size, image.spec.n_pages, image.addr)
+        for index, image in enumerate(images)
+    )
+
+
+def rams_of_blocks(blocks: Iterable[Block]) -> tuple[Ram, ...]:
+    """A secondary's guest RAM, where the cache has mapped it."""
+    return tuple(Ram(b.name, b.index, b.page_size, b.n_pages, b.guest_addr) for b in blocks)

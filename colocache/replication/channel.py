@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection: whole messages in, whole messages out, a time limit on every wait, and a sign of life when idle.
+
+Sending is locked, so that a heartbeat comes between messages and never inside one. Receiving belongs to one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from types import TracebackType
+
+from colocache import Cache, Sender, SendResult, message_header, parse_header
+from colocache.errors import (
+    BlockError,
+    EpochError,
+    LengthError,
+    PacketError,
+    PeerLostError,
+    RangeError,
+    TimedOutError,
+    TooLargeError,
+)
+from colocache.replication.errors import ProtocolError
+from colocache.replication.heartbeat import Heartbeat
+from colocache.replication.messages import AbortKind, MessageType, body_bytes_max, encode_reason, name_of
+
+HEADER_BYTES = 40
+LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
+LINGER_BYTES_MAX = 256 << 20
+
+
+@dataclass(frozen=True)
+class Message:
+    """A message's header, and its body once it was read (a device state is read straight into the cache instead)."""
+
+    type: MessageType
+    epoch: int
+    body_len: int
+    a: int
+    b: int
+    body: bytes = b""
+
+    def __str__(self) -> str:
+        return f"{self.type.name}({self.epoch})"
+
+
+class Channel:
+    """Messages over a connected stream socket, which it owns. Context manager; closing it twice is allowed.
+
+    `peer_timeout` seconds without a byte from the peer mean that it is lost. Raises PeerLostError when the connection
+    is gone, TimedOutError when the peer is silent, ProtocolError when what came is damaged or may not come.
+    """
+
+    def __init__(self, connection: socket.socket, *, peer_timeout: float, device_state_max: int = 0) -> None:
+        self._socket = connection
+        self._fd = connection.fileno()
+        self.peer_timeout = peer_timeout
+        self._device_state_max = device_state_max
+        self._send_lock = threading.Lock()
+        self._heartbeat: Heartbeat | None = None
+        self._closed = False
+        self._broken = False  # half a message went out: nothing may follow it
+        self.last_heard = time.monotonic()
+        self.last_sent = time.monotonic()
+
+    def __enter__(self) -> Channel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    # ---- sending ----
+
+    def send(self, message: MessageType, *, epoch: int = 0, a: int = 0, b: int = 0, body: bytes = b"") -> None:
+        """Send one message whole."""
+        header = message_header(int(message), epoch, len(body), a, b)
+        with self._send_lock:
+            self._send_all([memoryview(header), memoryview(body)] if body else [memoryview(header)])
+
+    def send_pages(self, sender: Sender, *, epoch: int, timeout: float, max_pages: int = 0) -> SendResult:
+        """Send pending pages of `epoch`; `timeout` is the longest wait without a byte taken by the peer."""
+        with self._send_lock:
+            self._check_open()
+            try:
+                return sender.send(self._fd, epoch=epoch, timeout=timeout, max_pages=max_pages)
+            except BaseException:
+                self._broken = True
+                raise
+            finally:
+                self.last_sent = time.monotonic()
+
+    def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0) -> None:
+        """Tell the peer what is given up and why. Never raises: a peer that is gone needs no telling."""
+        with contextlib.suppress(PeerLostError, TimedOutError):
+            self.send(MessageType.ABORT, epoch=epoch, a=int(kind), body=encode_reason(reason))
+
+    def _send_all(self, parts: list[memoryview]) -> None:
+        self._check_open()
+        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+        try:
+            while parts:
+                try:
+                    sent = self._socket.sendmsg(parts, [], flags)
+                except BlockingIOError:
+                    self._wait(select.POLLOUT, "take a message")
+                    continue
+                while parts and sent >= len(parts[0]):
+                    sent -= len(parts.pop(0))
+                if parts:
+                    parts[0] = parts[0][sent:]
+        except OSError as error:
+            self._broken = True
+            raise PeerLostError(f"the connection broke while sending: {error.strerror or error}") from error
+        except TimedOutError:
+            self._broken = True
+            raise
+        self.last_sent = time.monotonic()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PeerLostError("this side has closed the connection")
+        if self._broken:
+            raise PeerLostError("the connection broke in the middle of a message")
+
+    # ---- receiving ----
+
+    def receive(self) -> Message:
+        """The next message with its body; for all but pages and a device state."""
+        message = self._parse(self._receive_bytes(HEADER_BYTES))
+        if message.type in (MessageType.PAGES, MessageType.VMSTATE_SIZE):
+            raise ProtocolError(f"the peer sent {message}, which may not come here")
+        return self._with_body(message)
+
+    def receive_past_pages(self, cache: Cache, epoch: int = 0) -> tuple[Message, int]:
+        """Take pages into the cache until another message comes: that message and the number of pages.
+
+        The body of a VMSTATE_SIZE is left in the socket: read it with `receive_into`.
+        """
+        self._check_open()
+        try:
+            header, n_pages = cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
+        except (PacketError, EpochError, BlockError, RangeError, LengthError, TooLargeError) as error:
+            raise ProtocolError(f"a packet of the peer was refused before a byte of it was stored: {error}") from error
+        self.last_heard = time.monotonic()
+        message = self._parse(header)
+        if message.type is MessageType.VMSTATE_SIZE:
+            return message, n_pages
+        return self._with_body(message), n_pages
+
+    def receive_into(self, room: memoryview) -> None:
+        """Fill `room` with the next bytes."""
+        done = 0
+        while done < len(room):
+            self._check_open()
+            try:
+                n = self._socket.recv_into(room[done:], 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                self._wait(select.POLLIN, "say anything")
+                continue
+            except OSError as error:
+                raise PeerLostError(f"the connection broke while receiving: {error.strerror or error}") from error
+            if n == 0:
+                raise PeerLostError("the peer closed the connection")
+            done += n
+            self.last_heard = time.monotonic()
+
+    def _receive_bytes(self, n: int) -> bytes:
+        room = bytearray(n)
+        self.receive_into(memoryview(room))
+        return bytes(room)
+
+    def _parse(self, header: bytes) -> Message:
+        try:
+            fields = parse_header(header)
+        except PacketError as error:
+            raise ProtocolError(f"what came is no message of colocache: {error}") from error
+        try:
+            kind = MessageType(fields.type)
+        except ValueError:
+            raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
+        bound = body_bytes_max(kind, self._device_state_max)
+        if kind is not MessageType.PAGES and fields.body_len > bound:
+            raise ProtocolError(f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed")
+        return Message(kind, fields.epoch, fields.body_len, fields.a, fields.b)
+
+    def _with_body(self, message: Message) -> Message:
+        if not message.body_len:
+            return message
+        body = self._receive_bytes(message.body_len)
+        return Message(message.type, message.epoch, message.body_len, message.a, message.b, body)
+
+    def _wait(self, event: int, what: str) -> None:
+        poll = select.poll()
+        poll.register(self._fd, event)
+        if not poll.poll(self.peer_timeout * 1000):
+            raise TimedOutError(f"the peer did not {what} for {self.peer_timeout:g} s")
+
+    # ---- signs of life ----
+
+    def start_heartbeat(self, message: MessageType, interval: float) -> None:
+        """Send `message` whenever this side has been silent for `interval` seconds, until the channel closes."""
+
+        def beat() -> bool:
+            # A message under way is a sign of life itself, or is held up by a peer that the receiving side watches.
+            if not self._send_lock.acquire(blocking=False):
+                return True
+            try:
+                self._send_all([memoryview(message_header(int(message), 0, 0))])
+                return True
+            except (PeerLostError, TimedOutError):
+                return False
+            finally:
+                self._send_lock.release()
+
+        self._heartbeat = Heartbeat(
+            interval=interval, idle_seconds=lambda: time.monotonic() - self.last_sent, beat=beat
+        )
+        self._heartbeat.start()
+
+    # ---- the end ----
+
+    def shut_down(self) -> None:
+        """Break the connection; whoever sends or receives on it, in whatever thread, is told at once. Any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def linger(self) -> None:
+        """After a last message: let the peer read it. Closing with unread bytes in the socket would reset the
+        connection and throw our message away with it."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+        until, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES_MAX
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        with contextlib.suppress(OSError):
+            while left > 0 and (wait := until - time.monotonic()) > 0 and poll.poll(wait * 1000):
+                n = len(self._socket.recv(1 << 18, socket.MSG_DONTWAIT))
+                if n == 0:
+                    return
+                left -= n
+
+    def close(self) -> None:
+        """Close the connection and end the heartbeat."""
+        if self._closed:
+            return
+        self._closed = True
+        self.shut_down()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        # Whoever still sends has been woken by the shutdown; the descriptor must not be reused under them.
+        with self._send_lock:
+            self._socket.close()
+

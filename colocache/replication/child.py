@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that runs the secondary's virtual machine. Its parent, the keeper, holds the memory and starts it anew if it
+is killed; it then attaches to what it finds. It dies with its keeper."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from colocache import Cache, Memory
+from colocache.errors import ColocacheError, NotColocacheError
+from colocache.replication.blocks import hello_blocks, rams_of_blocks
+from colocache.replication.errors import SecondaryLostError
+from colocache.replication.events import Events
+from colocache.replication.failover import ARBITERS
+from colocache.replication.options import SecondaryOptions, Timing
+from colocache.replication.secondary import Secondary
+from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+from colocache.vmm.machine import GuestOptions, make_machine
+
+EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
+
+
+@dataclass(frozen=True)
+class ChildConfig:
+    """What the keeper tells its child, as JSON in its one argument."""
+
+    manifest: str
+    listener_fd: int
+    keeper_pid: int
+    guest: str
+    guest_options: dict[str, Any]
+    options: dict[str, Any]
+    arbiter: str
+    threads: int
+    copy: str
+    device_state_max: int
+    machine_readable: bool
+    quiet: bool
+
+    def encode(self) -> str:
+        """The argument."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def decode(cls, text: str) -> ChildConfig:
+        """The same again."""
+        return cls(**json.loads(text))
+
+
+def main() -> None:
+    """Entry of the child process."""
+    config = ChildConfig.decode(sys.argv[1])
+    die_with_parent(config.keeper_pid, signal.SIGKILL)
+    events = Events("secondary", machine_readable=config.machine_readable, quiet=config.quiet)
+    failover_wanted = threading.Event()
+    secondary: list[Secondary] = []
+    actions = {
+        signal.SIGUSR1: lambda: secondary and secondary[0].request_checkpoint(),
+        signal.SIGUSR2: failover_wanted.set,
+    }
+    with stop_on_signals(actions) as stop:
+        try:
+            status = _run(config, events, stop, failover_wanted, secondary)
+        except SecondaryLostError as error:
+            events.emit("error", str(error), sentence=str(error))
+            status = EXIT_LOAD_FAILED
+        except ColocacheError as error:
+            events.emit("error", str(error), sentence=str(error))
+            status = EXIT_FAILED
+    if stop.signum:
+        end_as_by(stop.signum)
+    sys.exit(status)
+
+
+def _run(
+    config: ChildConfig,
+    events: Events,
+    stop: threading.Event,
+    failover_wanted: threading.Event,
+    made: list[Secondary],
+) -> int:
+    timing = Timing(**config.options.pop("timing"))
+    options = SecondaryOptions(timing=timing, **config.options)
+    # The memory stays open until this process ends: the keeper owns it.
+    memory = Memory.from_manifest(config.manifest)
+    listener = socket.socket(fileno=config.listener_fd)
+    with listener, _open_cache(config, memory) as cache:
+        machine = make_machine(
+            config.guest, rams_of_blocks(cache.blocks.values()), GuestOptions(**config.guest_options), cache.mark_dirty
+        )
+        try:
+            secondary = Secondary(
+                cache=cache,
+                machine=machine,
+                listener=listener,
+                blocks=hello_blocks(image.spec for image in memory.images),
+                machine_name=config.guest,
+                options=options,
+                events=events,
+                stop=stop,
+                arbiter=ARBITERS[config.arbiter](),
+            )
+            made.append(secondary)
+            _obey_operator(secondary, failover_wanted)
+            summary = secondary.run()
+        finally:
+            machine.close()
+    return EXIT_OK if summary.wrong_pages == 0 else EXIT_FAILED
+
+
+def _open_cache(config: ChildConfig, memory: Memory) -> Cache:
+    """A fresh region in fresh memory; what an earlier child left, otherwise."""
+    fresh = os.fstat(memory.control_fd).st_size == 0
+    if not fresh:
+        try:
+            return Cache.attach(memory, threads=config.threads, copy=config.copy)
+        except NotColocacheError:
+            # The child before died while it made the region: nothing was ever received, so the images are still zero.
+            os.ftruncate(memory.control_fd, 0)
+    return Cache.create(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max)
+
+
+def _obey_operator(secondary: Secondary, wanted: threading.Event) -> None:
+    """SIGUSR2 is the operator's word that the primary is dead. In a thread of its own, as the main one may be in C."""
+
+    def wait() -> None:
+        while True:
+            wanted.wait()
+            wanted.clear()
+            try:
+                secondary.request_failover()
+            except ColocacheError as error:
+                secondary.events.emit("refused", f"no takeover: {error}", reason=str(error))
+
+    threading.Thread(target=wait, name="colocache-operator", daemon=True).start()

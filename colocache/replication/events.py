@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a side reports while it works: one JSON object per line for programs, or one sentence per line for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from typing import Any, TextIO
+
+
+class Events:
+    """Reports of one process. With `machine_readable` each event is a JSON line on stdout, with `event`, `side` and
+    `t` (CLOCK_MONOTONIC in ns, the same for all processes of a host); otherwise its sentence goes to stderr.
+
+    Safe from any thread. A reader that went away is no reason to stop a virtual machine: events are then dropped.
+    """
+
+    def __init__(self, side: str, *, machine_readable: bool, quiet: bool = False, out: TextIO | None = None) -> None:
+        self.side = side
+        self._machine_readable = machine_readable
+        self._quiet = quiet
+        self._out = out if out is not None else (sys.stdout if machine_readable else sys.stderr)
+        self._lock = threading.Lock()
+        self._gone = False
+
+    def emit(self, event: str, sentence: str = "", **fields: Any) -> None:
+        """Report `event` with its fields; `sentence` is the same for people, empty if they need not hear of it."""
+        if self._machine_readable:
+            line = json.dumps({"event": event, "side": self.side, "t": time.monotonic_ns(), **fields})
+        elif sentence and not self._quiet:
+            line = f"{self.side}: {sentence}"
+        else:
+            return
+        with self._lock:
+            if self._gone:
+                return
+            try:
+                print(line, file=self._out, flush=True)
+            except (OSError, ValueError):
+                self._gone = True

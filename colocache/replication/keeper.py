@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small parent of a secondary: it holds the memory and the listening socket, and does nothing that could go wrong.
+
+If the process that runs the virtual machine is killed, the memory is still here: a new one attaches and goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+
+from colocache import Memory, inspect
+from colocache.errors import ColocacheError
+from colocache.replication.child import EXIT_LOAD_FAILED, ChildConfig
+from colocache.replication.events import Events
+from colocache.replication.signals import Stop
+from colocache.replication.spawn import python_command
+
+RESTARTS_MAX = 5  # without an epoch committed in between: then it is not bad luck
+STOP_SECONDS = 15.0  # for a child to end in order
+POLL_SECONDS = 0.05
+
+
+class Keeper:
+    """Runs child processes on `memory` until one ends by itself, or the keeper is stopped."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        listener: socket.socket,
+        config: Callable[[Memory, int], ChildConfig],
+        events: Events,
+        stop: Stop,
+    ) -> None:
+        self._memory = memory
+        self._listener = listener
+        self._config = config
+        self._events = events
+        self._stop = stop
+        self._child: subprocess.Popen[bytes] | None = None
+        self.load_failed = False  # the memory holds an epoch that a fresh machine may load
+
+    def pass_on(self, signum: int) -> None:
+        """A signal for the virtual machine's process."""
+        child = self._child
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                child.send_signal(signum)
+
+    def run(self) -> int:
+        """Exit status of the last child; negative: the signal that ended it because the keeper was stopped."""
+        restarts, epoch = 0, self._committed_epoch()
+        while True:
+            status = self._run_child()
+            if self._stop.is_set() or status >= 0:
+                self.load_failed = status == EXIT_LOAD_FAILED
+                return status
+            now = self._committed_epoch()
+            restarts = 1 if now > epoch else restarts + 1
+            epoch = max(epoch, now)
+            name = signal.Signals(-status).name
+            if restarts > RESTARTS_MAX:
+                self._events.emit(
+                    "error",
+                    f"the secondary's process was killed {restarts} times by signals (last {name}) without a checkpoint "
+                    "in between; giving up",
+                )
+                return 1
+            self._events.emit(
+                "restarted",
+                f"the process that runs the secondary's machine was killed by {name}; a new one attaches to its memory",
+                signal=name,
+                restarts=restarts,
+            )
+
+    def _committed_epoch(self) -> int:
+        try:
+            return inspect(self._memory).status.committed_epoch
+        except ColocacheError:
+            return 0  # there is no region yet
+
+    def _run_child(self) -> int:
+        fd = self._listener.fileno()
+        config = self._config(self._memory, fd)
+        command = python_command("colocache.replication.child", "main", config.encode())
+        self._child = subprocess.Popen(command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL)
+        try:
+            while not self._stop.is_set():
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    return self._child.wait(POLL_SECONDS)
+            return self._end_child(self._child)
+        finally:
+            if self._child.poll() is None:
+                self._child.kill()
+                self._child.wait()
+            self._child = None
+
+    def _end_child(self, child: subprocess.Popen[bytes]) -> int:
+        """The keeper was stopped: the child gets the same signal and some time."""
+        until = time.monotonic() + STOP_SECONDS
+        while time.monotonic() < until:
+            # Ctrl-C on a terminal reaches both; a second signal would only make the child hurry.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return child.wait(0.5)
+            child.send_signal(signal.SIGTERM)
+        child.kill()
+        return child.wait()

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both sides can be told: times in seconds, limits, and how much is verified."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colocache.errors import ArgumentError
+
+VERIFY = ("all", "last", "none")
+DIE_AT = ("receiving", "sealed")
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Time limits of one side, in seconds."""
+
+    peer_timeout: float = 2.0  # without a byte from the peer: it is lost
+    reconnect_limit: float = 10.0  # after a loss, before the arbiter is asked
+    connect_limit: float = 30.0  # for the first connection
+    checkpoint_timeout: float = 60.0  # for each answer of a peer that lives but is busy
+    run_on: float = 1.0  # how long a machine that goes on alone runs before its last check; 0 = until it is stopped
+
+    def __post_init__(self) -> None:
+        for name in ("peer_timeout", "connect_limit", "checkpoint_timeout"):
+            if not 0 < getattr(self, name) <= 86400:
+                raise ArgumentError(f"{name} is {getattr(self, name):g} s: give more than 0 and at most a day")
+        for name in ("reconnect_limit", "run_on"):
+            if not 0 <= getattr(self, name) <= 86400:
+                raise ArgumentError(f"{name} is {getattr(self, name):g} s: give 0 to a day")
+
+    @property
+    def ping_interval(self) -> float:
+        """Four signs of life within the time after which silence counts as death."""
+        return self.peer_timeout / 4
+
+
+@dataclass(frozen=True)
+class PrimaryOptions:
+    """How a primary takes its checkpoints."""
+
+    pair: str = "colocache"
+    timing: Timing = Timing()
+    interval: float = 0.5  # seconds between checkpoints
+    checkpoints: int = 0  # end after so many; 0 = go on until stopped
+    hold: bool = False  # after the last checkpoint: stay connected and run on instead of ending
+    background: bool = True  # send pages between checkpoints too
+    dirty_limit_pages: int = 0  # dirty pages that call for a checkpoint before its time; 0 = no limit
+    verify: str = "all"
+    hash_at: int = 0  # verify "last": the checkpoint, counted from 1, that carries hashes; 0 = number `checkpoints`
+    die_at: str = ""  # for the demo and tests: SIGKILL itself at this point ...
+    die_at_checkpoint: int = 0  # ... of this checkpoint, counted from 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.interval <= 86400:
+            raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")
+        if self.verify not in VERIFY:
+            raise ArgumentError(f"verify is {self.verify!r}: give {', '.join(VERIFY)}")
+        if self.die_at and self.die_at not in DIE_AT:
+            raise ArgumentError(f"die_at is {self.die_at!r}: give {', '.join(DIE_AT)}")
+
+    def wants_hashes(self, checkpoint: int) -> bool:
+        """Shall the device state of this checkpoint, counted from 1, carry a hash per page?"""
+        if self.verify == "last":
+            return checkpoint == (self.hash_at or self.checkpoints)
+        return self.verify == "all"
+
+
+@dataclass(frozen=True)
+class SecondaryOptions:
+    """How a secondary waits and takes over."""
+
+    pair: str = "colocache"
+    timing: Timing = Timing()
+    ask_at_dirty_pages: int = 0  # ask the primary for a checkpoint when the SVM has dirtied so many; 0 = never

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint did and how long each stage took, for people and for JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+STAGES = ("wait", "receive", "sync", "check", "union", "seal", "copy", "load")
+
+
+def ms(nanoseconds: int) -> float:
+    """Nanoseconds as milliseconds, for JSON."""
+    return round(nanoseconds / 1e6, 4)
+
+
+@dataclass(frozen=True)
+class CheckpointResult:
+    """One checkpoint as the secondary saw it. Page counts are the three parts of the flush set; times in nanoseconds.
+
+    `pause_ns` runs from the last byte of the epoch received to the vCPUs running, `stop_ns` from CHECKPOINT_REQUEST;
+    neither counts `verify_ns`, the comparison with the primary's hashes.
+    """
+
+    epoch: int
+    pvm_pages: int
+    svm_pages: int
+    both_pages: int
+    flushed_pages: int
+    n_runs: int
+    n_bytes: int
+    wait_ns: int  # for the flush of the epoch before
+    receive_ns: int  # CHECKPOINT_REQUEST to the last byte
+    sync_ns: int  # the SVM's dirty log
+    check_ns: int  # the VM's look at the device state
+    union_ns: int
+    seal_ns: int  # record, commit word, clearing of the bits
+    copy_ns: int
+    load_ns: int
+    verify_ns: int
+    pause_ns: int
+    stop_ns: int
+    verified_pages: int
+    wrong_pages: int
+
+    @property
+    def flush_gb_per_s(self) -> float:
+        """Speed of the copy in 1e9 bytes a second; 0 if nothing was copied."""
+        return self.n_bytes / self.copy_ns if self.copy_ns else 0.0
+
+    def to_event(self) -> dict[str, Any]:
+        """The fields of the `checkpoint` event."""
+        return {
+            "epoch": self.epoch,
+            "pvm_pages": self.pvm_pages,
+            "svm_pages": self.svm_pages,
+            "both_pages": self.both_pages,
+            "flushed_pages": self.flushed_pages,
+            "runs": self.n_runs,
+            "bytes": self.n_bytes,
+            "pause_ms": ms(self.pause_ns),
+            "stop_ms": ms(self.stop_ns),
+            "flush_gb_per_s": round(self.flush_gb_per_s, 3),
+            "stages": {f"{stage}_ms": ms(getattr(self, f"{stage}_ns")) for stage in STAGES},
+            "verify_ms": ms(self.verify_ns),
+            "verified_pages": self.verified_pages,
+            "wrong_pages": self.wrong_pages,
+        }
+
+    def __str__(self) -> str:
+        checked = f", {self.verified_pages} pages verified, {self.wrong_pages} wrong" if self.verified_pages else ""
+        return (
+            f"epoch {self.epoch}: flushed {self.flushed_pages} pages ({self.pvm_pages} PVM, {self.svm_pages} SVM, "
+            f"{self.both_pages} both) at {self.flush_gb_per_s:.1f} GB/s, pause {self.pause_ns / 1e6:.2f} ms, "
+            f"stop {self.stop_ns / 1e6:.2f} ms{checked}"
+        )
+
+
+@dataclass(frozen=True)
+class SentCheckpoint:
+    """One checkpoint as the primary saw it. `pause_ns`: its VM stopped to running, without the time for hashes."""
+
+    epoch: int
+    sent_pages: int  # background and foreground
+    background_pages: int
+    zero_pages: int
+    n_bytes: int
+    state_bytes: int
+    pause_ns: int
+    hash_ns: int  # making hashes here and comparing them there
+
+    def to_event(self) -> dict[str, Any]:
+        """The fields of the `checkpoint` event."""
+        made = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name in ("pause_ns", "hash_ns"):
+            made[name.replace("_ns", "_ms")] = ms(made.pop(name))
+        made["bytes"] = made.pop("n_bytes")
+        return made
+
+    def __str__(self) -> str:
+        return (
+            f"epoch {self.epoch}: sent {self.sent_pages} pages ({self.background_pages} in the background, "
+            f"{self.zero_pages} zero), {self.n_bytes / 1e6:.1f} MB, pause {self.pause_ns / 1e6:.2f} ms"
+        )

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection of a secondary, after HELLO: pages, checkpoints, and the end of the session."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from colocache.errors import ColocacheError, IncompleteError, PeerLostError, TimedOutError, VetoError
+from colocache.replication.channel import Channel, Message
+from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
+from colocache.replication.messages import AbortKind, MessageType, decode_reason, join_u64, split_u64
+from colocache.replication.options import SecondaryOptions
+from colocache.replication.results import CheckpointResult
+from colocache.replication.svm import Svm
+
+
+class StoppedError(ColocacheError):
+    """This side was stopped by its operator."""
+
+
+class TakeOverNowError(ColocacheError):
+    """Failover was asked for, and the moment has come."""
+
+
+class CheckpointGivenUpError(ColocacheError):
+    """The primary gave up the epoch that is arriving."""
+
+
+class SecondarySession:
+    """Listens to one primary until it ends the session in order, or until an error says why there is no more."""
+
+    def __init__(
+        self,
+        svm: Svm,
+        channel: Channel,
+        options: SecondaryOptions,
+        *,
+        stop: threading.Event,
+        checkpoint_wanted: threading.Event,
+        done: Callable[[CheckpointResult], None],
+    ) -> None:
+        self._svm = svm
+        self._cache = svm.cache
+        self._channel = channel
+        self._options = options
+        self._stop = stop
+        self._checkpoint_wanted = checkpoint_wanted
+        self._done = done
+        self._asked = False  # for the checkpoint that comes next
+        self._began = time.monotonic()
+        self._n_pages = 0  # before the first checkpoint: the initial copy
+
+    def run(self) -> str:
+        """Until the primary says that it ends: its reason. PeerLostError, TimedOutError, ProtocolError, ..."""
+        try:
+            return self._listen()
+        except (PeerLostError, TimedOutError, SessionEndedError, SecondaryLostError, TakeOverNowError):
+            raise
+        except StoppedError as error:
+            self._give_up(AbortKind.SESSION, str(error))
+            raise
+        except ColocacheError as error:
+            self._give_up(AbortKind.SESSION, str(error))
+            raise
+
+    def _give_up(self, kind: AbortKind, reason: str, epoch: int = 0) -> None:
+        self._channel.abort(kind, reason, epoch=epoch)
+        self._channel.linger()
+
+    def _listen(self) -> str:
+        while True:
+            message, n_pages = self._channel.receive_past_pages(self._cache)
+            self._n_pages += n_pages
+            if message.type is MessageType.PING:
+                self._spare_moment()
+            elif message.type is MessageType.CHECKPOINT_REQUEST:
+                self._checkpoint(message.epoch)
+            elif message.type is MessageType.ABORT:
+                if message.a == AbortKind.END:
+                    return decode_reason(message.body)
+                self._aborted(message)
+            else:
+                raise ProtocolError(f"the primary sent {message} where pages or CHECKPOINT_REQUEST must come")
+
+    def _spare_moment(self) -> None:
+        """Between packets: stop if asked to, copy ahead during the initial copy, ask for a checkpoint."""
+        if self._stop.is_set():
+            raise StoppedError("the secondary was stopped by its operator")
+        if self._cache.status().sealed_epoch == 0:
+            self._cache.preflush()
+            return
+        if self._svm.machine.failure is not None:
+            raise ColocacheError(f"the secondary's machine failed: {self._svm.machine.failure}")
+        limit = self._options.ask_at_dirty_pages
+        if self._checkpoint_wanted.is_set() or (limit and self._svm.machine.dirty_hint() >= limit):
+            self._checkpoint_wanted.clear()
+            if not self._asked:
+                self._asked = True
+                self._channel.send(MessageType.CHECKPOINT_REQUEST)
+
+    def _aborted(self, message: Message) -> None:
+        """The primary gives something up. Raises, unless it is only the epoch."""
+        reason = decode_reason(message.body)
+        if message.a == AbortKind.CHECKPOINT:
+            epoch = self._svm.abort_open(reason)
+            self._svm.events.emit("aborted", f"the primary gave up epoch {epoch}: {reason}", epoch=epoch, reason=reason)
+            return
+        if message.a == AbortKind.REFUSED:
+            raise RefusedError(f"the primary refuses this secondary: {reason}")
+        if message.a == AbortKind.SESSION:
+            raise SessionEndedError(f"the primary ended the session: {reason}")
+        raise ProtocolError(f"the primary sent {message} of kind {message.a}: {reason}")
+
+    # ---- the checkpoint ----
+
+    def _expect(self, wanted: MessageType, epoch: int, *, pages: bool) -> Message:
+        """The next message but PING, which must be `wanted` for `epoch`; pages before it only if they may come."""
+        while True:
+            message, n_pages = self._channel.receive_past_pages(self._cache, epoch)
+            self._n_pages += n_pages
+            if n_pages and not pages:
+                raise ProtocolError(f"the primary sent {n_pages} pages where {wanted.name}({epoch}) must come")
+            if message.type is MessageType.PING:
+                continue
+            if message.type is MessageType.ABORT and message.a != AbortKind.END:
+                self._aborted(message)
+                raise CheckpointGivenUpError(decode_reason(message.body))
+            if message.type is not wanted or message.epoch != epoch:
+                raise ProtocolError(f"the primary sent {message} where {wanted.name}({epoch}) must come")
+            return message
+
+    def _checkpoint(self, epoch: int) -> None:
+        requested = time.monotonic_ns()
+        status = self._cache.status()
+        if epoch <= status.sealed_epoch or epoch < status.receiving_epoch:
+            raise ProtocolError(
+                f"the primary wants checkpoint {epoch}; {status.sealed_epoch} is sealed and pages of "
+                f"{status.receiving_epoch} have come"
+            )
+        if status.sealed_epoch == 0:
+            self._initial_copy_done()
+        self._asked = False
+        self._svm.pause()
+        self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
+        try:
+            self._expect(MessageType.VMSTATE_SEND, epoch, pages=False)
+            size = self._expect(MessageType.VMSTATE_SIZE, epoch, pages=True)
+        except CheckpointGivenUpError:
+            self._svm.resume()
+            return
+        room = self._cache.device_state_buffer(epoch, size.body_len)
+        self._channel.receive_into(room)
+        room.release()
+        received = time.monotonic_ns()
+        try:
+            sealed = self._svm.seal(epoch, join_u64(size.a, size.b))
+        except (VetoError, IncompleteError) as error:
+            cause = error.__cause__ or error
+            reason = f"{error.sentence}: {cause}" if cause is not error else str(error)
+            self._channel.send(
+                MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=reason.encode()[:1024]
+            )
+            self._svm.events.emit("aborted", f"epoch {epoch} is given up: {reason}", epoch=epoch, reason=reason)
+            self._svm.resume()
+            return
+        self._finish(epoch, sealed, requested, received)
+
+    def _finish(self, epoch: int, sealed: object, requested: int, received: int) -> None:
+        """The epoch is sealed: it is finished whatever becomes of the primary."""
+        from colocache.replication.svm import Sealed
+
+        assert isinstance(sealed, Sealed)
+        lost: ColocacheError | None = None
+        try:
+            self._channel.send(MessageType.VMSTATE_RECEIVED, epoch=epoch)
+        except (PeerLostError, TimedOutError) as error:
+            lost = error
+        try:
+            result, take_over = self._svm.finish(sealed, requested=requested, received=received)
+        except SecondaryLostError as error:
+            self._give_up(AbortKind.LOAD, str(error), epoch)
+            raise
+        self._done(result)
+        if take_over:
+            raise TakeOverNowError(f"failover was asked for while epoch {epoch} was sealed")
+        if lost is not None:
+            raise lost
+        low, high = split_u64(result.verify_ns)
+        self._channel.send(MessageType.VMSTATE_LOADED, epoch=epoch, a=low, b=high)
+
+    def _initial_copy_done(self) -> None:
+        seconds = time.monotonic() - self._began
+        self._svm.events.emit(
+            "initial",
+            f"the initial copy brought {self._n_pages} pages in {seconds:.2f} s",
+            pages=self._n_pages,
+            seconds=round(seconds, 4),
+        )

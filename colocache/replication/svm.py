@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The secondary's virtual machine and its cache, together: when it may run, and one epoch from its last byte to running.
+
+The order is the promise: dirty log, seal, (RECEIVED), flush, device state, loaded, resume.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from colocache import Cache, FlushResult, SealResult
+from colocache.errors import ColocacheError, EpochError, LogLostError, SealedError
+from colocache.replication.errors import SecondaryLostError
+from colocache.replication.events import Events
+from colocache.replication.results import CheckpointResult
+from colocache.vmm.machine import LoadReport, Machine
+
+FLUSH_TRIES = 3  # a flush may be repeated after an error: cache and flush set are still there
+
+
+@dataclass(frozen=True)
+class Sealed:
+    """An epoch that is sealed and not yet flushed, with its times so far."""
+
+    result: SealResult
+    sync_ns: int
+
+
+class Svm:
+    """The machine on the guest images of `cache`. One thread."""
+
+    def __init__(self, cache: Cache, machine: Machine, events: Events) -> None:
+        self.cache = cache
+        self.machine = machine
+        self.events = events
+        self.can_run = False  # memory and device state are of one epoch
+        self.running = False
+        self._ran = False
+        self.wrong_pages = 0  # found at any moment
+        self.verified_pages = 0
+
+    # ---- running ----
+
+    def pause(self) -> None:
+        """Stop the machine at a step boundary."""
+        if self.running:
+            self.machine.pause()
+            self.running = False
+
+    def resume(self) -> None:
+        """Let the machine run, if there is a state to run from."""
+        if self.running or not self.can_run:
+            return
+        if not self._ran:
+            # What made its memory (the flush, the load) is in no bitmap and needs none: cache and guest RAM are equal.
+            self.machine.discard_dirty_log()
+            self._ran = True
+        self.machine.resume()
+        self.running = True
+
+    def restart(self) -> None:
+        """In a process that attached: become the sealed epoch again. Raises SecondaryLostError if it does not load."""
+        report = self._load(self.cache.status().sealed_epoch)
+        self._count(report)
+        self.can_run = True
+
+    def verify(self) -> tuple[int, int]:
+        """Compare all of RAM with the guest's history, standing: pages, wrong pages. Leaves it standing."""
+        self.pause()
+        report = self.machine.verify()
+        self.verified_pages += report.n_pages
+        self.wrong_pages += len(report.wrong)
+        return report.n_pages, len(report.wrong)
+
+    # ---- an epoch ----
+
+    def abort_open(self, reason: str) -> int:
+        """Give up the epoch that is arriving, if there is one: its number, or 0."""
+        status = self.cache.status()
+        if status.receiving_epoch <= status.sealed_epoch:
+            return 0
+        try:
+            self.cache.abort(status.receiving_epoch, reason[:200])
+        except (EpochError, SealedError):
+            return 0  # it was given up before, by a seal that failed
+        return status.receiving_epoch
+
+    def seal(self, epoch: int, n_pages: int) -> Sealed:
+        """Dirty log, then the commit point. VetoError, IncompleteError, FailedOverError: nothing was sealed."""
+        begin = time.monotonic_ns()
+        try:
+            self.machine.sync_dirty_log(self.cache)
+        except LogLostError:
+            self.cache.dirty_log_lost()
+        sync_ns = time.monotonic_ns() - begin
+        return Sealed(self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state), sync_ns)
+
+    def finish(self, sealed: Sealed, *, requested: int, received: int) -> tuple[CheckpointResult, bool]:
+        """Flush, load, run. `requested`, `received`: CLOCK_MONOTONIC in ns of CHECKPOINT_REQUEST and of the last byte.
+
+        True beside the result: failover was asked for meanwhile, take over now. SecondaryLostError: the device state
+        did not load; this machine never runs again.
+        """
+        flush = self._flush()
+        begin = time.monotonic_ns()
+        report = self._load(sealed.result.epoch)
+        load_ns = time.monotonic_ns() - begin - report.verify_ns
+        self._count(report)
+        self.can_run = True
+        take_over = self.cache.loaded(True)
+        self.resume()
+        now = time.monotonic_ns()
+        seal = sealed.result
+        return (
+            CheckpointResult(
+                epoch=seal.epoch,
+                pvm_pages=seal.pvm_pages,
+                svm_pages=seal.svm_pages,
+                both_pages=seal.both_pages,
+                flushed_pages=flush.n_pages,
+                n_runs=flush.n_runs,
+                n_bytes=flush.n_bytes,
+                wait_ns=0,
+                receive_ns=received - requested,
+                sync_ns=sealed.sync_ns,
+                check_ns=seal.check_ns,
+                union_ns=seal.union_ns,
+                seal_ns=seal.commit_ns + seal.clear_ns,
+                copy_ns=flush.copy_ns,
+                load_ns=load_ns,
+                verify_ns=report.verify_ns,
+                pause_ns=max(0, now - received - report.verify_ns),
+                stop_ns=max(0, now - requested - report.verify_ns),
+                verified_pages=report.epoch_hashes_checked,
+                wrong_pages=len(report.wrong_pages),
+            ),
+            take_over,
+        )
+
+    def _flush(self) -> FlushResult:
+        for left in reversed(range(FLUSH_TRIES)):
+            try:
+                return self.cache.flush()
+            except ColocacheError as error:
+                if not left:
+                    raise
+                self.events.emit("flush_error", f"the flush failed and is repeated: {error}", error=str(error))
+        raise AssertionError("unreachable")
+
+    def _load(self, epoch: int) -> LoadReport:
+        self.can_run = False
+        try:
+            return self.machine.load_device_state(self.cache.device_state())
+        except ColocacheError as error:
+            if self.cache.status().phase.name == "SEALING":
+                self.cache.loaded(False)
+            raise SecondaryLostError(f"the device state of epoch {epoch} did not load: {error}") from error
+
+    def _count(self, report: LoadReport) -> None:
+        self.verified_pages += report.epoch_hashes_checked
+        self.wrong_pages += len(report.wrong_pages)

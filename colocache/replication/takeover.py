@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The secondary becomes the machine the world sees; every page is checked before it goes on and after it ran on."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+from colocache.errors import NoStateError
+from colocache.replication.events import Events
+from colocache.replication.options import Timing
+from colocache.replication.results import ms
+from colocache.replication.svm import Svm
+
+SLICE_SECONDS = 0.1
+
+
+class Takeover:
+    """Promotes `svm`. `turn_away` is called now and then while it runs on, for a primary that comes too late."""
+
+    def __init__(
+        self, svm: Svm, timing: Timing, events: Events, stop: threading.Event, *, turn_away: Callable[[], None]
+    ) -> None:
+        self._svm = svm
+        self._timing = timing
+        self._events = events
+        self._stop = stop
+        self._turn_away = turn_away
+
+    def promote(self, cause: str, *, detect_ns: int) -> None:
+        """Make the machine run as the one the world sees, from its live state. NoStateError, LoadFailedError."""
+        begin = time.monotonic_ns()
+        self._svm.abort_open("failover")
+        status = self._svm.cache.status()
+        if status.phase.name != "FAILED_OVER":
+            self._svm.cache.failover()
+        if not self._svm.can_run:
+            raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
+        self._svm.resume()
+        promote_ns = time.monotonic_ns() - begin
+        n_pages, wrong = self._svm.verify()
+        self._svm.resume()
+        self._events.emit(
+            "takeover",
+            f"took over at epoch {status.sealed_epoch} within {promote_ns / 1e6:.2f} ms: {cause}; "
+            f"{n_pages} pages verified, {wrong} wrong",
+            cause=cause,
+            detect_ms=ms(detect_ns),
+            promote_ms=ms(promote_ns),
+            epoch=status.sealed_epoch,
+            verified_pages=n_pages,
+            wrong_pages=wrong,
+        )
+
+    def run_on(self) -> None:
+        """Run for `run_on` seconds, or until stopped, and check every page again."""
+        begin, steps = time.monotonic(), self._svm.machine.steps
+        seconds = self._timing.run_on
+        while not self._stop.wait(SLICE_SECONDS) and self._svm.machine.failure is None:
+            self._turn_away()
+            if seconds and time.monotonic() - begin >= seconds:
+                break
+        n_pages, wrong = self._svm.verify()
+        ran = self._svm.machine.steps - steps
+        self._events.emit(
+            "ran_on",
+            f"ran on for {ran} steps; {n_pages} pages verified, {wrong} wrong",
+            steps=ran,
+            seconds=round(time.monotonic() - begin, 3),
+            verified_pages=n_pages,
+            wrong_pages=wrong,
+        )
