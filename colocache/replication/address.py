@@ -78,7 +78,9 @@ class Address:
             made = socket.create_server((self.host, self.port), family=family, backlog=4)
             return made, Address(self.host, made.getsockname()[1], "")
         except OSError as error:
-            raise SystemCallError(f"can't listen on {self}: {error.strerror or error}", errno=error.errno or 0) from error
+            raise SystemCallError(
+                f"can't listen on {self}: {error.strerror or error}", errno=error.errno or 0
+            ) from error
 
     def remove(self) -> None:
         """Remove the file of a Unix socket; the other kind leaves nothing behind."""

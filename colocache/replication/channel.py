@@ -71,7 +71,9 @@ class Channel:
     def __enter__(self) -> Channel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     # ---- sending ----
@@ -185,7 +187,9 @@ class Channel:
             raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
         bound = body_bytes_max(kind, self._device_state_max)
         if kind is not MessageType.PAGES and fields.body_len > bound:
-            raise ProtocolError(f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed")
+            raise ProtocolError(
+                f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed"
+            )
         return Message(kind, fields.epoch, fields.body_len, fields.a, fields.b)
 
     def _with_body(self, message: Message) -> Message:
@@ -255,4 +259,3 @@ class Channel:
         # Whoever still sends has been woken by the shutdown; the descriptor must not be reused under them.
         with self._send_lock:
             self._socket.close()
-

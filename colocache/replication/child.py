@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that runs the secondary's virtual machine. Its parent, the keeper, holds the memory and starts it anew if it
-is killed; it then attaches to what it finds. It dies with its keeper."""
+"""The process that runs the secondary's virtual machine. Its parent, the keeper, holds the memory and starts it anew
+if it is killed; it then attaches to what it finds. It dies with its keeper."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,18 +63,23 @@ def main() -> None:
     events = Events("secondary", machine_readable=config.machine_readable, quiet=config.quiet)
     failover_wanted = threading.Event()
     secondary: list[Secondary] = []
-    actions = {
-        signal.SIGUSR1: lambda: secondary and secondary[0].request_checkpoint(),
+
+    def ask_for_checkpoint() -> None:
+        for one in secondary:
+            one.request_checkpoint()
+
+    actions: dict[int, Callable[[], object]] = {
+        signal.SIGUSR1: ask_for_checkpoint,
         signal.SIGUSR2: failover_wanted.set,
     }
     with stop_on_signals(actions) as stop:
         try:
             status = _run(config, events, stop, failover_wanted, secondary)
         except SecondaryLostError as error:
-            events.emit("error", str(error), sentence=str(error))
+            events.emit("error", str(error))
             status = EXIT_LOAD_FAILED
         except ColocacheError as error:
-            events.emit("error", str(error), sentence=str(error))
+            events.emit("error", str(error))
             status = EXIT_FAILED
     if stop.signum:
         end_as_by(stop.signum)

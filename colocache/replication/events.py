@@ -25,10 +25,11 @@ class Events:
         self._lock = threading.Lock()
         self._gone = False
 
-    def emit(self, event: str, sentence: str = "", **fields: Any) -> None:
+    def emit(self, event: str, sentence: str = "", /, **fields: Any) -> None:
         """Report `event` with its fields; `sentence` is the same for people, empty if they need not hear of it."""
+        said = {"sentence": sentence} if sentence else {}
         if self._machine_readable:
-            line = json.dumps({"event": event, "side": self.side, "t": time.monotonic_ns(), **fields})
+            line = json.dumps({"event": event, "side": self.side, "t": time.monotonic_ns(), **fields, **said})
         elif sentence and not self._quiet:
             line = f"{self.side}: {sentence}"
         else:

@@ -10,7 +10,6 @@ import contextlib
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 
 from colocache import Memory, inspect
@@ -66,8 +65,8 @@ class Keeper:
             if restarts > RESTARTS_MAX:
                 self._events.emit(
                     "error",
-                    f"the secondary's process was killed {restarts} times by signals (last {name}) without a checkpoint "
-                    "in between; giving up",
+                    f"the secondary's process was killed {restarts} times (last by {name}) without a checkpoint in "
+                    "between; giving up",
                 )
                 return 1
             self._events.emit(
@@ -87,7 +86,10 @@ class Keeper:
         fd = self._listener.fileno()
         config = self._config(self._memory, fd)
         command = python_command("colocache.replication.child", "main", config.encode())
-        self._child = subprocess.Popen(command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL)
+        # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
+        self._child = subprocess.Popen(
+            command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL, start_new_session=True
+        )
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
@@ -100,12 +102,10 @@ class Keeper:
             self._child = None
 
     def _end_child(self, child: subprocess.Popen[bytes]) -> int:
-        """The keeper was stopped: the child gets the same signal and some time."""
-        until = time.monotonic() + STOP_SECONDS
-        while time.monotonic() < until:
-            # Ctrl-C on a terminal reaches both; a second signal would only make the child hurry.
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                return child.wait(0.5)
-            child.send_signal(signal.SIGTERM)
-        child.kill()
-        return child.wait()
+        """The keeper was stopped: the child is told and gets some time."""
+        child.send_signal(signal.SIGTERM)
+        try:
+            return child.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            child.kill()
+            return child.wait()

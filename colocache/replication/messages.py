@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The messages between primary and secondary: their numbers, their bodies and the bounds of these. Moves no bytes itself.
+"""The messages between primary and secondary: their numbers, their bodies and the bounds of these. Moves no bytes.
 
 Every message is a header of 40 bytes (`colocache.message_header`: type, epoch, length of the body, two 32-bit words a
 and b, a checksum over all of it) and a body. Numbers 0 to 6 are QEMU's COLO messages; ours begin at 0x100.

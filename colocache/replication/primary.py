@@ -89,7 +89,7 @@ class Primary:
         self.events = events
         self.stop = stop
         self.state = PairState()
-        self.release_output = release_output or (lambda epoch: None)
+        self.release_output = release_output or (lambda _epoch: None)
         self.checkpoint_wanted = threading.Event()
         self._address = address
         self._blocks = blocks

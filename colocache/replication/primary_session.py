@@ -49,7 +49,7 @@ class PrimarySession:
         self._sent = _Sent()
 
     def run(self, fresh: bool) -> None:
-        """Until the wanted checkpoints are done or the primary is stopped; then the secondary is told that it may end."""
+        """Until the wanted checkpoints are done or the primary is stopped; then the secondary is told so."""
         self._inbox.start()
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
         self._open_next_epoch()

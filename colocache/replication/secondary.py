@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The secondary's life: wait for its primary, follow it, wait again after a loss, and take over when the arbiter says so.
+"""The secondary's life: wait for its primary, follow it, wait again after a loss, take over when the arbiter says so.
 
 One connection is a `SecondarySession`; this module decides between them.
 """
@@ -161,7 +161,6 @@ class Secondary:
             epoch=recovery.epoch,
             receiving_epoch=recovery.receiving_epoch,
             pages=recovery.n_pages,
-            sentence=recovery.sentence,
         )
         if recovery.action.name in ("REPLAYED", "RESTART"):
             self.svm.restart()
@@ -289,16 +288,14 @@ class Secondary:
     def _ask_and_take_over(self, cause: str, heard: float, noticed: float) -> SecondarySummary | None:
         """The primary did not come back in time. None: the arbiter says no, for now."""
         epoch = self.cache.status().sealed_epoch
-        verdict = self._arbiter.decide(
-            Loss("secondary", self.options.pair, epoch, cause, time.monotonic() - heard)
-        )
+        verdict = self._arbiter.decide(Loss("secondary", self.options.pair, epoch, cause, time.monotonic() - heard))
         if not verdict.yes:
             self.events.emit("refused", f"not taking over: {verdict.sentence}", reason=verdict.sentence)
             if self._arbiter_said_no:
                 raise NoStateError(f"this secondary may not take over: {verdict.sentence}", hint="ask its operator")
             self._arbiter_said_no = True
             return None
-        self.events.emit("arbiter", verdict.sentence, sentence=verdict.sentence)
+        self.events.emit("arbiter", verdict.sentence)
         return self._take_over(cause, heard, noticed)
 
     _arbiter_said_no = False

@@ -13,7 +13,7 @@ from colocache.replication.errors import ProtocolError, RefusedError, SecondaryL
 from colocache.replication.messages import AbortKind, MessageType, decode_reason, join_u64, split_u64
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
-from colocache.replication.svm import Svm
+from colocache.replication.svm import Sealed, Svm
 
 
 class StoppedError(ColocacheError):
@@ -159,19 +159,14 @@ class SecondarySession:
         except (VetoError, IncompleteError) as error:
             cause = error.__cause__ or error
             reason = f"{error.sentence}: {cause}" if cause is not error else str(error)
-            self._channel.send(
-                MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=reason.encode()[:1024]
-            )
+            self._channel.send(MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=reason.encode()[:1024])
             self._svm.events.emit("aborted", f"epoch {epoch} is given up: {reason}", epoch=epoch, reason=reason)
             self._svm.resume()
             return
         self._finish(epoch, sealed, requested, received)
 
-    def _finish(self, epoch: int, sealed: object, requested: int, received: int) -> None:
+    def _finish(self, epoch: int, sealed: Sealed, requested: int, received: int) -> None:
         """The epoch is sealed: it is finished whatever becomes of the primary."""
-        from colocache.replication.svm import Sealed
-
-        assert isinstance(sealed, Sealed)
         lost: ColocacheError | None = None
         try:
             self._channel.send(MessageType.VMSTATE_RECEIVED, epoch=epoch)

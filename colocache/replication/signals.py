@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM as a flag that loops look at, so that no exception flies through a half-done clean-up.
+"""Ctrl-C, SIGTERM and SIGHUP as a flag that loops look at, so that no exception flies through a half-done clean-up.
 
-A second SIGINT or SIGTERM raises KeyboardInterrupt: whoever presses twice does not want to wait.
+A second Ctrl-C raises KeyboardInterrupt: whoever presses twice does not want to wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class Stop(threading.Event):
-    """Set by SIGINT or SIGTERM; `signum` says by which, 0 = neither."""
+    """Set by SIGINT, SIGTERM or SIGHUP; `signum` says by which, 0 = none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,21 +28,21 @@ class Stop(threading.Event):
 
 @contextlib.contextmanager
 def stop_on_signals(actions: dict[int, Callable[[], object]] | None = None) -> Iterator[Stop]:
-    """A Stop that the signals set, and further signals with what they do. In the main thread only; undone at the end."""
+    """A Stop that the signals set, and further signals with what they do. Main thread only; undone at the end."""
     stop = Stop()
 
-    def on_stop(signum: int, frame: FrameType | None) -> None:
-        if stop.signum:
+    def on_stop(signum: int, _frame: FrameType | None) -> None:
+        if stop.signum and signum == signal.SIGINT:
             raise KeyboardInterrupt
         stop.signum = signum
         stop.set()
 
-    def on_action(signum: int, frame: FrameType | None) -> None:
+    def on_action(signum: int, _frame: FrameType | None) -> None:
         (actions or {})[signum]()
 
     before = {}
     try:
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before[signum] = signal.signal(signum, on_stop)
         for number in actions or {}:
             before[signal.Signals(number)] = signal.signal(number, on_action)

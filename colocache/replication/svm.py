@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The secondary's virtual machine and its cache, together: when it may run, and one epoch from its last byte to running.
+"""The secondary's virtual machine and its cache, together: when it may run, and one epoch from last byte to running.
 
 The order is the promise: dirty log, seal, (RECEIVED), flush, device state, loaded, resume.
 """

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache primary`: a virtual machine that keeps its secondary in step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import signal
+from typing import Any
+
+import click
+
+from colocache.commands.options import (
+    arbiter_option,
+    foreseen,
+    guest_options,
+    pair_option,
+    print_json,
+    report_options,
+    size_option,
+    timing_options,
+)
+
+
+@click.command()
+@click.option("--connect", required=True, metavar="ADDRESS", help="The secondary: HOST:PORT or unix:PATH.")
+@pair_option
+@guest_options
+@click.option("--interval", type=float, default=0.5, show_default=True, help="Seconds between checkpoints.")
+@click.option(
+    "--checkpoints", type=click.IntRange(min=0), default=0, show_default=True, help="End after so many; 0 = go on."
+)
+@size_option("--dirty-limit", default="0", help="Dirty memory that calls for a checkpoint before its time; 0 = none.")
+@click.option(
+    "--background/--no-background", default=True, show_default=True, help="Send pages between checkpoints too."
+)
+@click.option(
+    "--verify",
+    type=click.Choice(("all", "last", "none")),
+    default="all",
+    show_default=True,
+    help="Checkpoints that carry a hash per page for the secondary to compare.",
+)
+@timing_options
+@click.option(
+    "--reconnect-limit",
+    type=float,
+    default=10.0,
+    show_default=True,
+    help="Seconds to reconnect after a loss, before going on alone.",
+)
+@click.option(
+    "--connect-limit",
+    type=float,
+    default=30.0,
+    show_default=True,
+    help="Seconds until the secondary must answer.",
+)
+@arbiter_option
+@report_options
+@click.option("--hold", is_flag=True, hidden=True)
+@click.option("--hash-at", type=int, default=0, hidden=True)
+@click.option("--die-at", default="", hidden=True)
+@click.option("--die-at-checkpoint", type=int, default=0, hidden=True)
+@foreseen
+def primary(**given: Any) -> None:
+    """Run a primary virtual machine and keep the secondary at ADDRESS in step.
+
+    SIGUSR1 takes a checkpoint at once. Ctrl-C ends both sides in order. Exit status 0: it ended in order, and
+    every page of its memory was what the guest's history says.
+    """
+    from colocache import BlockSpec, RamImage, Sender
+    from colocache.replication.address import Address
+    from colocache.replication.blocks import hello_blocks, rams_of_images
+    from colocache.replication.events import Events
+    from colocache.replication.failover import ARBITERS
+    from colocache.replication.options import PrimaryOptions, Timing
+    from colocache.replication.primary import Primary
+    from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+    from colocache.vmm.machine import GuestOptions, blocks_for, guest_kind_available, make_machine
+
+    if given["die_with_parent"]:
+        die_with_parent(given["die_with_parent"], signal.SIGTERM)
+    address = Address.parse(given["connect"])
+    options = PrimaryOptions(
+        pair=given["pair"],
+        timing=Timing(
+            peer_timeout=given["peer_timeout"],
+            reconnect_limit=given["reconnect_limit"],
+            connect_limit=given["connect_limit"],
+            run_on=given["run_on"],
+        ),
+        interval=given["interval"],
+        checkpoints=given["checkpoints"],
+        hold=given["hold"],
+        background=given["background"],
+        dirty_limit_pages=-(-given["dirty_limit"] // 4096),
+        verify=given["verify"],
+        hash_at=given["hash_at"],
+        die_at=given["die_at"],
+        die_at_checkpoint=given["die_at_checkpoint"],
+    )
+    events = Events("primary", machine_readable=given["events"])
+    kind, why = guest_kind_available(given["guest"])
+    specs: tuple[BlockSpec, ...] = blocks_for(given["ram"])
+    guest = GuestOptions(working_set_bytes=given["working_set"], steps_per_second=given["steps_per_second"])
+    made: list[Primary] = []
+
+    def request_checkpoint() -> None:
+        for one in made:
+            one.request_checkpoint()
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals({signal.SIGUSR1: request_checkpoint}))
+        images = [stack.enter_context(RamImage.create(spec, given["backing"])) for spec in specs]
+        sender = stack.enter_context(Sender())
+        for image in images:
+            sender.add_block(image.spec.name, image.addr, image.spec.len_bytes, image.spec.page_size)
+
+        def mark_dirty(block: int, first_pfn: int, n_pages: int) -> None:
+            made[0].mark_dirty(block, first_pfn, n_pages)
+
+        machine = stack.enter_context(contextlib.closing(make_machine(kind, rams_of_images(images), guest, mark_dirty)))
+        events.emit(
+            "start", f"guest {kind} ({why}), memory {images[0].backing}", guest=kind, backing=images[0].backing, why=why
+        )
+        made.append(
+            Primary(
+                address=address,
+                machine=machine,
+                sender=sender,
+                blocks=hello_blocks(specs),
+                machine_name=kind,
+                options=options,
+                events=events,
+                stop=stop,
+                arbiter=ARBITERS[given["arbiter"]](),
+            )
+        )
+        summary = made[0].run()
+    if given["as_json"]:
+        print_json(dataclasses.asdict(summary))
+    if stop.signum:
+        end_as_by(stop.signum)
+    if summary.alone or summary.wrong_pages:
+        raise SystemExit(1)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache secondary`: the keeper of a secondary's memory, and the options of the process that runs its machine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from colocache.commands.options import (
+    arbiter_option,
+    foreseen,
+    guest_options,
+    pair_option,
+    report_options,
+    size_option,
+    timing_options,
+)
+
+if TYPE_CHECKING:
+    from colocache import Memory
+    from colocache.replication.child import ChildConfig
+
+
+@click.command()
+@click.option("--listen", required=True, metavar="ADDRESS", help="Where the primary comes: HOST:PORT or unix:PATH.")
+@pair_option
+@click.option("--name", default=None, help="Name of the memory region, to find it again; chosen if not given.")
+@click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
+@guest_options
+@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of the flush; 0 = as many as cores.")
+@click.option(
+    "--copy",
+    "copy_variant",
+    default="auto",
+    show_default=True,
+    type=click.Choice(("auto", "libc", "avx2", "avx512", "neon")),
+    help="How pages are copied.",
+)
+@size_option(
+    "--dirty-limit",
+    default="0",
+    help="Memory dirtied here that makes the secondary ask for a checkpoint; 0 = never.",
+)
+@size_option("--device-state-max", default="64M", show_default=True, help="Bound on a device state.")
+@timing_options
+@click.option(
+    "--reconnect-limit",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Seconds that a lost primary has to come back before this side asks its arbiter and takes over.",
+)
+@click.option(
+    "--connect-limit", type=float, default=300.0, show_default=True, help="Seconds until the primary must come first."
+)
+@arbiter_option
+@report_options
+@foreseen
+def secondary(**given: Any) -> None:
+    """Wait for a primary at ADDRESS, follow it, and take over when it is lost.
+
+    SIGUSR1 asks the primary for a checkpoint. SIGUSR2 is the operator's word that the primary is dead: take over now.
+    Exit status 0: no page was ever wrong, and the primary ended in order or this machine took over and ran on.
+    """
+    from colocache.replication.address import Address
+    from colocache.replication.events import Events
+    from colocache.replication.keeper import Keeper
+    from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+    from colocache.vmm.machine import guest_kind_available
+
+    if given["die_with_parent"]:
+        die_with_parent(given["die_with_parent"], signal.SIGTERM)
+    if given["attach"] and not given["name"]:
+        raise click.UsageError("--attach needs --name: which region?")
+    events = Events("secondary", machine_readable=given["events"])
+    kind, why = guest_kind_available(given["guest"])
+    keeper: list[Keeper] = []
+
+    def pass_on(signum: int) -> None:
+        for one in keeper:
+            one.pass_on(signum)
+
+    actions: dict[int, Callable[[], object]] = {
+        signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
+    }
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_on_signals(actions))
+        memory = _memory(given, stack)
+        listener, address = Address.parse(given["listen"]).listen()
+        stack.callback(address.remove)
+        stack.enter_context(listener)
+        events.emit(
+            "start",
+            f"guest {kind} ({why}); memory {memory.backing}, region {memory.name} ({memory.why})",
+            guest=kind,
+            why=why,
+            backing=memory.backing,
+            region=memory.name,
+            persistent=memory.persistent,
+        )
+        events.emit("listening", f"waiting for a primary at {address}", address=str(address), pid=os.getpid())
+        keeper.append(Keeper(memory, listener, _config(given, kind), events, stop))
+        status = keeper[0].run()
+        if keeper[0].load_failed and memory.persistent:
+            # The epoch is whole in memory; only this machine could not load it. A fresh one may.
+            events.emit(
+                "kept",
+                f"its memory stays as region {memory.name}: `colocache secondary --attach --name {memory.name}` loads "
+                f"it into a fresh machine, `colocache clean {memory.name}` removes it",
+            )
+            stack.pop_all()
+            os._exit(status)
+    if stop.signum:
+        end_as_by(stop.signum)
+    sys.exit(status if status >= 0 else 128 - status)
+
+
+def _memory(given: dict[str, Any], stack: contextlib.ExitStack) -> Memory:
+    """The region: fresh, or one that a killed secondary left. It goes with this process, in order or not."""
+    from colocache import Memory
+    from colocache.vmm.machine import blocks_for
+
+    if not given["attach"]:
+        return stack.enter_context(Memory.create(given["name"], blocks_for(given["ram"]), backing=given["backing"]))
+    memory = Memory.open(given["name"])
+    stack.callback(memory.close)
+    stack.callback(memory.unlink)
+    return memory
+
+
+def _config(given: dict[str, Any], kind: str) -> Any:
+    from colocache.replication.child import ChildConfig
+    from colocache.replication.options import SecondaryOptions, Timing
+
+    options = SecondaryOptions(
+        pair=given["pair"],
+        timing=Timing(
+            peer_timeout=given["peer_timeout"],
+            reconnect_limit=given["reconnect_limit"],
+            connect_limit=given["connect_limit"],
+            run_on=given["run_on"],
+        ),
+        ask_at_dirty_pages=-(-given["dirty_limit"] // 4096),
+    )
+
+    def make(memory: Memory, listener_fd: int) -> ChildConfig:
+        return ChildConfig(
+            manifest=memory.manifest(),
+            listener_fd=listener_fd,
+            keeper_pid=os.getpid(),
+            guest=kind,
+            guest_options={"working_set_bytes": given["working_set"], "steps_per_second": given["steps_per_second"]},
+            options=dataclasses.asdict(options),
+            arbiter=given["arbiter"],
+            threads=given["threads"],
+            copy=given["copy_variant"],
+            device_state_max=given["device_state_max"],
+            machine_readable=given["events"] or given["as_json"],
+            quiet=False,
+        )
+
+    return make
