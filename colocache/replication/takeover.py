@@ -39,6 +39,7 @@ class Takeover:
             raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
         self._svm.resume()
         promote_ns = time.monotonic_ns() - begin
+        self._events.emit("promoted", epoch=status.sealed_epoch, promote_ms=ms(promote_ns))
         n_pages, wrong = self._svm.verify()
         self._svm.resume()
         self._events.emit(

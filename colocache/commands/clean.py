@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache clean`: removes the shared memory that killed runs left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from colocache.commands.options import foreseen, print_json
+
+
+@click.command()
+@click.argument("name", required=False)
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@foreseen
+def clean(name: str | None, as_json: bool) -> None:
+    """Remove region NAME, or every region, that no process owns or holds.
+
+    What a live process owns is left and named. Exit status 0: nothing that was asked for is left.
+    """
+    import colocache
+
+    report = colocache.clean(name)
+    click.echo(str(report))
+    if as_json:
+        print_json(
+            {
+                "removed": [_region(region) for region in report.removed],
+                "busy": [{"name": region, "reason": reason} for region, reason in report.busy],
+            }
+        )
+    if name is not None and report.busy:
+        raise SystemExit(1)
+
+
+def _region(region: Any) -> dict[str, Any]:
+    made = dataclasses.asdict(region)
+    made["files"] = [str(path) for path in region.files]
+    return made

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's director: starts both sides as processes of their own, follows their events, kills the primary, and sees
+the secondary take over."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import random
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from colocache import list_regions
+from colocache.commands.tally import Tally
+from colocache.errors import ColocacheError
+from colocache.replication.address import UNIX_PATH_BYTES_MAX
+from colocache.replication.signals import Stop
+from colocache.replication.spawn import python_command
+
+KILL_POINTS = ("running", "receiving", "sealed", "random")
+QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
+END_SECONDS = 20.0  # for a process that was told to end
+SLICE_SECONDS = 0.1
+
+
+class DemoError(ColocacheError):
+    """The demo did not show what it claims."""
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What the demo was asked for. Sizes in bytes, times in seconds."""
+
+    guest: str = "auto"
+    ram_bytes: int = 256 << 20
+    working_set_bytes: int = 0
+    steps_per_second: float = 20000.0
+    backing: str = "auto"
+    flush: str = "copy"
+    checkpoints: int = 20
+    interval: float = 0.2
+    kill_at: str = "running"
+    verify: str = "all"
+    run_on: float = 0.5
+    reconnect_limit: float = 0.2
+    peer_timeout: float = 2.0
+    transport: str = "unix"
+    seed: int | None = None
+
+
+class Side:
+    """One of the two processes; its events go into a queue, its last words on stderr are kept."""
+
+    def __init__(self, name: str, args: list[str], events: queue.SimpleQueue[dict[str, Any]]) -> None:
+        self.name = name
+        self.ended = threading.Event()
+        self._events = events
+        self._said: list[str] = []
+        command = python_command("colocache.cli", "main", name, *args, "--die-with-parent", str(os.getpid()))
+        # A session of its own: Ctrl-C reaches the demo alone, which then ends both in order.
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._threads = [
+            threading.Thread(target=target, name=f"demo-{name}", daemon=True)
+            for target in (self._read_events, self._read_words)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _read_events(self) -> None:
+        assert self.process.stdout is not None  # noqa: S101 -- for mypy: it is a pipe
+        for line in self.process.stdout:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if isinstance(event, dict) and "event" in event:
+                    self._events.put(event)
+        self.ended.set()
+
+    def _read_words(self) -> None:
+        assert self.process.stderr is not None  # noqa: S101
+        for line in self.process.stderr:
+            self._said = [*self._said, line.rstrip()][-20:]
+
+    def last_words(self) -> str:
+        """What it said on stderr last, for a sentence about its failure."""
+        for thread in self._threads:
+            thread.join(1.0)
+        return next((line for line in reversed(self._said) if line.strip()), "it said nothing")
+
+    def wait(self, timeout: float) -> int:
+        """Its exit status; it is killed if it does not end in time."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+    def close(self) -> None:
+        """End it, in order if it lets us, and forget its pipes."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.wait(END_SECONDS)
+        for thread in self._threads:
+            thread.join(5.0)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
+class DemoRun:
+    """One run. `on_event` sees every event as it comes, `on_note` what the demo itself does."""
+
+    def __init__(
+        self,
+        options: DemoOptions,
+        stop: Stop,
+        *,
+        on_event: Callable[[dict[str, Any]], None],
+        on_note: Callable[[str], None],
+    ) -> None:
+        self.options = options
+        self.tally = Tally()
+        self._stop = stop
+        self._on_event = on_event
+        self._on_note = on_note
+        self._events: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+        self._random = random.Random(options.seed)  # noqa: S311 -- when to kill is no secret
+        self._seen: dict[tuple[str, str], dict[str, Any]] = {}
+        self._killed_ns: int | None = None
+        # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
+        self._kill_after = options.checkpoints
+        self._kill_delay = 0.0
+        if options.kill_at == "random":
+            self._kill_after = self._random.randint(1, options.checkpoints)
+            self._kill_delay = self._random.uniform(0, 1.5 * options.interval)
+
+    def run(self) -> dict[str, Any]:
+        """From start to end: the report. DemoError: something was not as claimed, or a side failed."""
+        begin = time.monotonic()
+        with contextlib.ExitStack() as stack:
+            address = stack.enter_context(self._meeting_place())
+            secondary = Side("secondary", self._secondary_args(address), self._events)
+            stack.callback(secondary.close)
+            address = str(self._until("secondary", "listening", [secondary])["address"])
+            primary = Side("primary", self._primary_args(address), self._events)
+            stack.callback(primary.close)
+            self._kill(primary, secondary)
+            self._until("secondary", "end", [secondary])
+            status = secondary.wait(END_SECONDS)
+            if status:
+                raise DemoError(f"the secondary ended with status {status}: {secondary.last_words()}")
+        start = self._seen["secondary", "start"]
+        report = {
+            "guest": start["guest"],
+            "backing": start["backing"],
+            "flush": self.options.flush,
+            "ram_bytes": self.options.ram_bytes,
+            **self.tally.report(self._killed_ns),
+            "kill_primary_at": self.options.kill_at,
+            "verify": self.options.verify,
+            "seconds": round(time.monotonic() - begin, 3),
+        }
+        self._check(report, start["region"])
+        return report
+
+    # ---- the two sides ----
+
+    @contextlib.contextmanager
+    def _meeting_place(self) -> Iterator[str]:
+        if self.options.transport == "tcp":
+            yield "127.0.0.1:0"
+            return
+        with tempfile.TemporaryDirectory(prefix="colocache-") as folder:
+            path = Path(folder) / "pair"
+            yield f"unix:{path}" if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX else "127.0.0.1:0"
+
+    def _common_args(self) -> list[str]:
+        o = self.options
+        return [
+            "--events", "--pair", "demo", "--guest", o.guest, "--ram", str(o.ram_bytes), "--backing", o.backing,
+            "--working-set", str(o.working_set_bytes), "--steps-per-second", str(o.steps_per_second),
+            "--run-on", str(o.run_on), "--peer-timeout", str(o.peer_timeout),
+        ]  # fmt: skip
+
+    def _secondary_args(self, address: str) -> list[str]:
+        limit = str(self.options.reconnect_limit)
+        return [*self._common_args(), "--listen", address, "--reconnect-limit", limit, "--connect-limit", "60"]
+
+    def _primary_args(self, address: str) -> list[str]:
+        o = self.options
+        args = [*self._common_args(), "--connect", address, "--interval", str(o.interval), "--verify", o.verify]
+        if o.kill_at in ("receiving", "sealed"):
+            number = o.checkpoints + 1
+            last = o.checkpoints if o.kill_at == "receiving" else number
+            return [*args, "--die-at", o.kill_at, "--die-at-checkpoint", str(number), "--hash-at", str(last)]
+        if o.kill_at == "random":
+            return [*args, "--hash-at", str(self._kill_after)]
+        return [*args, "--checkpoints", str(o.checkpoints), "--hold"]
+
+    # ---- the course of events ----
+
+    def _next(self, sides: list[Side], deadline: float) -> dict[str, Any] | None:
+        """The next event of either side; None if there was none for a moment."""
+        if self._stop.is_set():
+            raise DemoError("stopped")
+        try:
+            event = self._events.get(timeout=SLICE_SECONDS)
+        except queue.Empty:
+            for side in sides:
+                if side.ended.is_set() and self._events.empty():
+                    status = side.wait(END_SECONDS)
+                    raise DemoError(f"the {side.name} ended with status {status}: {side.last_words()}") from None
+            if time.monotonic() > deadline:
+                raise DemoError(f"nothing happened for {QUIET_SECONDS_MAX:g} s") from None
+            return None
+        self._seen[event["side"], event["event"]] = event
+        self.tally.add(event)
+        self._on_event(event)
+        return event
+
+    def _until(self, side: str, name: str, sides: list[Side]) -> dict[str, Any]:
+        """Follow events until `name` of `side`; `sides` are those that must not end before."""
+        deadline = time.monotonic() + QUIET_SECONDS_MAX
+        while (side, name) not in self._seen:
+            if self._next(sides, deadline) is not None:
+                deadline = time.monotonic() + QUIET_SECONDS_MAX
+        return self._seen[side, name]
+
+    def _kill(self, primary: Side, secondary: Side) -> None:
+        """Let the primary die at the wanted point."""
+        both = [primary, secondary]
+        if self.options.kill_at in ("receiving", "sealed"):
+            self._killed_ns = int(self._until("primary", "dying", both)["t"])
+            self._on_note(f"the primary killed itself by SIGKILL: {self.options.kill_at}")
+            return
+        if self.options.kill_at == "running":
+            self._until("primary", "holding", both)
+        else:
+            while self.tally.checkpoints < self._kill_after:
+                self._next(both, time.monotonic() + QUIET_SECONDS_MAX)
+            until = time.monotonic() + self._kill_delay
+            while (left := until - time.monotonic()) > 0:
+                time.sleep(min(left, SLICE_SECONDS))
+        self._killed_ns = time.monotonic_ns()
+        primary.process.send_signal(signal.SIGKILL)
+        self._on_note("killed the primary by SIGKILL")
+
+    # ---- the verdict ----
+
+    def _check(self, report: dict[str, Any], region: str) -> None:
+        """Exit status 0 claims a takeover, no wrong page, and nothing left behind."""
+        o = self.options
+        failover = report["failover"]
+        if failover is None:
+            raise DemoError("the secondary ended without taking over")
+        if report["wrong_pages"]:
+            return  # reported with its numbers; the command's exit status says the rest
+        wanted = self._kill_after
+        if report["checkpoints"] < wanted:
+            raise DemoError(f"{report['checkpoints']} checkpoints were done, {wanted} were wanted")
+        if o.kill_at == "sealed" and report["checkpoints"] != wanted + 1:
+            raise DemoError(
+                f"the primary was told RECEIVED of its checkpoint {wanted + 1} and the secondary finished only "
+                f"{report['checkpoints']}"
+            )
+        if not self.tally.ran_on or not self.tally.ran_on["steps"]:
+            raise DemoError("the machine did not run on after the takeover")
+        left = [one.name for one in list_regions() if one.name == region]
+        if left:
+            raise DemoError(f"region {region} was left behind: `colocache clean {region}` removes it")

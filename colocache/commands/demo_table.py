@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The demo's live table. Drawn in the demo's own process, never in the one that runs a virtual machine: a thread that
+holds the interpreter lock there would lengthen its pauses."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+ROWS = 12  # newest checkpoints shown
+REFRESH_PER_SECOND = 8
+
+
+class DemoTable:
+    """Shows the events of a pair on a terminal; does nothing in a pipe. Context manager."""
+
+    def __init__(self, wanted: int, *, title: str) -> None:
+        self._console = Console(stderr=True)
+        self._wanted = wanted
+        self._title = title
+        self._rows: list[dict[str, Any]] = []
+        self._primary_pause: dict[int, float] = {}
+        self._notes: list[str] = []
+        self._done = 0
+        self._live: Live | None = None
+
+    def __enter__(self) -> DemoTable:
+        if self._console.is_terminal:
+            self._live = Live(self._draw(), console=self._console, refresh_per_second=REFRESH_PER_SECOND)
+            self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.update(self._draw())
+            self._live.__exit__(kind, error, trace)
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Take in one event of either side."""
+        if self._live is None:
+            return
+        name, side = event["event"], event["side"]
+        if name == "checkpoint" and side == "primary":
+            self._primary_pause[event["epoch"]] = event["pause_ms"]
+        elif name == "checkpoint":
+            self._done = event["number"]
+            self._rows = [*self._rows, event][-ROWS:]
+        elif "sentence" in event and name not in ("start", "listening", "booted", "hello", "arbiter"):
+            self._notes.append(f"{side}: {event['sentence']}")
+        self._live.update(self._draw())
+
+    def note(self, sentence: str) -> None:
+        """Add a line of the demo's own."""
+        self._notes.append(sentence)
+        if self._live is not None:
+            self._live.update(self._draw())
+
+    def _draw(self) -> Table:
+        frame = Table.grid(padding=(0, 0))
+        table = Table(title=self._title, title_justify="left")
+        for column in (
+            "epoch", "PVM only", "SVM only", "both", "flushed", "MB", "flush GB/s", "SVM pause ms", "SVM stop ms",
+            "PVM pause ms", "wrong",
+        ):  # fmt: skip
+            table.add_column(column, justify="right")
+        for row in self._rows:
+            pause = self._primary_pause.get(row["epoch"])
+            table.add_row(
+                str(row["epoch"]),
+                f"{row['pvm_pages']:,}",
+                f"{row['svm_pages']:,}",
+                f"{row['both_pages']:,}",
+                f"{row['flushed_pages']:,}",
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['flush_gb_per_s']:.1f}",
+                f"{row['pause_ms']:.2f}",
+                f"{row['stop_ms']:.2f}",
+                "…" if pause is None else f"{pause:.2f}",
+                (f"[red]{row['wrong_pages']}[/]" if row["wrong_pages"] else "0") if row["verified_pages"] else "–",
+            )
+        frame.add_row(table)
+        frame.add_row(ProgressBar(total=max(1, self._wanted), completed=self._done, width=60))
+        for note in self._notes[-8:]:
+            frame.add_row(note)
+        return frame

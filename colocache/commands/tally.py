@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a pair added up: what `demo` reports at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Nearest rank: the smallest value that at least `share` of all do not exceed; 0 of nothing."""
+    if not values:
+        return 0.0
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def summary_of(values: Sequence[float]) -> dict[str, float]:
+    """p50, p99 and max, as the JSON reports have them."""
+    return {
+        "p50": percentile(values, 0.50),
+        "p99": percentile(values, 0.99),
+        "max": max(values, default=0.0),
+    }
+
+
+@dataclass
+class Tally:
+    """Sums over the checkpoints of one run, and its takeover."""
+
+    checkpoints: int = 0
+    pvm_pages: int = 0
+    svm_pages: int = 0
+    both_pages: int = 0
+    flushed_pages: int = 0
+    flushed_bytes: int = 0
+    copy_ms: float = 0.0
+    verified_pages: int = 0
+    wrong_pages: int = 0
+    pauses: list[float] = field(default_factory=list)
+    primary_pauses: list[float] = field(default_factory=list)
+    lost: dict[str, Any] | None = None
+    promoted: dict[str, Any] | None = None
+    takeover: dict[str, Any] | None = None
+    ran_on: dict[str, Any] | None = None
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Count one event of either side."""
+        name, side = event["event"], event["side"]
+        if side == "primary":
+            if name == "checkpoint":
+                self.primary_pauses.append(event["pause_ms"])
+            return
+        if name == "checkpoint":
+            self.checkpoints += 1
+            self.pvm_pages += event["pvm_pages"]
+            self.svm_pages += event["svm_pages"]
+            self.both_pages += event["both_pages"]
+            self.flushed_pages += event["flushed_pages"]
+            self.flushed_bytes += event["bytes"]
+            self.copy_ms += event["stages"]["copy_ms"]
+            self.pauses.append(event["pause_ms"])
+        if "wrong_pages" in event and name in ("checkpoint", "restored", "takeover", "ran_on"):
+            self.verified_pages += event["verified_pages"]
+            self.wrong_pages += event["wrong_pages"]
+        if name in ("lost", "promoted", "takeover", "ran_on"):
+            setattr(self, name, event)
+
+    @property
+    def flush_gb_per_s(self) -> float:
+        """Bytes of all flushes by the time of all copies, in 1e9 bytes a second."""
+        return self.flushed_bytes / (self.copy_ms * 1e6) if self.copy_ms else 0.0
+
+    def report(self, killed_ns: int | None) -> dict[str, Any]:
+        """The fields of `demo --json` that come from the run itself; `killed_ns`: CLOCK_MONOTONIC of the kill."""
+        return {
+            "checkpoints": self.checkpoints,
+            "pvm_pages": self.pvm_pages,
+            "svm_pages": self.svm_pages,
+            "both_pages": self.both_pages,
+            "flushed_pages": self.flushed_pages,
+            "pause_ms": summary_of(self.pauses),
+            "pvm_pause_ms": summary_of(self.primary_pauses),
+            "flush_gb_per_s": round(self.flush_gb_per_s, 3),
+            "failover": self._failover(killed_ns),
+            "verified_pages": self.verified_pages,
+            "wrong_pages": self.wrong_pages,
+        }
+
+    def _failover(self, killed_ns: int | None) -> dict[str, Any] | None:
+        """None if none happened. detect: kill to noticed; promote: the arbiter's yes to running; outage: both and between."""
+        if self.takeover is None or self.promoted is None:
+            return None
+        detect = outage = None
+        if killed_ns is not None:
+            outage = round((self.promoted["t"] - killed_ns) / 1e6, 3)
+            if self.lost is not None:
+                detect = round((self.lost["t"] - killed_ns) / 1e6, 3)
+        return {
+            "cause": self.takeover["cause"],
+            "detect_ms": detect,
+            "promote_ms": self.takeover["promote_ms"],
+            "outage_ms": outage,
+            "epoch": self.takeover["epoch"],
+            "steps_run_on": self.ran_on["steps"] if self.ran_on else 0,
+        }

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What this machine offers to colocache: each thing is tried, not looked up, and what is missing comes with the command
+that enables it. Nothing is changed."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+import platform
+import sys
+from dataclasses import dataclass
+
+from colocache import RamImage, Sender, UffdDirtyLog, UffdRange
+from colocache import backing as bk
+from colocache._native import lib
+from colocache.errors import ColocacheError
+from colocache.results import COPY_NAMES
+from colocache.spec import BlockSpec
+from colocache.vmm.machine import guest_kind_available, kvm_trouble
+
+DEMO_BYTES = 256 << 20  # guest RAM of the demo; it needs three images of it: one of the primary, two of the secondary
+SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
+UFFD_USER_MODE_ONLY = 1
+USERFAULTFD_IOC_NEW = 0xAA00
+PROBE_PAGES = 16
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for. `needed_for` says who misses it, `fix` is a command or a sentence."""
+
+    name: str
+    ok: bool
+    found: str
+    needed_for: str
+    fix: str = ""
+
+
+def examine() -> list[Finding]:
+    """All findings, the most important first."""
+    return [
+        kvm(),
+        huge_pages(),
+        hugetlbfs(),
+        posix_shm(),
+        transparent_huge_pages(),
+        memory(),
+        dirty_log(),
+        userfaultfd(),
+        cpu(),
+    ]
+
+
+def usable(findings: list[Finding]) -> bool:
+    """Can a pair run here at all? Any guest and 4 KiB memory are enough."""
+    there = {finding.name: finding.ok for finding in findings}
+    return there["memory"] and (there["POSIX shm"] or there["huge pages"] or hasattr(os, "memfd_create"))
+
+
+def kvm() -> Finding:
+    """A KVM guest: opened and asked, as the reference machine does."""
+    trouble = kvm_trouble()
+    needed = "--guest kvm (else: process)"
+    if trouble is None:
+        return Finding("KVM", True, "/dev/kvm works", needed)
+    return Finding("KVM", False, trouble[0], needed, trouble[1])
+
+
+def huge_pages() -> Finding:
+    """2 MiB pages, all and free, against what the demo takes."""
+    pages = bk.huge_pages()
+    wanted = 3 * (DEMO_BYTES // bk.HUGE) + 4
+    ok = pages.free >= wanted
+    fix = "" if ok else f"sysctl vm.nr_hugepages={pages.total + wanted - pages.free}"
+    found = f"{pages.total} of 2 MiB reserved, {pages.free} free; `colocache demo` takes {wanted}"
+    return Finding("huge pages", ok, found, "--backing hugetlb, the fastest", fix)
+
+
+def hugetlbfs() -> Finding:
+    """A mount with names, so that huge pages outlive their process."""
+    folder = bk.writable_hugetlbfs()
+    needed = "huge pages that outlive the keeper"
+    if folder is not None:
+        return Finding("hugetlbfs", True, f"{folder}, writable", needed)
+    mounts = bk.hugetlbfs_mounts()
+    if mounts:
+        return Finding("hugetlbfs", False, f"{mounts[0]} is not writable for you", needed, f"chmod 1777 {mounts[0]}")
+    command = "mkdir -p /dev/hugepages && mount -t hugetlbfs -o pagesize=2M,mode=1777 none /dev/hugepages"
+    return Finding("hugetlbfs", False, "not mounted", needed, command)
+
+
+def posix_shm() -> Finding:
+    """POSIX shared memory: the control region always lies there, 4 KiB images do."""
+    needed = "the control region, and --backing shm"
+    if not os.access(bk.SHM_DIR, os.W_OK | os.X_OK):
+        return Finding("POSIX shm", False, "not there or not writable", needed, f"mount -t tmpfs tmpfs {bk.SHM_DIR}")
+    free = bk.shm_available()
+    total = os.statvfs(bk.SHM_DIR).f_blocks * os.statvfs(bk.SHM_DIR).f_frsize
+    wanted = 2 * DEMO_BYTES + (16 << 20)
+    ok = free >= wanted
+    fix = "" if ok else f"mount -o remount,size={(total - free + wanted) >> 20}m {bk.SHM_DIR}"
+    return Finding("POSIX shm", ok, f"{total >> 20} MiB, {free >> 20} MiB free", needed, fix)
+
+
+def transparent_huge_pages() -> Finding:
+    """shmem_enabled: THP for shared memory."""
+    mode = bk.thp_mode()
+    ok = mode not in ("never", "deny")
+    fix = "" if ok else f"echo advise > {bk.THP_SYSFS}"
+    return Finding("THP", ok, f"shmem_enabled is {mode}", "--backing thp", fix)
+
+
+def memory() -> Finding:
+    """Memory for the demo's three images."""
+    available, wanted = bk.memory_available(), 3 * DEMO_BYTES
+    ok = available >= wanted
+    fix = (
+        "" if ok else f"use a guest of at most {available // 3 >> 20} MiB: colocache demo --ram {available // 3 >> 20}M"
+    )
+    return Finding("memory", ok, f"{available >> 20} MiB available", "`colocache demo` with 256 MiB", fix)
+
+
+def dirty_log() -> Finding:
+    """userfaultfd write-protect-async and PAGEMAP_SCAN, really tried: of 16 pages one is written and must be found."""
+    needed = "the kernel's dirty log of a process guest"
+    name = "PAGEMAP_SCAN"
+    try:
+        with (
+            RamImage.create(BlockSpec("probe", PROBE_PAGES * 4096, 4096), "shm") as image,
+            Sender() as sender,
+            UffdDirtyLog([UffdRange(0, 0, PROBE_PAGES, image.addr)]) as log,
+        ):
+            sender.add_block("probe", image.addr, PROBE_PAGES * 4096, 4096)
+            log.discard()
+            image.view[3, 0] = 1
+            sender.sync_dirty_log(log)
+            pages = sender.count()[0]
+    except ColocacheError as error:
+        return Finding(name, False, str(error), needed, error.hint or "run Linux 6.7 or newer")
+    if pages != 1:
+        return Finding(name, False, f"one page was written and {pages} were reported", needed, "report this, please")
+    return Finding(name, True, "works: one page written, one reported; needs no privilege", needed)
+
+
+def userfaultfd() -> Finding:
+    """Which faults may be handled: of user code only, or the kernel's too."""
+    needed = "the lazy flush: kernel faults under KVM, user faults else"
+    if _userfaultfd(0):
+        return Finding("userfaultfd", True, "user and kernel faults", needed)
+    fix = "sysctl vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd"
+    if _userfaultfd(UFFD_USER_MODE_ONLY):
+        return Finding("userfaultfd", False, "user faults only", needed, fix)
+    return Finding("userfaultfd", False, "not allowed, or not in this kernel", needed, fix)
+
+
+def _userfaultfd(flags: int) -> bool:
+    """Can a userfaultfd with these flags be made, by system call or by device?"""
+    number = SYS_USERFAULTFD.get(platform.machine())
+    if number is not None:
+        fd = ctypes.CDLL(None, use_errno=True).syscall(number, flags | os.O_CLOEXEC | os.O_NONBLOCK)
+        if fd >= 0:
+            os.close(fd)
+            return True
+    try:
+        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        os.close(fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags | os.O_CLOEXEC | os.O_NONBLOCK))
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(device)
+
+
+def cpu() -> Finding:
+    """How this CPU can copy pages past its cache."""
+    found = [
+        name
+        for name, number in COPY_NAMES.items()
+        if name not in ("auto", "libc") and lib.colocache_copy_supported(number) == 0
+    ]
+    cores = len(os.sched_getaffinity(0))
+    text = f"{platform.machine()}, {cores} cores, copies with {', '.join(found) if found else 'memcpy only'}"
+    return Finding("CPU", bool(found), text, "a flush that spares the CPU cache")
+
+
+def versions() -> dict[str, str]:
+    """What runs here."""
+    from colocache._native import version
+
+    return {
+        "colocache": version(),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "page_size": str(mmap.PAGESIZE),
+        "executable": sys.executable,
+    }
+
+
+def default_guest() -> str:
+    """What `--guest auto` takes here."""
+    return guest_kind_available("auto")[0]
