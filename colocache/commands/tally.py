@@ -90,7 +90,7 @@ class Tally:
         }
 
     def _failover(self, killed_ns: int | None) -> dict[str, Any] | None:
-        """None if none happened. detect: kill to noticed; promote: the arbiter's yes to running; outage: both and between."""
+        """None if none happened. detect: kill to noticed; promote: decision to running; outage: kill to running."""
         if self.takeover is None or self.promoted is None:
             return None
         detect = outage = None
