@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colocache.errors import ArgumentError, ClosedError, OrderError
-from colocache.vmm._guest import ffi, lib
+from colocache.vmm._native import ffi, lib
 from colocache.vmm.device_state import DeviceState, Shape, hash_bytes, pack, parse
 from colocache.vmm.errors import MachineError
 from colocache.vmm.history import History, Words, mix, page_seeds, wrong_pages

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from colocache.vmm._guest import ffi, lib
+from colocache.vmm._native import ffi, lib
 from colocache.vmm.errors import DeviceStateError
 from colocache.vmm.history import ENTRIES_MAX, STEPS_MAX, Words
 from colocache.vmm.workload import Workload

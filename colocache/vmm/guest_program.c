@@ -98,12 +98,13 @@ void guest_put_words(uint64_t *words, const uint64_t *bits, uint64_t n_words)
 
 GUEST_INLINE uint64_t hash_step(uint64_t lane, uint64_t word)
 {
-    lane ^= word;
-    return (lane << 27 | lane >> 37) * GUEST_STEP;
+    lane = (lane ^ word) * GUEST_STEP;
+    return (lane ^ lane >> 32) * GUEST_WORD;
 }
 
 /* Eight lanes, word i to lane i mod 8: a multiplication takes four cycles and eight of them overlap.  Each step is a
- * bijection of its lane, so a change of one word always changes the lane. */
+ * bijection of its lane, so a change of one word always changes the hash.  Two multiplications, because a changed top
+ * bit goes through one of them as it is, and a bit changed in the next word of the lane could take it back. */
 uint64_t guest_hash(const void *data, uint64_t len_bytes)
 {
     const unsigned char *at = data;

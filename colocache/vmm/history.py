@@ -35,8 +35,8 @@ def mix(x: Words) -> Words:
     """The 64-bit finaliser of guest_program.h, elementwise."""
     x = (x ^ (x >> np.uint64(30))) * MIX_1
     x = (x ^ (x >> np.uint64(27))) * MIX_2
-    x = x ^ (x >> np.uint64(31))
-    return x
+    mixed: Words = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def page_words(seeds: Words) -> Words:

@@ -118,6 +118,8 @@ class KvmMachine(ReferenceMachine):
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
                     raise MachineError(f"KVM_RUN failed: {os.strerror(error.errno or 0)}") from error
                 self._after_kick(vcpu)
+                if self._thread.given_up:
+                    raise MachineError(f"the guest was given up at step {self.steps}") from None
                 continue
             page = vcpu.page
             if page.exit_reason == kvm_api.EXIT_IO and page.exit.io.port == EXIT_PORT:
@@ -141,8 +143,6 @@ class KvmMachine(ReferenceMachine):
         vcpu.page.immediate_exit = 0
         while signal.sigtimedwait({KICK}, 0) is not None:
             pass
-        if self._thread.given_up and not self._mailbox.box.stop:
-            raise MachineError("the guest was given up")
 
     def _exit_sentence(self, vcpu: Vcpu) -> str:
         reason = vcpu.page.exit_reason

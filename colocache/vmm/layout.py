@@ -125,5 +125,6 @@ def shadow_words(loads: int, nonce: int) -> Words:
     """The shadow page, shape (512,), after the load number `loads` of a device state, which drew `nonce`; 0: zeros."""
     if loads == 0:
         return np.zeros(PAGE // 8, dtype=np.uint64)
-    words: Words = page_words(mix(np.array([nonce], dtype=np.uint64) ^ np.uint64(loads)))[0]
+    seed = mix(mix(np.array([nonce], dtype=np.uint64)) + np.uint64(loads))
+    words: Words = page_words(seed)[0]
     return words

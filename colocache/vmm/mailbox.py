@@ -6,7 +6,7 @@ from __future__ import annotations
 import mmap
 from typing import Any
 
-from colocache.vmm._guest import ffi
+from colocache.vmm._native import ffi
 from colocache.vmm.layout import MAILBOX_BYTES
 from colocache.vmm.workload import Workload
 

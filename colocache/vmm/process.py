@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from colocache.errors import SystemCallError, UnsupportedError
-from colocache.vmm._guest import ffi, lib
+from colocache.vmm._native import ffi, lib
 from colocache.vmm.base import ReferenceMachine
 from colocache.vmm.errors import DeviceStateError
 from colocache.vmm.machine import LoadReport, MarkDirty, Ram
