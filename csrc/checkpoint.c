@@ -104,6 +104,7 @@ static void give_up_epoch(struct colocache *cc)
     cc_gate_close(&cc->receive_gate);
     cc->staging.epoch = 0;
     cc_publish(&cc->open_epoch, 0);
+    cc_stats_aborted(cc);
     cc_gate_open(&cc->receive_gate);
 }
 
@@ -245,6 +246,7 @@ int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args,
         return rc;
     }
     cc_and32(&cc->phase, ~CC_PHASE_WAS_EMPTY); /* from the commit word on there is a state to take over from */
+    cc_stats_sealed(cc, &result);
     cc_log(cc, COLOCACHE_LOG_DEBUG, "epoch %llu sealed: %llu pages to flush", (unsigned long long)given.epoch,
            (unsigned long long)result.flush_pages);
     return cc_give_struct(out, &result, sizeof result, "seal result");
@@ -284,6 +286,7 @@ int colocache_flush(struct colocache *cc, struct colocache_flush_result *out)
     rc = cc_finish_flush(cc, &record, &result);
     if (rc)
         return rc;
+    cc_stats_flushed(cc, &result);
     return cc_give_struct(out, &result, sizeof result, "flush result");
 }
 
@@ -305,6 +308,7 @@ int colocache_loaded(struct colocache *cc, int ok)
         uint32_t next = !ok ? COLOCACHE_PHASE_LOAD_FAILED
                             : (phase & CC_PHASE_PENDING ? COLOCACHE_PHASE_FAILED_OVER : COLOCACHE_PHASE_LIVE);
         if (cc_decide32(&cc->phase, &phase, next)) {
+            cc_stats_loaded(cc);
             if (next == COLOCACHE_PHASE_FAILED_OVER)
                 took_over(cc);
             return next == COLOCACHE_PHASE_FAILED_OVER;

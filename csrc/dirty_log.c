@@ -53,7 +53,10 @@ int colocache_sync_dirty_log(struct colocache *cc, struct colocache_source *sour
 {
     if (!cc || !source)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or the source is NULL");
-    return source->sync(source, take_into_svm, cc);
+    uint64_t begin = cc_now_ns();
+    int rc = source->sync(source, take_into_svm, cc);
+    cc_stats_synced(cc, begin);
+    return rc;
 }
 
 int colocache_dirty_log_lost(struct colocache *cc)

@@ -66,6 +66,13 @@ struct cc_device_staging {
 #define CC_PHASE_PENDING 0x100u   /* failover was asked for while sealing */
 #define CC_PHASE_WAS_EMPTY 0x200u /* sealing, and before it there was nothing to take over from */
 
+/* What stats.c keeps.  `open_sync_ns` and `received_before` count towards what is not sealed or not open yet. */
+struct cc_stats {
+    uint64_t sealed_epochs, aborted_epochs, flushed_pages, flushed_bytes, flush_total_ns;
+    uint64_t epoch, sync_ns, seal_ns, flush_ns, load_ns; /* of the newest sealed epoch */
+    uint64_t open_sync_ns, received_before, flushed_at_ns;
+};
+
 struct colocache {
     int control_fd; /* own open file description: carries the lock */
     struct cc_control *control;
@@ -89,6 +96,7 @@ struct colocache {
     _Alignas(64) struct cc_gate mark_gate;
     _Alignas(64) uint64_t open_epoch; /* 0 = none */
     uint64_t received_pages;          /* of the open epoch */
+    struct cc_stats stats;
 };
 
 /* error.c */
@@ -149,10 +157,18 @@ int cc_flush_copy_all(struct colocache *cc, uint64_t *n_pages_out);             
 /* checkpoint.c */
 int cc_finish_flush(struct colocache *cc, struct cc_record *record, struct colocache_flush_result *out);
 
+/* stats.c */
+void cc_stats_opened(struct colocache *cc);
+void cc_stats_synced(struct colocache *cc, uint64_t begin_ns);
+void cc_stats_sealed(struct colocache *cc, const struct colocache_seal_result *result);
+void cc_stats_flushed(struct colocache *cc, const struct colocache_flush_result *result);
+void cc_stats_loaded(struct colocache *cc);
+void cc_stats_aborted(struct colocache *cc);
+
 /* validate.c */
 int cc_validate_bitmaps(struct colocache *cc, bool with_summaries);
 
-/* transfer of a source's bits: dirty_log.c, dirty_kvm.c, dirty_uffd.c, sender.c */
+/* transfer of a source's bits: dirty_log.c, dirty_kvm.c, dirty_ring.c, dirty_uffd.c, sender.c */
 struct colocache_source {
     /* Get what was written since the last clear and hand it on; then clear.  `take` may be called several times a block. */
     int (*sync)(struct colocache_source *source,

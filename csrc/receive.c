@@ -24,7 +24,7 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
             rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, and numbers are never used again",
                          (unsigned long long)epoch, (unsigned long long)newest);
         } else {
-            cc_poke(&cc->received_pages, 0);
+            cc_stats_opened(cc);
             CC_CRASH_POINT("receive: before the receiving word");
             cc_publish(&cc->control->receiving, epoch); /* before the first byte */
             CC_CRASH_POINT("receive: after the receiving word");

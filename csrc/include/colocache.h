@@ -255,6 +255,21 @@ enum colocache_bitmap_kind { COLOCACHE_BITMAP_PVM = 0, COLOCACHE_BITMAP_SVM = 1,
 
 /* The state of a handle.  Any thread; a snapshot. */
 int colocache_get_status(struct colocache *cc, struct colocache_status *out);
+
+struct colocache_stats {               /* of a handle since it was made */
+    uint64_t struct_size;
+    uint64_t received_pages;           /* zero pages and repeats included */
+    uint64_t sealed_epochs, aborted_epochs;
+    uint64_t flushed_pages, flushed_bytes;
+    uint64_t flush_total_ns;
+    uint64_t epoch;                    /* newest epoch sealed by this handle, 0 = none; the times below are its own */
+    uint64_t sync_ns;                  /* in colocache_sync_dirty_log since the seal before */
+    uint64_t seal_ns, flush_ns;        /* in these two calls; 0 = not flushed yet */
+    uint64_t load_ns;                  /* from the end of the flush to colocache_loaded: your load of the device state */
+};
+
+/* What a handle has done, and where the time of its newest checkpoint went.  Any thread; each number by itself is exact. */
+int colocache_get_stats(struct colocache *cc, struct colocache_stats *out);
 /* One block, with its addresses and counts.  E_BLOCK. */
 int colocache_get_block(struct colocache *cc, uint32_t block, struct colocache_block_info *out);
 /* Copy of a bitmap: n_words 64-bit words, exactly (n_pages+63)/64 (E_LENGTH). */
@@ -311,6 +326,12 @@ struct colocache_kvm_slot {            /* a KVM memory slot that holds a part of
     uint64_t n_pages;
 };
 
+struct colocache_kvm_ring {            /* the dirty ring of one vCPU */
+    int32_t vcpu_fd;                   /* the library maps the ring from it; not used if addr is given */
+    uint32_t reserved;                 /* 0 */
+    void *addr;                        /* where you map it already (KVM_DIRTY_LOG_PAGE_OFFSET pages into vcpu_fd), or NULL */
+};
+
 struct colocache_uffd_range {          /* memory written by threads of this process */
     uint32_t block;
     uint32_t reserved;
@@ -323,6 +344,16 @@ struct colocache_uffd_range {          /* memory written by threads of this proc
  * KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled; then get and clear are two calls, made one after the other here. */
 int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots, int manual_protect,
                          struct colocache_source **out);
+/* KVM's dirty rings, one per vCPU, of ring_bytes each: the size given to KVM_ENABLE_CAP for KVM_CAP_DIRTY_LOG_RING (or _ACQ_REL), a power of
+ * two, before the vCPUs were made.  Slots as above; with rings, KVM_GET_DIRTY_LOG and this VM's colocache_source_kvm do not work.
+ * Taking marks entries as read, hands each page on once, and clears by KVM_RESET_DIRTY_RINGS.  The source is the only
+ * reader of the rings, from before the first vCPU runs until the VM's end; mappings given by addr stay until it is closed.
+ * A vCPU that comes out with KVM_EXIT_DIRTY_RING_FULL calls colocache_sync_dirty_log (on a primary colocache_sender_sync_dirty_log)
+ * in its own thread and runs on: for this source that is allowed at any time, besides the one with all vCPUs stopped before each seal.
+ * E_ARGUMENT (sizes, a slot given twice), E_LENGTH, E_UNSUPPORTED, -errno. */
+int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots,
+                              const struct colocache_kvm_ring *rings, uint32_t n_rings, uint32_t ring_bytes,
+                              struct colocache_source **out);
 /* The kernel's own log of 4 KiB mappings in this process: userfaultfd write-protect-async and PAGEMAP_SCAN; needs no privilege.
  * On hugetlb it sees 2 MiB at a time.  E_UNSUPPORTED on kernels before 6.7. */
 int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_ranges, struct colocache_source **out);
