@@ -6,6 +6,7 @@ The package then holds
     colocache/lib/libcolocache.so.0   the engine (SONAME libcolocache.so.0; versions from csrc/libcolocache.map)
     colocache/lib/libcolocache.so     a linker script, for `cc -lcolocache`
     colocache/lib/libcolocache.a      the same objects
+    colocache/lib/pkgconfig/          colocache.pc, relative to itself
     colocache/include/colocache.h     the public header
     colocache/_engine.abi3.so         cffi's module, run path $ORIGIN/lib
 
@@ -109,6 +110,10 @@ class BuildEngine(build_ext):
         link += [flag for flag in flags if flag.startswith("-fsanitize")]
         self.compiler.link_shared_object(objects, str(lib / SONAME), extra_postargs=link, build_temp=self.build_temp)
         (lib / "libcolocache.so").write_text(f"/* GNU ld script */\nINPUT({SONAME})\n", encoding="utf-8")
+        template = (CSRC / "colocache.pc.in").read_text(encoding="utf-8")
+        (lib / "pkgconfig").mkdir(exist_ok=True)
+        written = template.replace("@VERSION@", self.distribution.get_version())
+        (lib / "pkgconfig" / "colocache.pc").write_text(written, encoding="utf-8")
         archive = lib / "libcolocache.a"
         archive.unlink(missing_ok=True)  # ar adds to what is there: an object of a removed source would stay
         self.compiler.create_static_lib(objects, "colocache", output_dir=str(lib))
