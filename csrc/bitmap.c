@@ -6,9 +6,6 @@
 #include "atomics.h"
 #include "checksum.h"
 
-#define SUMMARY_DENSE 16 /* of 64 words in use: from here a straight pass over all 64 is cheaper than picking */
-
-/* cc_bitmap_init -- name the parts; the memory is the caller's and is not touched */
 void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary, uint64_t n_bits)
 {
     bitmap->words = words;
@@ -16,6 +13,11 @@ void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary
     bitmap->n_bits = n_bits;
     bitmap->n_words = cc_words_for(n_bits);
     bitmap->n_summary_words = cc_words_for(bitmap->n_words);
+    bitmap->top_shift = 0;
+    while (bitmap->n_summary_words && (bitmap->n_summary_words - 1) >> bitmap->top_shift >= CC_TOP_WORDS * 64)
+        bitmap->top_shift++;
+    memset(bitmap->crown, 0, sizeof bitmap->crown);
+    memset(bitmap->top, 0, sizeof bitmap->top);
 }
 
 /* set_word -- OR bits into a word, then make its summary bit true (order: see atomics.h, set / take) */
@@ -25,6 +27,51 @@ static inline void set_word(struct cc_bitmap *bitmap, uint64_t w, uint64_t bits)
     uint64_t bit = 1ull << (w % 64);
     if (!(cc_read_summary(&bitmap->summary[w / 64]) & bit))
         cc_set_bits(&bitmap->summary[w / 64], bit);
+    uint64_t t = w / 64 >> bitmap->top_shift, top_bit = 1ull << (t % 64);
+    if (!(cc_read_summary(&bitmap->top[t / 64]) & top_bit)) {
+        cc_set_bits(&bitmap->top[t / 64], top_bit);
+        cc_set_bits(&bitmap->crown[t / 4096], 1ull << (t / 64 % 64));
+    }
+}
+
+/* next_top -- the first bit >= t of top that is set, or past its end */
+static uint64_t next_top(const struct cc_bitmap *bitmap, uint64_t t)
+{
+    uint64_t w = t / 64;
+    if (w >= CC_TOP_WORDS)
+        return CC_TOP_WORDS * 64;
+    uint64_t left = cc_peek(&bitmap->top[w]) >> (t % 64);
+    if (left)
+        return t + (uint64_t)__builtin_ctzll(left);
+    for (w++; w < CC_TOP_WORDS;) {
+        uint64_t words = cc_peek(&bitmap->crown[w / 64]) >> (w % 64);
+        if (!words) {
+            w = (w / 64 + 1) * 64;
+            continue;
+        }
+        w += (uint64_t)__builtin_ctzll(words);
+        uint64_t bits = cc_peek(&bitmap->top[w]);
+        if (bits)
+            return w * 64 + (uint64_t)__builtin_ctzll(bits);
+        w++; /* its crown bit was set before the bit itself can be seen */
+    }
+    return CC_TOP_WORDS * 64;
+}
+
+uint64_t cc_bitmap_next_summary(const struct cc_bitmap *bitmap, uint64_t s)
+{
+    while (s < bitmap->n_summary_words) {
+        uint64_t t = s >> bitmap->top_shift, next = next_top(bitmap, t);
+        if (next != t) {
+            s = next << bitmap->top_shift;
+            continue;
+        }
+        for (uint64_t end = (t + 1) << bitmap->top_shift; s < end && s < bitmap->n_summary_words; s++) {
+            if (cc_peek(&bitmap->summary[s]))
+                return s;
+        }
+    }
+    return bitmap->n_summary_words;
 }
 
 /* cc_bitmap_set -- set bits [first, first+n); the caller has checked the range */
@@ -70,7 +117,7 @@ bool cc_bitmap_take_next(struct cc_bitmap *bitmap, uint64_t *word, uint64_t end_
     while (w < end_word) {
         uint64_t summary = cc_read_summary(&bitmap->summary[w / 64]) >> (w % 64);
         if (!summary) {
-            w = (w / 64 + 1) * 64;
+            w = cc_bitmap_next_summary(bitmap, w / 64 + 1) * 64;
             continue;
         }
         w += (uint64_t)__builtin_ctzll(summary);
@@ -89,72 +136,11 @@ bool cc_bitmap_take_next(struct cc_bitmap *bitmap, uint64_t *word, uint64_t end_
     return false;
 }
 
-/* ---- passes over whole bitmaps, writers kept out ------------------------------------------------------------ */
-
-/* How a pass sees 64 words at a time: straight through when many are in use, else word by word. */
-struct span {
-    uint64_t first, n; /* words of this summary word */
-};
-
-static inline bool is_dense(uint64_t in_use)
-{
-    return in_use == ~0ull || (in_use && __builtin_popcountll(in_use) >= SUMMARY_DENSE); /* the usual cases without counting */
-}
-
-static inline struct span span_of(const struct cc_bitmap *bitmap, uint64_t s)
-{
-    uint64_t first = s * 64;
-    uint64_t n = bitmap->n_words - first < 64 ? bitmap->n_words - first : 64;
-    return (struct span){first, n};
-}
-
-/* cc_bitmap_union_into -- flush_set := pvm | svm and the counts.  Words in use in any of the three are visited: a bit
- * of an older flush set must not stay. */
-void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *pvm, const struct cc_bitmap *svm,
-                          struct cc_union_counts *counts)
-{
-    cc_unite_fn unite = cc_pick_unite();
-    for (uint64_t s = 0; s < flush_set->n_summary_words; s++) {
-        uint64_t in_use = pvm->summary[s] | svm->summary[s];
-        uint64_t visit = in_use | flush_set->summary[s];
-        if (!visit)
-            continue;
-        struct span span = span_of(flush_set, s);
-        if (is_dense(visit)) {
-            unite(flush_set->words + span.first, pvm->words + span.first, svm->words + span.first, span.n, span.first, counts);
-        } else {
-            for (uint64_t left = visit; left; left &= left - 1) {
-                uint64_t w = span.first + (uint64_t)__builtin_ctzll(left);
-                unite(flush_set->words + w, pvm->words + w, svm->words + w, 1, w, counts);
-            }
-        }
-        flush_set->summary[s] = in_use;
-    }
-}
-
-/* cc_bitmap_clear_all -- writers kept out: words are zeroed without an atomic each, neighbouring busy spans in one go */
-void cc_bitmap_clear_all(struct cc_bitmap *bitmap)
-{
-    for (uint64_t s = 0; s < bitmap->n_summary_words;) {
-        uint64_t in_use = bitmap->summary[s], first = s;
-        while (s < bitmap->n_summary_words && is_dense(bitmap->summary[s]))
-            bitmap->summary[s++] = 0;
-        if (s > first) {
-            uint64_t end = s * 64 < bitmap->n_words ? s * 64 : bitmap->n_words;
-            memset(bitmap->words + first * 64, 0, (end - first * 64) * 8);
-            continue;
-        }
-        for (uint64_t left = in_use; left; left &= left - 1)
-            bitmap->words[s * 64 + (uint64_t)__builtin_ctzll(left)] = 0;
-        bitmap->summary[s++] = 0;
-    }
-}
-
 /* cc_bitmap_count -- set bits now; a snapshot if setters run */
 uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap)
 {
     uint64_t count = 0;
-    for (uint64_t s = 0; s < bitmap->n_summary_words; s++) {
+    for (uint64_t s = cc_bitmap_next_summary(bitmap, 0); s < bitmap->n_summary_words; s = cc_bitmap_next_summary(bitmap, s + 1)) {
         for (uint64_t left = cc_peek(&bitmap->summary[s]); left; left &= left - 1) {
             uint64_t w = s * 64 + (uint64_t)__builtin_ctzll(left);
             count += (uint64_t)__builtin_popcountll(cc_peek(&bitmap->words[w]));
@@ -163,17 +149,17 @@ uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap)
     return count;
 }
 
-/* next_word -- index of the first word >= w that has a bit, or n_words; through the summary */
+/* next_word -- index of the first word >= w that has a bit, or n_words */
 static uint64_t next_word(const struct cc_bitmap *bitmap, uint64_t w)
 {
     while (w < bitmap->n_words) {
         uint64_t summary = bitmap->summary[w / 64] >> (w % 64);
         if (!summary) {
-            w = (w / 64 + 1) * 64;
+            w = cc_bitmap_next_summary(bitmap, w / 64 + 1) * 64;
             continue;
         }
         w += (uint64_t)__builtin_ctzll(summary);
-        if (w < bitmap->n_words && bitmap->words[w])
+        if (bitmap->words[w])
             return w;
         w++;
     }
@@ -294,22 +280,33 @@ bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits)
     return !in_last || !(cc_peek(&words[n_bits / 64]) & ~cc_word_mask(0, in_last));
 }
 
-/* cc_bitmap_summary_ok -- no word with bits under a clear summary bit, no summary bit past the last word */
+/* cc_bitmap_summary_ok -- no word with bits under a clear summary bit, none of these under a clear top bit, no bit past the end */
 bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap)
 {
     for (uint64_t w = 0; w < bitmap->n_words; w++) {
         if (bitmap->words[w] && !(bitmap->summary[w / 64] >> (w % 64) & 1))
             return false;
     }
+    for (uint64_t s = 0; s < bitmap->n_summary_words; s++) {
+        uint64_t t = s >> bitmap->top_shift;
+        if (bitmap->summary[s] && (!(bitmap->top[t / 64] >> (t % 64) & 1) || !(bitmap->crown[t / 4096] >> (t / 64 % 64) & 1)))
+            return false;
+    }
     return cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
 }
 
-/* cc_bitmap_rebuild_summary -- from the words; what an attach does, as it trusts no summary */
+/* cc_bitmap_rebuild_summary -- and top, from the words; what an attach does, as it trusts no summary */
 void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap)
 {
     memset(bitmap->summary, 0, bitmap->n_summary_words * 8);
+    memset(bitmap->crown, 0, sizeof bitmap->crown);
+    memset(bitmap->top, 0, sizeof bitmap->top);
     for (uint64_t w = 0; w < bitmap->n_words; w++) {
-        if (bitmap->words[w])
-            bitmap->summary[w / 64] |= 1ull << (w % 64);
+        uint64_t s = w / 64, t = s >> bitmap->top_shift;
+        if (!bitmap->words[w])
+            continue;
+        bitmap->summary[s] |= 1ull << (w % 64);
+        bitmap->top[t / 64] |= 1ull << (t % 64);
+        bitmap->crown[t / 4096] |= 1ull << (t / 64 % 64);
     }
 }

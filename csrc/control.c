@@ -104,7 +104,7 @@ static int format(int fd, uint64_t device_max, uint64_t *head_bytes)
     if (rc == 0)
         rc = cc_reserve(fd, 0, CC_DEVICES_OFFSET, "the control region");
     if (rc == 0) {
-        void *head;
+        void *head = NULL;
         rc = cc_map_file(fd, 0, CC_PAGE, true, &head);
         if (rc == 0) {
             struct cc_control *control = head;
@@ -193,7 +193,7 @@ static int map_head(struct colocache *cc, int control_fd, bool create, uint64_t 
     } else {
         if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
             return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
-        void *page;
+        void *page = NULL;
         rc = cc_map_file(cc->control_fd, 0, CC_PAGE, false, &page);
         if (rc)
             return rc;
@@ -203,7 +203,7 @@ static int map_head(struct colocache *cc, int control_fd, bool create, uint64_t 
         if (rc)
             return rc;
     }
-    void *head;
+    void *head = NULL;
     rc = cc_map_file(cc->control_fd, 0, cc->head_bytes, true, &head);
     if (rc)
         return rc;

@@ -11,7 +11,7 @@
 #include "fault.h"
 
 #define GROUP_PAGES 512u          /* of 4 KiB: one 2 MiB page */
-#define STRETCHES_MAX 4096u       /* of one block: bounds the cost of handing out work in a huge, almost clean guest */
+#define STRETCH_BYTES (1u << 20)  /* of dirty pages, about: what a thread takes at a time */
 #define RUNS_AT_ONCE 256u
 #define SMALL_BYTES (256u << 10)  /* below this, waking a thread takes longer than copying */
 
@@ -58,6 +58,18 @@ static void copy_worker(void *context)
     cc_add(&job->n_runs, n_runs);
 }
 
+/* stretch_pages -- by how much is dirty, not by how much there is: a huge, almost clean guest is handed out in few pieces */
+static uint64_t stretch_pages(const struct cc_block *block, uint64_t dirty, uint32_t n_threads)
+{
+    if (n_threads == 1)
+        return block->n_pages;
+    uint64_t groups = (block->n_pages + GROUP_PAGES - 1) / GROUP_PAGES;
+    uint64_t pieces = (dirty << block->page_shift) / STRETCH_BYTES;
+    if (pieces < 4ull * n_threads)
+        pieces = 4ull * n_threads;
+    return (groups + pieces - 1) / pieces * GROUP_PAGES;
+}
+
 /* cc_flush_copy -- copy the flush set of every block; all stores are visible when it returns */
 void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
 {
@@ -67,12 +79,9 @@ void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
         uint64_t dirty = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
         if (dirty == 0)
             continue;
-        uint64_t groups = (block->n_pages + GROUP_PAGES - 1) / GROUP_PAGES;
         struct copy_job job = {.cc = cc, .block = block};
-        job.stretch_pages = (groups + STRETCHES_MAX - 1) / STRETCHES_MAX * GROUP_PAGES;
         uint32_t n_threads = (dirty << block->page_shift) <= SMALL_BYTES ? 1 : cc_pool_size(cc->pool);
-        if (n_threads == 1)
-            job.stretch_pages = block->n_pages;
+        job.stretch_pages = stretch_pages(block, dirty, n_threads);
         cc_pool_run(cc->pool, n_threads, copy_worker, &job);
         out->n_pages += job.n_pages;
         out->n_runs += job.n_runs;

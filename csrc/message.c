@@ -67,7 +67,7 @@ int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64
 int colocache_message_parse(const void *header, uint32_t *type_out, uint64_t *epoch_out, uint64_t *body_len_bytes_out,
                             uint32_t *a_out, uint32_t *b_out)
 {
-    struct cc_message message;
+    struct cc_message message = {0};
     if (!header || !type_out || !epoch_out || !body_len_bytes_out || !a_out || !b_out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "header or an out-parameter is NULL");
     int rc = cc_message_get(header, &message);
