@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from colocache.errors import ArgumentError
 from colocache.vmm import history as oracle
-from colocache.vmm.history import History, page_seeds, page_words, wrong_pages
+from colocache.vmm.history import History, consult, page_words, wrong_pages
 from colocache.vmm.workload import GuestOptions, Workload, workload_for
 
 M64 = (1 << 64) - 1
@@ -68,17 +68,19 @@ def test_the_oracle_agrees_with_a_walk_through_every_step(
         step += steps
     n_steps = step + more if entries else 0
     want = replay(entries, work, n_steps)
-    seeds, written = page_seeds(history, work, n_steps, ram_pages)
+    seeds, written, needed = consult(history, work, n_steps, ram_pages)
     assert {int(page): int(seeds[page]) for page in np.flatnonzero(written)} == want
+    history.forget_before(needed)
+    assert np.array_equal(consult(history, work, n_steps, ram_pages).seeds, seeds)
 
 
 def test_the_walk_back_in_small_chunks_finds_the_same_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     work, history = Workload(3, 200, 9, 3000, 9000), History()
     for first, salt in [(0, 11), (400, 12), (401, 13), (1500, 14)]:
         history.append(first, salt)
-    whole = page_seeds(history, work, 2345, 210)
+    whole = consult(history, work, 2345, 210)
     monkeypatch.setattr(oracle, "CHUNK", 7)
-    pieces = page_seeds(history, work, 2345, 210)
+    pieces = consult(history, work, 2345, 210)
     assert np.array_equal(whole[0], pieces[0])
     assert np.array_equal(whole[1], pieces[1])
 
@@ -89,8 +91,9 @@ def test_the_walk_back_stops_when_every_page_is_known(monkeypatch: pytest.Monkey
     monkeypatch.setattr(oracle, "stores", lambda *args: asked.append(args[2:]) or real(*args))
     history = History()
     history.append(0, 5)
-    _, written = page_seeds(history, Workload(0, 64, 1, 0, 0), 1 << 60, 64)
-    assert written.all()
+    must = consult(history, Workload(0, 64, 1, 0, 0), 1 << 60, 64)
+    assert must.written.all()
+    assert must.needed == (1 << 60) - oracle.CHUNK
     assert len(asked) == 1
 
 
@@ -111,6 +114,19 @@ def test_a_history_does_not_go_back_nor_past_its_bound(monkeypatch: pytest.Monke
     history.append(11, 1)
     with pytest.raises(ArgumentError, match="3 times"):
         history.append(12, 1)
+
+
+@pytest.mark.parametrize(
+    ("step", "left"), [(0, [0, 5, 9]), (4, [0, 5, 9]), (5, [5, 9]), (8, [5, 9]), (9, [9]), (1000, [9])]
+)
+def test_forgetting_keeps_the_salt_in_force_at_that_step(step: int, left: list[int]) -> None:
+    history = History()
+    for first in (0, 5, 9):
+        history.append(first, first + 100)
+    history.forget_before(step)
+    assert history.array.tolist() == [[first, first + 100] for first in left]
+    history.append(2000, 7)
+    assert history.array.tolist()[-1] == [2000, 7]
 
 
 def test_a_history_grows_and_survives_a_copy() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from colocache.vmm._native import ffi, lib
 from colocache.vmm.base import program_bytes
-from colocache.vmm.history import History, page_seeds, stores, wrong_pages
+from colocache.vmm.history import History, consult, stores, wrong_pages
 from colocache.vmm.mailbox import Mailbox
 from colocache.vmm.workload import Workload
 
@@ -43,8 +43,8 @@ class Bench:
         return np.concatenate([self.low, self.high])
 
     def wrong(self) -> list[int]:
-        seeds, written = page_seeds(self.history, self.work, self.mailbox.box.step, RAM_PAGES)
-        return wrong_pages(self.memory, seeds, written).tolist()
+        must = consult(self.history, self.work, self.mailbox.box.step, RAM_PAGES)
+        return wrong_pages(self.memory, must.seeds, must.written).tolist()
 
 
 WORKS = {

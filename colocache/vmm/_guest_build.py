@@ -33,7 +33,6 @@ FLAGS = [
     "-fno-stack-protector",
     "-fno-jump-tables",
     "-fno-sanitize=all",
-    "-fno-instrument-functions",
 ]
 
 ffibuilder = FFI()

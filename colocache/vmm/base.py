@@ -16,7 +16,7 @@ from colocache.errors import ArgumentError, ClosedError, OrderError
 from colocache.vmm._native import ffi, lib
 from colocache.vmm.device_state import DeviceState, Shape, hash_bytes, pack, parse
 from colocache.vmm.errors import MachineError
-from colocache.vmm.history import History, Words, mix, page_seeds, wrong_pages
+from colocache.vmm.history import TIDY_ENTRIES, History, Words, consult, mix, wrong_pages
 from colocache.vmm.layout import BOOT, RAM, boot_image, layout_for, shadow_words
 from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport, blocks_for, fresh_salt
 from colocache.vmm.mailbox import Mailbox
@@ -66,6 +66,7 @@ class ReferenceMachine(ABC):
         self._shadow = (0, 0)  # loads of a device state so far, and what the newest drew
         self._resumes = 0
         self._synced_stores = 0
+        self._tidy_at = TIDY_ENTRIES
         self._ready = False
         self._closed = False
         self._mailbox = Mailbox()
@@ -164,9 +165,21 @@ class ReferenceMachine(ABC):
         if self._thread.running:
             raise OrderError(f"{what} while the guest runs: pause it first")
 
-    def _counted(self) -> None:
-        """The dirty log was just taken: dirty_hint counts from here."""
+    def _taking(self) -> None:
+        """The dirty log is about to be taken: dirty_hint counts from here."""
+        self._refuse_closed()
         self._synced_stores = int(self._mailbox.box.pages_stored)
+        if self._thread.running and len(self._history) >= self._tidy_at:
+            self._tidy()
+
+    def _tidy(self) -> None:
+        """Drop what of the history shows in no page any more, so that it does not grow for ever.
+
+        Done while the guest runs, so that no pause gets longer; what it writes meanwhile makes no older step show.
+        """
+        must = consult(self._history, self._work, self.steps, self.ram.n_pages)
+        self._history.forget_before(must.needed)
+        self._tidy_at = max(TIDY_ENTRIES, 2 * len(self._history))
 
     # ---- device state ----------------------------------------------------------------------------------------------
 
@@ -203,6 +216,7 @@ class ReferenceMachine(ABC):
         self._load_registers(parsed.registers)
         self._work = parsed.work
         self._history = History(parsed.history)
+        self._tidy_at = max(TIDY_ENTRIES, 2 * len(self._history))
         self._mailbox.set_work(parsed.work)
         self._mailbox.box.step = parsed.step
         # Devices write guest RAM when they load (rings, dirty flags): here a page of its own holds what only this
@@ -239,8 +253,8 @@ class ReferenceMachine(ABC):
         if not self._ready:
             raise OrderError("a machine that was neither booted nor given a device state has nothing to verify")
         begin = time.perf_counter()
-        seeds, written = page_seeds(self._history, self._work, self.steps, self.ram.n_pages)
-        wrong = named_pages(RAM, wrong_pages(view_of(self.ram), seeds, written))
+        must = consult(self._history, self._work, self.steps, self.ram.n_pages)
+        wrong = named_pages(RAM, wrong_pages(view_of(self.ram), must.seeds, must.written))
         want = self._boot_image.copy()
         want[self.layout.shadow_page] = shadow_words(*self._shadow)
         bad = np.flatnonzero((view_of(self.boot_ram) != want).any(axis=1))

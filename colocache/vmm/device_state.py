@@ -135,8 +135,8 @@ def parse(shape: Shape, state: bytes, *, ram_pages: int) -> DeviceState:
     firsts = history[:, 0]
     if step >= STEPS_MAX or (n_history and (firsts[-1] > step or bool((firsts[1:] < firsts[:-1]).any()))):
         raise DeviceStateError(f"the history in the device state is in no order, or step {step} is before its end")
-    if step and (not n_history or firsts[0] > 0):
-        raise DeviceStateError(f"the device state is at step {step} and its history does not begin at step 0")
+    if step and not n_history:
+        raise DeviceStateError(f"the device state is at step {step} and has no history")
     if bool(loads) != bool(nonce):
         raise DeviceStateError(f"the device state counts {loads} loads and has nonce {nonce:#x}: both or neither are 0")
     registers = state[at : at + n_registers]

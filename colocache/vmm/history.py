@@ -10,6 +10,7 @@ working set: about n*ln(n) steps for n pages, however long the guest has run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +26,8 @@ WORD = np.uint64(0xA0761D6478BD642F)
 MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 WORDS = PAGE // 8
-ENTRIES_MAX = 1 << 20  # 16 MiB of device state; a resume a second for 12 days
+ENTRIES_MAX = 1 << 20  # 16 MiB of device state
+TIDY_ENTRIES = 1 << 12  # a longer history is looked through for entries that show in no page any more
 STEPS_MAX = 1 << 62
 CHUNK = 1 << 17  # steps looked at in one go: a few MiB of scratch
 COMPARE = 128  # pages compared in one go: half a MiB of scratch stays in the CPU cache
@@ -73,8 +75,15 @@ class History:
             raise ArgumentError(f"the guest was resumed {ENTRIES_MAX} times, more than its history holds: start anew")
         if self._n == len(self._entries):
             self._entries = np.concatenate([self._entries, np.zeros_like(self._entries)])
-        self._entries[self._n] = first_step, salt
+        self._entries[self._n, 0] = first_step
+        self._entries[self._n, 1] = salt
         self._n += 1
+
+    def forget_before(self, step: int) -> None:
+        """Drop the entries that decided only steps before `step`."""
+        keep = max(0, int(np.searchsorted(self.array[:, 0], np.uint64(step), side="right")) - 1)
+        self._entries[: self._n - keep] = self._entries[keep : self._n].copy()
+        self._n -= keep
 
 
 @dataclass(frozen=True)
@@ -108,25 +117,38 @@ def stores(history: Words, work: Workload, first: int, end: int) -> Stores:
     return Stores(steps.astype(np.int64)[which], page, seed)
 
 
-def page_seeds(history: History, work: Workload, n_steps: int, ram_pages: int) -> tuple[Words, npt.NDArray[np.bool_]]:
-    """The first word each page of pc.ram must hold after n_steps steps, and whether it was ever written (else zero)."""
+class Oracle(NamedTuple):
+    """What pc.ram must hold. seeds: the first word of each page; written: whether it was ever written (else zeros).
+
+    needed: no step before this one shows any more.
+    """
+
+    seeds: Words
+    written: npt.NDArray[np.bool_]
+    needed: int
+
+
+def consult(history: History, work: Workload, n_steps: int, ram_pages: int) -> Oracle:
+    """The oracle's word on all pages of pc.ram after n_steps steps."""
     seeds = np.zeros(ram_pages, dtype=np.uint64)
     written = np.zeros(ram_pages, dtype=np.bool_)
     if not len(history) or work.rewrite_below >= SHARES:
-        return seeds, written
+        return Oracle(seeds, written, n_steps)
     array = history.array
     oldest = int(array[0, 0])
-    end, left = n_steps, work.n_pages
+    end, left, needed = n_steps, work.n_pages, n_steps
     while end > oldest and left:
         first = max(oldest, end - CHUNK)
         found = stores(array, work, first, end)
         new = ~written[found.page]
+        if new.any():
+            needed = first
         pages, values = found.page[new], found.seed[new]
         seeds[pages] = values  # where a page comes several times the last one stays: numpy promises it
         written[pages] = True
         left = work.n_pages - int(np.count_nonzero(written))
         end = first
-    return seeds, written
+    return Oracle(seeds, written, needed)
 
 
 def wrong_pages(memory: Words, seeds: Words, written: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:

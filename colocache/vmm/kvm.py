@@ -170,14 +170,12 @@ class KvmMachine(ReferenceMachine):
     # ---- dirty log -------------------------------------------------------------------------------
 
     def sync_dirty_log(self, target: Cache | Sender) -> None:
-        self._refuse_closed()
-        self._counted()
+        self._taking()
         if self._log is not None:
             target.sync_dirty_log(self._log)
 
     def discard_dirty_log(self) -> None:
-        self._refuse_closed()
-        self._counted()
+        self._taking()
         if self._log is not None:
             self._log.discard()
 

@@ -59,6 +59,7 @@ class ProcessMachine(ReferenceMachine):
 
     def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None:
         super().__init__(rams, options, mark_dirty)
+        self._entered = False  # since the log was last taken
         self._own: OwnLog | None = None
         self._kernel: UffdDirtyLog | None = None
         try:
@@ -87,6 +88,7 @@ class ProcessMachine(ReferenceMachine):
         return "own" if self._kernel is None else "uffd"
 
     def _enter(self) -> None:
+        self._entered = True
         lib.guest_program(self._mailbox.box)
 
     def _kick(self) -> None:
@@ -103,8 +105,12 @@ class ProcessMachine(ReferenceMachine):
         """None to load."""
 
     def sync_dirty_log(self, target: Cache | Sender) -> None:
-        self._refuse_closed()
-        self._counted()
+        if not self._entered and not self._thread.running:
+            # All that the log can hold are writes that are known otherwise: of the VMM, which are marked, and of the
+            # flush, before the guest first ran.
+            self.discard_dirty_log()
+            return
+        self._taking()
         if self._kernel is not None:
             target.sync_dirty_log(self._kernel)
         if self._own is not None:
@@ -114,14 +120,15 @@ class ProcessMachine(ReferenceMachine):
             except BaseException:
                 self._own.put(taken)
                 raise
+        self._entered = self._thread.running
 
     def discard_dirty_log(self) -> None:
-        self._refuse_closed()
-        self._counted()
+        self._taking()
         if self._kernel is not None:
             self._kernel.discard()
         if self._own is not None:
             self._own.take()
+        self._entered = self._thread.running
 
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
         report = super().load_device_state(state)
