@@ -59,7 +59,7 @@ int cc_receive_enter(struct colocache *cc, uint64_t epoch)
         rc = cc_fail(COLOCACHE_E_FAILED_OVER, "epoch %llu can't arrive: this secondary took over", (unsigned long long)epoch);
         break;
     default:
-        if (cc_observe(&cc->open_epoch) != epoch)
+        if (epoch == 0 || cc_observe(&cc->open_epoch) != epoch) /* 0 also stands for "none is open": it must not pass for it */
             rc = open_epoch(cc, epoch);
     }
     if (rc)
