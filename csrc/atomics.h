@@ -24,6 +24,21 @@ static inline void cc_publish(uint64_t *word, uint64_t value) { __atomic_store_n
 static inline uint32_t cc_observe32(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
 static inline void cc_publish32(uint32_t *word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
 
+/* A struct of n words that one thread may write while others read it: each word by itself, in an order that lets the reader find out.
+ * It reads the word that names the struct, copies, and reads the name again: a copied word that was stored after a newer name
+ * was (release after release) makes the acquiring reader see that newer name, and the copy is thrown away. */
+static inline void cc_publish_words(void *to, const void *from, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        cc_publish((uint64_t *)to + i, ((const uint64_t *)from)[i]);
+}
+
+static inline void cc_observe_words(void *to, const void *from, uint64_t n)
+{
+    for (uint64_t i = 0; i < n; i++)
+        ((uint64_t *)to)[i] = cc_observe((const uint64_t *)from + i);
+}
+
 /* Counters and snapshots on which nothing else depends. */
 static inline uint64_t cc_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
 static inline void cc_poke(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }

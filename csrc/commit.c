@@ -19,15 +19,21 @@ static uint64_t record_checksum(const struct cc_record *record)
     return cc_checksum(record, offsetof(struct cc_record, checksum));
 }
 
-/* cc_commit_read -- the record that is named: 1 there is one, 0 nothing was ever sealed, E_CORRUPT */
+/* cc_commit_read -- the record that is named: 1 there is one, 0 nothing was ever sealed, E_CORRUPT.  Any thread, also while one publishes. */
 int cc_commit_read(const struct cc_control *control, struct cc_record *out)
 {
     uint64_t word = cc_observe(&control->commit_word);
-    if (word == 0) {
-        memset(out, 0, sizeof *out);
-        return 0;
+    for (;;) {
+        if (word == 0) {
+            memset(out, 0, sizeof *out);
+            return 0;
+        }
+        cc_observe_words(out, &control->records[word & 1], sizeof *out / 8);
+        uint64_t now = cc_observe(&control->commit_word);
+        if (now == word)
+            break;
+        word = now; /* two records were published meanwhile, perhaps over what was read */
     }
-    *out = control->records[word & 1];
     uint64_t expected = record_checksum(out);
     if (out->checksum != expected)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used",
@@ -50,7 +56,7 @@ void cc_commit_publish(struct cc_control *control, struct cc_record *record)
     record->generation = word;
     record->checksum = record_checksum(record);
     CC_CRASH_POINT("commit: before the record");
-    control->records[word & 1] = *record;
+    cc_publish_words(&control->records[word & 1], record, sizeof *record / 8);
     CC_CRASH_POINT("commit: before the word");
     cc_publish(&control->commit_word, word); /* from here on the epoch is what an attach finds */
     CC_CRASH_POINT("commit: after the word");

@@ -29,13 +29,7 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     struct cc_record record;
     if (!cc || !out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or out is NULL");
-    int rc;
-    do { /* a record may be replaced while it is read: then the word has moved on, and the sum of what was read means nothing */
-        uint64_t word = cc_observe(&cc->control->commit_word);
-        rc = fill_from_control(cc->control, &status, &record);
-        if (word == cc_observe(&cc->control->commit_word))
-            break;
-    } while (true);
+    int rc = fill_from_control(cc->control, &status, &record);
     if (rc)
         return rc;
     uint32_t phase = cc_observe32(&cc->phase);
@@ -148,13 +142,8 @@ int colocache_inspect(int control_fd, struct colocache_status *out, struct coloc
         return rc;
     const struct cc_control *control = head;
     rc = cc_control_check(control, (uint64_t)st.st_size);
-    for (int tries = 0; rc == 0 && tries < 100; tries++) { /* the owner may publish while we read; a standing region never needs a second try */
-        uint64_t word = cc_observe(&control->commit_word);
+    if (rc == 0)
         rc = fill_from_control(control, &status, &record);
-        if (word == cc_observe(&control->commit_word))
-            break;
-        rc = tries == 99 ? rc : 0;
-    }
     if (rc == 0) {
         status.phase = cc_observe(&control->taken_over)          ? COLOCACHE_PHASE_FAILED_OVER
                        : record.epoch == 0                       ? COLOCACHE_PHASE_EMPTY
