@@ -97,7 +97,7 @@ void cc_bitmap_or_words(struct cc_bitmap *bitmap, uint64_t first, uint64_t n, co
 {
     uint64_t shift = first % 64, w = first / 64;
     for (uint64_t i = 0; i < cc_words_for(n); i++) {
-        uint64_t bits = words[i];
+        uint64_t bits = cc_peek(&words[i]); /* they may be another bitmap's that is set meanwhile (sender_resend) */
         if (!bits)
             continue;
         uint64_t low = bits << shift;

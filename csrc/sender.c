@@ -79,7 +79,8 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
     return 0;
 }
 
-/* mark -- unacked first: a bit that is pending is always unacked too */
+/* mark -- unacked before pending: a page that can be sent is never unknown to unacked.  And unacked once more after it:
+ * sender_received in another thread may have taken the first bit before it could see the pending one. */
 static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
 {
     if (!sender || index >= sender->n_blocks)
@@ -91,12 +92,12 @@ static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_
     if (words && !cc_bitmap_tail_ok(words, n_pages))
         return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
                        (unsigned long long)n_pages, block->name);
-    struct cc_bitmap *both[] = {&block->unacked, &block->pending};
-    for (int i = 0; i < 2; i++) {
+    struct cc_bitmap *in_turn[] = {&block->unacked, &block->pending, &block->unacked};
+    for (int i = 0; i < 3; i++) {
         if (words)
-            cc_bitmap_or_words(both[i], first_pfn, n_pages, words);
+            cc_bitmap_or_words(in_turn[i], first_pfn, n_pages, words);
         else
-            cc_bitmap_set(both[i], first_pfn, n_pages);
+            cc_bitmap_set(in_turn[i], first_pfn, n_pages);
     }
     return 0;
 }
