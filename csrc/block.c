@@ -208,9 +208,25 @@ void cc_block_release(struct cc_block *block)
     block->guest.fd = block->cache.fd = -1;
 }
 
-static bool overlap(const struct cc_image_identity *a, const struct cc_image_identity *b, uint64_t len_bytes)
+static bool overlap(const struct cc_image_identity *a, uint64_t a_bytes, const struct cc_image_identity *b, uint64_t b_bytes)
 {
-    return a->device == b->device && a->inode == b->inode && a->offset < b->offset + len_bytes && b->offset < a->offset + len_bytes;
+    return a->device == b->device && a->inode == b->inode && a->offset < b->offset + b_bytes && b->offset < a->offset + a_bytes;
+}
+
+/* check_disjoint -- no byte of the new block's images is a byte of another block's: each would be the other's damage */
+static int check_disjoint(const struct colocache *cc, const struct cc_block_entry *entry)
+{
+    const struct cc_image_identity *ours[] = {&entry->guest, &entry->cache};
+    for (uint32_t i = 0; i < cc->n_blocks && entry->guest.inode; i++) {
+        const struct cc_block_entry *other = &cc->table[i];
+        for (int k = 0; k < 2; k++) {
+            if (overlap(ours[k], entry->len_bytes, &other->guest, other->len_bytes) ||
+                overlap(ours[k], entry->len_bytes, &other->cache, other->len_bytes))
+                return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: its %s is memory of block %s", entry->name, k ? "cache" : "guest RAM",
+                               other->name);
+        }
+    }
+    return 0;
 }
 
 static int identify_both(const struct colocache_images *images, struct cc_block_entry *entry, uint64_t *guest_granule,
@@ -222,7 +238,7 @@ static int identify_both(const struct colocache_images *images, struct cc_block_
     int rc = identify(images->name, images->guest_fd, images->guest_offset, images->len_bytes, &entry->guest, guest_granule);
     if (rc == 0)
         rc = identify(images->name, images->cache_fd, images->cache_offset, images->len_bytes, &entry->cache, cache_granule);
-    if (rc == 0 && overlap(&entry->guest, &entry->cache, images->len_bytes))
+    if (rc == 0 && overlap(&entry->guest, images->len_bytes, &entry->cache, images->len_bytes))
         rc = cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest RAM and cache are the same memory", images->name);
     return rc;
 }
@@ -243,6 +259,8 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     strcpy(entry.name, images->name); /* its length was checked */
     uint64_t guest_granule, cache_granule;
     rc = identify_both(images, &entry, &guest_granule, &cache_granule);
+    if (rc == 0)
+        rc = check_disjoint(cc, &entry);
     if (rc)
         return rc;
     entry.bitmap_offset = cc->control->bitmap_end;
@@ -298,6 +316,8 @@ int colocache_add_block(struct colocache *cc, const struct colocache_images *ima
     int rc = cc_take_struct(&given, sizeof given, images, sizeof given, "images");
     if (rc)
         return rc;
+    if (!cc)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
     if (cc_peek(&cc->control->receiving) || cc_peek(&cc->control->commit_word))
         return cc_fail(COLOCACHE_E_ORDER, "blocks are added before the first page comes");
     rc = cc_block_add(cc, &given);

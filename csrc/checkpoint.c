@@ -235,6 +235,9 @@ int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args,
     if (rc)
         return rc;
     uint32_t before = COLOCACHE_PHASE_EMPTY;
+    rc = cc_give_struct(out, &result, sizeof result, "seal result"); /* a caller's mistake is found before anything is sealed */
+    if (rc)
+        return rc;
     rc = begin_sealing(cc, &before);
     if (rc)
         return rc;
@@ -283,6 +286,9 @@ int colocache_flush(struct colocache *cc, struct colocache_flush_result *out)
         return cc_fail(COLOCACHE_E_NOT_SEALED, "there is nothing to flush: the newest sealed epoch, %llu, is committed",
                        (unsigned long long)record.epoch);
     struct colocache_flush_result result = {0};
+    rc = cc_give_struct(out, &result, sizeof result, "flush result"); /* a caller's mistake is found before the work */
+    if (rc)
+        return rc;
     rc = cc_finish_flush(cc, &record, &result);
     if (rc)
         return rc;
@@ -342,11 +348,15 @@ int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason)
 {
     if (!cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    uint32_t before = COLOCACHE_PHASE_EMPTY;
+    uint32_t phase = cc_observe32(&cc->phase) & CC_PHASE_MASK, before = COLOCACHE_PHASE_EMPTY;
+    uint64_t open = cc_observe(&cc->open_epoch);
+    if ((phase == COLOCACHE_PHASE_EMPTY || phase == COLOCACHE_PHASE_LIVE) && (open != epoch || !open))
+        return cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be aborted: the open one is %llu", (unsigned long long)epoch,
+                       (unsigned long long)open); /* found out before the phase changes: receives of the open one go on */
     int rc = begin_sealing(cc, &before); /* the same decision as a seal's: only one of the two can have the epoch */
     if (rc)
         return rc;
-    uint64_t open = cc_observe(&cc->open_epoch);
+    open = cc_observe(&cc->open_epoch);
     if (open == epoch && open) {
         give_up_epoch(cc);
         cc_log(cc, COLOCACHE_LOG_WARN, "epoch %llu aborted: %s", (unsigned long long)epoch, reason ? reason : "no reason given");
