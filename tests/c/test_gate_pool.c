@@ -1,0 +1,139 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* gate.c and pool.c: who is inside, who waits, and who does the work. */
+#include "gate.h"
+#include "pool.h"
+
+#include <pthread.h>
+
+#include "check.h"
+
+#define ENTRANTS 4u
+#define ENTRIES 20000u
+#define CLOSINGS 300u
+
+static struct cc_gate gate;
+static uint64_t inside, plain_sum, entries; /* plain_sum has no atomics: the closer alone writes it, those inside read it */
+static uint32_t running, stop, wrong;
+
+static void *entrant(void *arg)
+{
+    (void)arg;
+    for (unsigned i = 0; i < ENTRIES && !__atomic_load_n(&stop, __ATOMIC_ACQUIRE); i++) {
+        cc_gate_enter(&gate);
+        __atomic_add_fetch(&inside, 1, __ATOMIC_RELAXED);
+        if (plain_sum & 1) /* the closer makes it odd only while it is alone */
+            __atomic_add_fetch(&wrong, 1, __ATOMIC_RELAXED);
+        __atomic_sub_fetch(&inside, 1, __ATOMIC_RELAXED);
+        __atomic_add_fetch(&entries, 1, __ATOMIC_RELAXED);
+        cc_gate_leave(&gate);
+    }
+    __atomic_sub_fetch(&running, 1, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static void closer_is_alone_and_nobody_is_left_waiting(void)
+{
+    pthread_t threads[ENTRANTS];
+    running = ENTRANTS;
+    for (unsigned i = 0; i < ENTRANTS; i++)
+        REQUIRE(pthread_create(&threads[i], NULL, entrant, NULL) == 0);
+    for (unsigned i = 0; i < CLOSINGS && __atomic_load_n(&running, __ATOMIC_ACQUIRE); i++) {
+        cc_gate_close(&gate);
+        plain_sum++;
+        for (unsigned k = 0; k < 100; k++)
+            CHECK_EQ(0, __atomic_load_n(&inside, __ATOMIC_RELAXED));
+        plain_sum++;
+        cc_gate_open(&gate);
+    }
+    __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);
+    for (unsigned i = 0; i < ENTRANTS; i++)
+        pthread_join(threads[i], NULL); /* a lost wake-up would hang here */
+    CHECK_EQ(0, wrong);
+    CHECK(entries > 0);
+    CHECK_EQ(0, gate.word);
+}
+
+static uint32_t waiter_is_in;
+
+static void *waiter(void *arg)
+{
+    (void)arg;
+    cc_gate_enter(&gate);
+    __atomic_store_n(&waiter_is_in, 1, __ATOMIC_RELEASE);
+    cc_gate_leave(&gate);
+    return NULL;
+}
+
+static void closed_gate_lets_nobody_in(void)
+{
+    pthread_t thread;
+    cc_gate_close(&gate);
+    REQUIRE(pthread_create(&thread, NULL, waiter, NULL) == 0);
+    for (int i = 0; i < 2000; i++) {
+        sched_yield();
+        CHECK_EQ(0, __atomic_load_n(&waiter_is_in, __ATOMIC_ACQUIRE));
+    }
+    cc_gate_open(&gate);
+    pthread_join(thread, NULL);
+    CHECK_EQ(1, waiter_is_in);
+}
+
+/* ---- pool -------------------------------------------------------------------------------------------------------- */
+
+struct job {
+    uint64_t next, n, calls;
+    uint8_t *done;
+};
+
+static void work(void *context)
+{
+    struct job *job = context;
+    __atomic_add_fetch(&job->calls, 1, __ATOMIC_RELAXED);
+    for (;;) {
+        uint64_t i = __atomic_fetch_add(&job->next, 1, __ATOMIC_RELAXED);
+        if (i >= job->n)
+            return;
+        job->done[i]++;
+    }
+}
+
+static void all_the_work_is_done_once_before_run_returns(void)
+{
+    static uint8_t done[5000];
+    for (uint32_t size = 1; size <= 8; size++) {
+        struct cc_pool *pool = NULL;
+        REQUIRE(cc_pool_create(size, &pool) == 0);
+        CHECK_EQ(size, cc_pool_size(pool));
+        for (uint32_t n_threads = 1; n_threads <= 10; n_threads++) {
+            memset(done, 0, sizeof done);
+            struct job job = {.n = sizeof done, .done = done};
+            cc_pool_run(pool, n_threads, work, &job);
+            uint32_t most = n_threads < size ? n_threads : size;
+            CHECK(job.calls >= 1 && job.calls <= most);
+            for (unsigned i = 0; i < sizeof done; i++)
+                CHECK(done[i] == 1);
+        }
+        cc_pool_destroy(pool);
+    }
+    cc_pool_destroy(NULL);
+}
+
+static void pool_is_bounded(void)
+{
+    struct cc_pool *pool = NULL;
+    REQUIRE(cc_pool_create(0, &pool) == 0); /* as many as cores */
+    CHECK(cc_pool_size(pool) >= 1);
+    cc_pool_destroy(pool);
+    REQUIRE(cc_pool_create(100000, &pool) == 0);
+    CHECK(cc_pool_size(pool) <= 256);
+    cc_pool_destroy(pool);
+}
+
+int main(void)
+{
+    RUN(closer_is_alone_and_nobody_is_left_waiting);
+    RUN(closed_gate_lets_nobody_in);
+    RUN(all_the_work_is_done_once_before_run_returns);
+    RUN(pool_is_bounded);
+    return DONE();
+}

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* page_copy.c: every variant that runs here moves the same bytes and touches none outside of its run. */
+#define _GNU_SOURCE
+#include "page_copy.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "check.h"
+
+#define PAGES 12u
+#define PAGE 4096u
+
+static uint8_t *src, *dst, *expected;
+
+static void variants_copy_exactly_their_run(void)
+{
+    struct dice dice = {7};
+    unsigned tried = 0;
+    for (int variant = COLOCACHE_COPY_AUTO; variant <= COLOCACHE_COPY_NEON; variant++) {
+        struct cc_copy copy;
+        CHECK_EQ(cc_copy_supported(variant), colocache_copy_supported(variant) == 0);
+        if (!cc_copy_pick(variant, &copy)) {
+            CHECK_EQ(COLOCACHE_E_UNSUPPORTED, colocache_copy_supported(variant));
+            continue;
+        }
+        CHECK(variant == COLOCACHE_COPY_AUTO ? copy.variant != COLOCACHE_COPY_AUTO : copy.variant == variant);
+        tried++;
+        for (uint64_t first = 0; first < PAGES; first++) {
+            for (uint64_t n = 1; first + n <= PAGES; n++) {
+                for (uint64_t i = 0; i < PAGES * PAGE; i += 8) {
+                    uint64_t a = roll(&dice), b = roll(&dice);
+                    memcpy(src + i, &a, 8);
+                    memcpy(dst + i, &b, 8);
+                }
+                memcpy(expected, dst, PAGES * PAGE);
+                memcpy(expected + first * PAGE, src + first * PAGE, n * PAGE);
+                uint64_t hint = n & 1 ? 0 : first; /* hints are only prefetched: any page of the images */
+                copy.run(dst + first * PAGE, src + first * PAGE, n * PAGE, src + hint * PAGE, dst + hint * PAGE);
+                copy.fence();
+                if (memcmp(dst, expected, PAGES * PAGE) != 0)
+                    CHECK_SAY("variant %d, pages %u+%u: wrong bytes", copy.variant, (unsigned)first, (unsigned)n);
+            }
+        }
+    }
+    CHECK(tried >= 2); /* auto and libc at least */
+    CHECK(!cc_copy_supported(99) && !cc_copy_supported(-1));
+    CHECK_EQ(COLOCACHE_E_UNSUPPORTED, colocache_copy_supported(99));
+}
+
+static void copies_end_at_the_last_mapped_byte(void)
+{
+    /* a hint past the end of the images, or a store there, would be a fault: the page after them is not mapped */
+    uint8_t *edge = mmap(NULL, 5 * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(edge != MAP_FAILED);
+    REQUIRE(mprotect(edge + 4 * PAGE, PAGE, PROT_NONE) == 0);
+    for (int variant = COLOCACHE_COPY_AUTO; variant <= COLOCACHE_COPY_NEON; variant++) {
+        struct cc_copy copy;
+        if (!cc_copy_pick(variant, &copy))
+            continue;
+        memset(edge, 0x5a, 2 * PAGE);
+        memset(edge + 2 * PAGE, 0, 2 * PAGE);
+        copy.run(edge + 2 * PAGE, edge, 2 * PAGE, edge + 3 * PAGE, edge + 3 * PAGE);
+        copy.fence();
+        CHECK(memcmp(edge, edge + 2 * PAGE, 2 * PAGE) == 0);
+    }
+    munmap(edge, 5 * PAGE);
+}
+
+static void one_bit_makes_a_page_not_zero(void)
+{
+    memset(src, 0, PAGE);
+    CHECK(cc_is_zero(src, PAGE));
+    for (uint64_t bit = 0; bit < PAGE * 8; bit++) {
+        src[bit / 8] = (uint8_t)(1u << (bit % 8));
+        if (cc_is_zero(src, PAGE))
+            CHECK_SAY("bit %u is not seen", (unsigned)bit);
+        src[bit / 8] = 0;
+    }
+    src[PAGE] = 1;
+    CHECK(cc_is_zero(src, PAGE)); /* the byte after it is not its business */
+}
+
+int main(void)
+{
+    src = aligned_alloc(PAGE, PAGES * PAGE);
+    dst = aligned_alloc(PAGE, PAGES * PAGE);
+    expected = aligned_alloc(PAGE, PAGES * PAGE);
+    REQUIRE(src && dst && expected);
+    RUN(variants_copy_exactly_their_run);
+    RUN(copies_end_at_the_last_mapped_byte);
+    RUN(one_bit_makes_a_page_not_zero);
+    free(src);
+    free(dst);
+    free(expected);
+    return DONE();
+}
