@@ -35,6 +35,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 GUEST = ROOT / "colocache" / "vmm" / "_guest_build.py"
+BASELINE = ROOT / "colocache" / "measure" / "_baseline_build.py"
 SONAME = "libcolocache.so.0"
 
 # No -march: functions that need AVX carry their own target attribute and are picked at run time.
@@ -149,6 +150,8 @@ class BuildEngine(build_ext):
 modules = ["colocache/_native_build.py:ffibuilder"]
 if GUEST.is_file():
     modules.append("colocache/vmm/_guest_build.py:ffibuilder")
+if BASELINE.is_file():
+    modules.append("colocache/measure/_baseline_build.py:ffibuilder")
 
 setup(
     cffi_modules=modules,

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compiled module `colocache.measure._baseline`: what a flush is measured against (baseline.c).
+
+The engine's copy variants and thread pool are compiled in from csrc/, so that the peak is taken with the same code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parent.parent / "csrc"
+
+DECLARATIONS = """
+struct baseline_pool;
+struct baseline_pool *baseline_pool_create(uint32_t n_threads);
+uint32_t baseline_pool_size(const struct baseline_pool *pool);
+void baseline_pool_destroy(struct baseline_pool *pool);
+int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant);
+void baseline_qemu_union(uint64_t *bitmap, const uint64_t *svm_log, uint64_t n_words);
+uint64_t baseline_qemu_flush(uint64_t *bitmap, uint64_t n_pages, void *guest, const void *cache);
+void baseline_touch(void *memory, uint64_t n_bytes);
+"""
+
+ffibuilder = FFI()
+ffibuilder.cdef(DECLARATIONS)
+ffibuilder.set_source(
+    "colocache.measure._baseline",
+    '#define _GNU_SOURCE\n#include "baseline.c"\n#include "page_copy.c"\n#include "pool.c"\n',
+    include_dirs=[str(HERE), str(CSRC), str(CSRC / "include")],
+    depends=[str(HERE / "baseline.c"), str(CSRC / "page_copy.c"), str(CSRC / "pool.c")],
+    extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread"],
+    py_limited_api=True,
+)

@@ -1,0 +1,119 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * baseline.c -- what the flush is measured against: the peak copy bandwidth, and QEMU's way.
+ *
+ * Peak is one sequential pass over two images with the engine's own copy variants and thread pool (the same sources, compiled
+ * in), so that it is the most this memory gives to these threads.  QEMU's way is its algorithm as facts describe it, in our own words: the
+ * SVM's log is OR-ed into the one bitmap, then per run: every bit is cleared by itself, and one memcpy; one thread.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "atomics.h"
+#include "page_copy.h"
+#include "pool.h"
+
+#define STRETCH_BYTES (2ull << 20)
+
+struct baseline_pool {
+    struct cc_pool *pool;
+};
+
+struct pass {
+    struct cc_copy copy;
+    char *to;
+    const char *from;
+    uint64_t n_bytes, next;
+};
+
+static void pass_worker(void *context)
+{
+    struct pass *pass = context;
+    for (;;) {
+        uint64_t at = cc_add(&pass->next, STRETCH_BYTES);
+        if (at >= pass->n_bytes)
+            break;
+        uint64_t n = pass->n_bytes - at < STRETCH_BYTES ? pass->n_bytes - at : STRETCH_BYTES;
+        uint64_t next = at + n < pass->n_bytes ? at + n : at;
+        pass->copy.run(pass->to + at, pass->from + at, n, pass->from + next, pass->to + next);
+    }
+    pass->copy.fence();
+}
+
+/* baseline_pool_create -- n_threads as in colocache_options; NULL without memory or threads */
+struct baseline_pool *baseline_pool_create(uint32_t n_threads)
+{
+    struct baseline_pool *made = calloc(1, sizeof *made);
+    if (made && cc_pool_create(n_threads, &made->pool) != 0) {
+        free(made);
+        return NULL;
+    }
+    return made;
+}
+
+uint32_t baseline_pool_size(const struct baseline_pool *pool)
+{
+    return cc_pool_size(pool->pool);
+}
+
+void baseline_pool_destroy(struct baseline_pool *pool)
+{
+    if (pool)
+        cc_pool_destroy(pool->pool);
+    free(pool);
+}
+
+/* baseline_sequential -- one pass of n_bytes (a multiple of 4096) with all threads of the pool; -1 if the CPU lacks the variant */
+int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant)
+{
+    struct pass pass = {.to = to, .from = from, .n_bytes = n_bytes};
+    if (!cc_copy_pick(variant, &pass.copy))
+        return -1;
+    cc_pool_run(pool->pool, cc_pool_size(pool->pool), pass_worker, &pass);
+    return 0;
+}
+
+static uint64_t find_bit(const uint64_t *bitmap, uint64_t n_bits, uint64_t from, uint64_t flip)
+{
+    while (from < n_bits) {
+        uint64_t word = (bitmap[from / 64] ^ flip) >> (from % 64);
+        if (word) {
+            from += (uint64_t)__builtin_ctzll(word);
+            return from < n_bits ? from : n_bits;
+        }
+        from = (from / 64 + 1) * 64;
+    }
+    return n_bits;
+}
+
+/* baseline_qemu_union -- the SVM's log into the one bitmap */
+void baseline_qemu_union(uint64_t *bitmap, const uint64_t *svm_log, uint64_t n_words)
+{
+    for (uint64_t w = 0; w < n_words; w++)
+        bitmap[w] |= svm_log[w];
+}
+
+/* baseline_qemu_flush -- pages copied; the bitmap is empty afterwards.  The clear is atomic bit by bit, as a dirty bitmap
+ * that others may set must be. */
+uint64_t baseline_qemu_flush(uint64_t *bitmap, uint64_t n_pages, void *guest, const void *cache)
+{
+    uint64_t copied = 0, at = 0;
+    while ((at = find_bit(bitmap, n_pages, at, 0)) < n_pages) {
+        uint64_t end = find_bit(bitmap, n_pages, at, ~0ull);
+        for (uint64_t pfn = at; pfn < end; pfn++)
+            cc_drop_bits(&bitmap[pfn / 64], 1ull << (pfn % 64));
+        memcpy((char *)guest + at * 4096, (const char *)cache + at * 4096, (end - at) * 4096);
+        copied += end - at;
+        at = end;
+    }
+    return copied;
+}
+
+/* baseline_touch -- read and write one word per cache line: pushes everything else out of the CPU's caches */
+void baseline_touch(void *memory, uint64_t n_bytes)
+{
+    volatile uint64_t *words = memory;
+    for (uint64_t i = 0; i < n_bytes / 8; i += 8)
+        words[i] = words[i] + 1;
+}
