@@ -25,7 +25,7 @@ from colocache.vmm.machine import kvm_trouble
 RAM_BYTES = 4 << 20
 END = 0x7E57  # a message type that ends the pages of an epoch
 TROUBLE = kvm_trouble()
-needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=str(TROUBLE))
+needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=" -- ".join(TROUBLE or ()))
 every_guest = pytest.mark.parametrize(
     ("kind", "backing"),
     [

@@ -15,7 +15,7 @@ from colocache.vmm.machine import kvm_trouble
 
 RAM_BYTES = 3 << 20
 TROUBLE = kvm_trouble()
-needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=str(TROUBLE))
+needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=" -- ".join(TROUBLE or ()))
 KINDS = [
     pytest.param("kvm", "shm", marks=[pytest.mark.kvm, needs_kvm], id="kvm-shm"),
     pytest.param("kvm", "hugetlb", marks=[pytest.mark.kvm, pytest.mark.hugepages, needs_kvm], id="kvm-hugetlb"),
