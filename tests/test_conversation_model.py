@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint conversation of DESIGN.md, searched completely by the model checker spin.
+
+The model (tests/model/conversation.pml) must keep every promise in every state it can reach, with one death or one lost
+connection at any point until the pair is in step again.  Each mutant breaks one rule of the conversation, and spin must
+find where that ends; if it does not, the model could not have noticed.  Every test prints its number of states.
+
+To look at a counter-example: the commands stand at the top of the model; add the mutant's -D to `spin`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+MODEL = Path(__file__).parent / "model" / "conversation.pml"
+MEMORY_LIMIT_MB = 1500
+SECONDS_LIMIT = 600  # a guard against a search that never ends, not a measure
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("spin") is None, reason="the model checker is not installed: apt-get install spin"),
+    pytest.mark.skipif(shutil.which("gcc") is None, reason="spin's search is a C program and gcc is not installed"),
+]
+
+
+@dataclass(frozen=True)
+class Search:
+    """What one run of spin's search found."""
+
+    errors: int
+    states: int
+    depth: int
+    seconds: float
+    megabytes: float
+    complete: bool
+    broken: str | None  # the promise a counter-example breaks, or pan's own words for another error
+    events: dict[str, int]  # how often each event of the model was taken
+
+    def __str__(self) -> str:
+        found = f"breaks {self.broken}, " if self.errors else ""
+        return f"{found}{self.states} states, depth {self.depth}, {self.seconds:.1f} s, {self.megabytes:.0f} MB"
+
+
+def search(directory: Path, *defines: str, optimise: str) -> Search:
+    """Build the model's search with `defines` in `directory` and run it to its end or to the first counter-example."""
+    subprocess.run(["spin", *(f"-D{define}" for define in defines), "-a", str(MODEL)], cwd=directory, check=True)
+    # DNOREDUCE: no partial-order reduction, which finds nothing to leave out here; DMEMLIM: stop, and say so, above it.
+    gcc = ["gcc", optimise, "-w", "-DSAFETY", "-DNOREDUCE", f"-DMEMLIM={MEMORY_LIMIT_MB}", "-o", "pan", "pan.c"]
+    subprocess.run(gcc, cwd=directory, check=True)
+    run = subprocess.run(["./pan", "-m10000"], cwd=directory, capture_output=True, text=True, timeout=SECONDS_LIMIT)
+    out = run.stdout
+
+    def number(pattern: str) -> float:
+        match = re.search(pattern, out)
+        assert match is not None, f"pan's output has no {pattern!r}:\n{out}{run.stderr}"
+        return float(match[1])
+
+    violation = re.search(r"pan:\d+: (?:assertion violated \((promise_\w+)|(.*) \(at depth)", out)
+    return Search(
+        errors=int(number(r"errors: (\d+)")),
+        states=int(number(r"(\d+) states, stored")),
+        depth=int(number(r"depth reached (\d+)")),
+        seconds=number(r"elapsed time ([\d.e+-]+)"),
+        megabytes=number(r"([\d.]+)\s+total actual memory usage"),
+        complete="Search not completed" not in out and "max search depth too small" not in out,
+        broken=None if violation is None else violation[1] or violation[2],
+        events={name: int(n) for name, n in re.findall(r"^event (\w+) (\d+)$", out, re.MULTILINE)},
+    )
+
+
+# Complete searches, each with other bounds: no search can have many epochs, failures and aborts together.
+BOUNDS = {
+    "two failures, any aborts, 3 epochs": ("MAX_EPOCH=3", "MAX_FAILURES=2"),
+    "one failure, one abort, 4 epochs": ("MAX_EPOCH=4", "MAX_FAILURES=1", "MAX_ABORTS=1"),
+    "two failures, no abort, 4 epochs": ("MAX_EPOCH=4", "MAX_FAILURES=2", "MAX_ABORTS=0"),
+}
+
+
+@pytest.mark.parametrize("bounds", BOUNDS)
+def test_no_failure_breaks_a_promise_of_the_conversation(
+    bounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No reachable state breaks a promise, and the search really went through every event the model knows."""
+    result = search(tmp_path, *BOUNDS[bounds], optimise="-O2")
+    with capsys.disabled():
+        print(f"\nmodel of the conversation, {bounds}: {result}")
+    assert result.errors == 0, f"{result}: {result.broken}; see {tmp_path}/conversation.pml.trail"
+    assert result.complete, "the search stopped before its end: raise its limits or lower the bounds"
+    assert len(result.events) > 20
+    never = {event for event, times in result.events.items() if times == 0}
+    if "no abort" in bounds:
+        never -= {"abort_by_primary", "abort_by_secondary", "abort_crosses_seal"}
+    if "one failure" in bounds:
+        never -= {"second_failure_after_a_commit", "takeover_after_having_been_declared_lost_and_in_step_again"}
+    assert not never, f"the search never saw {', '.join(sorted(never))}: it says nothing about them"
+
+
+STATE, OUTPUT, ONE, MEMORY, DEAD_END = 1, 2, 3, 4, 5  # the numbers of the promises in the model
+PROMISES = {
+    STATE: "promise_1_a_state_to_take_over_from",
+    OUTPUT: "promise_2_no_output_of_what_can_be_lost",
+    ONE: "promise_3_one_machine_the_world_sees",
+    MEMORY: "promise_4_memory_is_the_epoch",
+    DEAD_END: "promise_5_no_dead_end",
+}
+NO_ABORT = ("MAX_ABORTS=0",)
+NO_FAILURE = ("MAX_EPOCH=4", "MAX_FAILURES=0", "MAX_ABORTS=2")
+LONGER = ("MAX_EPOCH=4", "MAX_FAILURES=1", "MAX_ABORTS=1")
+MUTANTS = {
+    # name of the test: (mutant, promise it breaks, bounds that make the search short)
+    "output_released_too_early": ("RECEIVED_BEFORE_SEAL", OUTPUT, NO_ABORT),
+    "pages_forgotten_once_sent": ("UNACKED_CLEARED_AT_SEND", MEMORY, ()),
+    "a_takeover_nobody_allowed": ("TAKEOVER_WITHOUT_ASKING", ONE, ()),
+    "pages_forgotten_at_abort": ("UNACKED_DROPPED_AT_ABORT", MEMORY, ()),
+    "hello_taken_for_received_output": ("HELLO_NOT_COMPARED", OUTPUT, NO_ABORT),
+    "hello_taken_for_received_pages": ("HELLO_NOT_COMPARED", MEMORY, NO_ABORT),
+    "late_received_believed_after_abort": ("LATE_RECEIVED_BELIEVED", MEMORY, NO_FAILURE),
+    "pages_dirtied_while_the_fate_of_an_epoch_was_unknown_lost": ("LOG_TAKEN_WHILE_UNSURE", MEMORY, LONGER),
+    "a_secondary_declared_lost_that_takes_over": ("DECLARED_LOST_NOT_REFUSED", OUTPUT, ()),
+    "output_not_withheld_again_before_the_seal": ("ALONE_UNTIL_RECEIVED", OUTPUT, ()),
+    "declared_alone_without_counting_the_epoch_in_flight": ("ALONE_SINCE_ACKED", OUTPUT, ()),
+    "an_arbiter_that_refuses_a_secondary_in_step": ("ARBITER_WAITS_FOR_THE_PRIMARY_TO_SAY_IN_STEP", STATE, ()),
+    "receiving_stored_too_late": ("RECEIVING_AFTER_FIRST_BYTE", MEMORY, ()),
+    "a_restart_though_pages_had_come": ("RESTART_ALWAYS", MEMORY, ()),
+    "a_lost_dirty_log_taken_for_clean": ("LOST_LOG_COUNTS_AS_CLEAN", MEMORY, NO_ABORT),
+    "svm_bits_cleared_at_abort": ("SVM_BITS_CLEARED_AT_ABORT", MEMORY, ("MAX_FAILURES=0",)),
+    "an_aborted_number_used_again": ("ABORTED_NUMBER_USED_AGAIN", DEAD_END, ("MAX_FAILURES=0", "MAX_ABORTS=1")),
+    "a_takeover_in_the_middle_of_a_flush": ("TAKEOVER_WHILE_FLUSHING", MEMORY, ()),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_checker_finds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With one rule of the conversation broken, spin finds a way to a state in which that promise is broken."""
+    mutant, promise, bounds = MUTANTS[name]
+    assert f"MUTANT_{mutant}\n" in MODEL.read_text(encoding="utf-8"), "the model does not know this mutant"
+    # -O0: these searches are so short that the compiler would be the longer part
+    result = search(tmp_path, f"MUTANT_{mutant}", f"ONLY={promise}", *bounds, optimise="-O0")
+    with capsys.disabled():
+        print(f"\nmodel with {mutant}: {result}")
+    assert result.broken == PROMISES[promise]
+
+
+def test_every_mutant_of_the_model_is_tried() -> None:
+    """A mutant that no test runs would be decoration."""
+    known = set(re.findall(r"^#ifn?def MUTANT_(\w+)$", MODEL.read_text(encoding="utf-8"), re.MULTILINE))
+    assert known == {mutant for mutant, _, _ in MUTANTS.values()}
