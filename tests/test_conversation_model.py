@@ -52,7 +52,9 @@ def search(directory: Path, *defines: str, optimise: str) -> Search:
     # DNOREDUCE: no partial-order reduction, which finds nothing to leave out here; DMEMLIM: stop, and say so, above it.
     gcc = ["gcc", optimise, "-w", "-DSAFETY", "-DNOREDUCE", f"-DMEMLIM={MEMORY_LIMIT_MB}", "-o", "pan", "pan.c"]
     subprocess.run(gcc, cwd=directory, check=True)
-    run = subprocess.run(["./pan", "-m10000"], cwd=directory, capture_output=True, text=True, timeout=SECONDS_LIMIT)
+    run = subprocess.run(
+        ["./pan", "-m10000"], cwd=directory, check=False, capture_output=True, text=True, timeout=SECONDS_LIMIT
+    )
     out = run.stdout
 
     def number(pattern: str) -> float:
@@ -81,6 +83,7 @@ BOUNDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bounds", BOUNDS)
 def test_no_failure_breaks_a_promise_of_the_conversation(
     bounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
