@@ -23,6 +23,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ BASELINE = ROOT / "colocache" / "measure" / "_baseline_build.py"
 SONAME = "libcolocache.so.0"
 
 # No -march: functions that need AVX carry their own target attribute and are picked at run time.
-CFLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+CFLAGS = ["-std=gnu11", "-O3", "-g", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 
 
 def need_headers() -> None:
@@ -124,7 +125,18 @@ class BuildEngine(build_ext):
         temp = Path(self.build_temp) / "csrc"
         temp.mkdir(parents=True, exist_ok=True)
         stamp = temp / "flags"
-        used = " ".join([*self.compiler.compiler_so, *flags])
+        # CFLAGS of the environment come last; those that Python itself was built with are its own business.
+        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+        compile_one = [
+            *compiler,
+            *flags,
+            *shlex.split(os.environ.get("CFLAGS", "")),
+            "-I",
+            "csrc/include",
+            "-I",
+            "csrc",
+        ]
+        used = shlex.join(compile_one)
         same = stamp.is_file() and stamp.read_text(encoding="utf-8") == used
         stamp.unlink(missing_ok=True)
         newest = max(path.stat().st_mtime for path in [*tree(".h"), ROOT / "setup.py"])
@@ -133,12 +145,11 @@ class BuildEngine(build_ext):
             target = temp / (source.stem + ".o")
             if same and target.is_file() and target.stat().st_mtime > max(newest, source.stat().st_mtime):
                 return str(target)
-            command = [*self.compiler.compiler_so, *flags, "-I", str(CSRC / "include"), "-I", str(CSRC)]
-            try:
-                self.compiler.spawn([*command, "-c", str(source), "-o", str(target)])
-            except Exception as error:
+            name = source.relative_to(ROOT)
+            command = [*compile_one, "-c", str(name), "-o", str(target.resolve())]
+            if subprocess.run(command, cwd=ROOT, check=False).returncode:
                 target.unlink(missing_ok=True)
-                raise CompileError(f"{source.relative_to(ROOT)} does not compile: {error}") from error
+                raise CompileError(f"{name} does not compile")
             return str(target)
 
         with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:

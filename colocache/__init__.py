@@ -2,14 +2,13 @@
 """colocache: the COLO cache of a secondary virtual machine.
 
 `Memory` makes the shared memory of a secondary, `Cache` runs on it; `RamImage` and `Sender` are the primary's half.
-README.md has an example; the order of the calls, and what is promised, are in colocache.h (see `include_dir`).
+README.md has an example; the order of the calls, and what is promised, are in colocache.h (`include_dir` says where).
 """
-
-from pathlib import Path
 
 from colocache.block import Block, Blocks
 from colocache.cache import Cache
-from colocache.dirty_log import DirtyLog, KvmDirtyLog, KvmSlot, UffdDirtyLog, UffdRange
+from colocache.config_tool import include_dir, lib_dir
+from colocache.dirty_log import DirtyLog, KvmDirtyLog, KvmDirtyRing, KvmRing, KvmSlot, UffdDirtyLog, UffdRange
 from colocache.errors import (
     ArgumentError,
     BlockError,
@@ -58,23 +57,13 @@ from colocache.results import (
     Recovery,
     SealResult,
     SendResult,
+    Stats,
     Status,
 )
 from colocache.sender import HEADER_BYTES, MSG_PAGES, WIRE_VERSION, Sender, message_header, parse_header
 from colocache.spec import BlockSpec, Images
 
 __version__ = "0.1.0"
-
-
-def include_dir() -> Path:
-    """Where colocache.h is, for a C compiler's -I."""
-    return Path(__file__).parent / "include"
-
-
-def library_dir() -> Path:
-    """Where libcolocache.so and libcolocache.a are, for a C compiler's -L."""
-    return Path(__file__).parent / "lib"
-
 
 __all__ = [
     "HEADER_BYTES",
@@ -105,6 +94,8 @@ __all__ = [
     "IncompleteError",
     "Inspection",
     "KvmDirtyLog",
+    "KvmDirtyRing",
+    "KvmRing",
     "KvmSlot",
     "LayoutError",
     "LengthError",
@@ -128,6 +119,7 @@ __all__ = [
     "SealedError",
     "SendResult",
     "Sender",
+    "Stats",
     "Status",
     "SystemCallError",
     "TailError",
@@ -140,7 +132,7 @@ __all__ = [
     "clean",
     "include_dir",
     "inspect",
-    "library_dir",
+    "lib_dir",
     "list_regions",
     "message_header",
     "parse_header",

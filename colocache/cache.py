@@ -20,7 +20,7 @@ from colocache.block import Block, Blocks
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, TimedOutError
 from colocache.memory import Memory
-from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Status
+from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Stats, Status
 
 Check = Callable[[memoryview], object]
 LogSink = Callable[[int, str], object]  # level 0 debug, 1 info, 2 warning; a sentence
@@ -298,6 +298,13 @@ class Cache:
         with self._handle as cc:
             check(lib.colocache_get_status(cc, out))
         return Status.of(out)
+
+    def stats(self) -> Stats:
+        """What this handle has done, and where the time of its newest checkpoint went. Any thread."""
+        out = struct("colocache_stats")
+        with self._handle as cc:
+            check(lib.colocache_get_stats(cc, out))
+        return Stats.of(out)
 
     def validate(self, compare_pages: bool = False) -> None:
         """Check every invariant; CorruptError or TailError names the first that is broken.

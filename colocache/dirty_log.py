@@ -10,6 +10,7 @@ from typing import Any
 
 from colocache._handle import Handle, HasFileno, fd_of, u64
 from colocache._native import check, ffi, lib
+from colocache.errors import ArgumentError
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,14 @@ class KvmSlot:
     block: int
     first_pfn: int
     n_pages: int
+
+
+@dataclass(frozen=True)
+class KvmRing:
+    """The dirty ring of one vCPU: its descriptor, from which it is mapped, or the address where it already is."""
+
+    vcpu_fd: int = -1
+    addr: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,13 +72,31 @@ class KvmDirtyLog(DirtyLog):
     """
 
     def __init__(self, vm_fd: int | HasFileno, slots: Sequence[KvmSlot], manual_protect: bool) -> None:
-        array = ffi.new("struct colocache_kvm_slot[]", len(slots))
-        for c, slot in zip(array, slots, strict=True):
-            c.slot, c.block = u64(slot.slot, "slot"), u64(slot.block, "block")
-            c.first_pfn, c.n_pages = u64(slot.first_pfn, "first page"), u64(slot.n_pages, "number of pages")
+        array = _slots(slots)
         out = ffi.new("struct colocache_source **")
         check(lib.colocache_source_kvm(fd_of(vm_fd), array, len(slots), int(manual_protect), out))
         super().__init__(_source_handle("KVM dirty log", out[0]))
+
+
+class KvmDirtyRing(DirtyLog):
+    """KVM's dirty rings, one per vCPU, of `ring_bytes` each: what KVM_CAP_DIRTY_LOG_RING was given before the vCPUs were.
+
+    It is the only reader of the rings, from before the first vCPU runs. A vCPU that comes out with a full ring may have
+    this log synced in its own thread at any time, besides the sync with all vCPUs stopped before each seal.
+    """
+
+    def __init__(
+        self, vm_fd: int | HasFileno, slots: Sequence[KvmSlot], rings: Sequence[KvmRing], ring_bytes: int
+    ) -> None:
+        if not 0 <= ring_bytes < 1 << 32:
+            raise ArgumentError(f"a dirty ring of {ring_bytes} bytes")
+        array = ffi.new("struct colocache_kvm_ring[]", len(rings))
+        for c, ring in zip(array, rings, strict=True):
+            c.vcpu_fd, c.addr = ring.vcpu_fd, ffi.cast("void *", u64(ring.addr, "address"))
+        out = ffi.new("struct colocache_source **")
+        count = len(slots)
+        check(lib.colocache_source_kvm_ring(fd_of(vm_fd), _slots(slots), count, array, len(rings), ring_bytes, out))
+        super().__init__(_source_handle("KVM dirty rings", out[0]))
 
 
 class UffdDirtyLog(DirtyLog):
@@ -86,6 +113,14 @@ class UffdDirtyLog(DirtyLog):
         out = ffi.new("struct colocache_source **")
         check(lib.colocache_source_uffd(array, len(ranges), out))
         super().__init__(_source_handle("dirty log of this process", out[0]))
+
+
+def _slots(slots: Sequence[KvmSlot]) -> Any:
+    array = ffi.new("struct colocache_kvm_slot[]", len(slots))
+    for c, slot in zip(array, slots, strict=True):
+        c.slot, c.block = u64(slot.slot, "slot"), u64(slot.block, "block")
+        c.first_pfn, c.n_pages = u64(slot.first_pfn, "first page"), u64(slot.n_pages, "number of pages")
+    return array
 
 
 def _source_handle(what: str, source: Any) -> Handle:

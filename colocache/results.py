@@ -113,6 +113,35 @@ class Status:
 
 
 @dataclass(frozen=True)
+class Stats:
+    """What a handle has done since it was made, and where the time of its newest checkpoint, `epoch`, went."""
+
+    received_pages: int  # zero pages and repeats included
+    sealed_epochs: int
+    aborted_epochs: int
+    flushed_pages: int
+    flushed_bytes: int
+    flush_total_ns: int
+    epoch: int  # newest epoch sealed by this handle, 0 = none; the times below are its own
+    sync_ns: int  # in sync_dirty_log since the seal before
+    seal_ns: int
+    flush_ns: int  # 0 = not flushed yet
+    load_ns: int  # from the end of the flush to loaded: the load of the device state
+
+    @classmethod
+    def of(cls, c: Any) -> Stats:
+        return cls(**{name: getattr(c, name) for name in cls.__dataclass_fields__})
+
+    def __str__(self) -> str:
+        return (
+            f"{self.sealed_epochs} epochs sealed, {self.aborted_epochs} aborted, {self.received_pages} pages received, "
+            f"{self.flushed_pages} flushed in {self.flush_total_ns / 1e6:.3f} ms; epoch {self.epoch}: "
+            f"sync {self.sync_ns / 1e6:.3f}, seal {self.seal_ns / 1e6:.3f}, flush {self.flush_ns / 1e6:.3f}, "
+            f"load {self.load_ns / 1e6:.3f} ms"
+        )
+
+
+@dataclass(frozen=True)
 class BlockInfo:
     """A RAM block of a region that is looked at, with the bits set at that moment."""
 
