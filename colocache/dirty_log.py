@@ -79,7 +79,7 @@ class KvmDirtyLog(DirtyLog):
 
 
 class KvmDirtyRing(DirtyLog):
-    """KVM's dirty rings, one per vCPU, of `ring_bytes` each: what KVM_CAP_DIRTY_LOG_RING was given before the vCPUs were.
+    """KVM's dirty rings, one per vCPU, of `ring_bytes` each, as KVM_CAP_DIRTY_LOG_RING was given before the vCPUs.
 
     It is the only reader of the rings, from before the first vCPU runs. A vCPU that comes out with a full ring may have
     this log synced in its own thread at any time, besides the sync with all vCPUs stopped before each seal.

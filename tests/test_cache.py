@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
@@ -508,6 +509,62 @@ def test_attach_needs_a_region_and_its_own_images(memory: Memory, make_memory: C
         Cache.attach(mixed)
     mixed._fds = []  # they belong to the fixture's memory
     Cache.attach(memory).close()
+
+
+# ---- what it has done, and sources ------------------------------------------------------------------------
+
+
+def test_a_handle_tells_what_it_has_done(ready: Cache) -> None:
+    ready.receive(2, 0, 0, page(1))
+    ready.abort(2, "chance")
+    ready.receive(3, 0, 1, page(1))
+    checkpoint(ready, 3)
+    stats = ready.stats()
+    assert (stats.received_pages, stats.sealed_epochs, stats.aborted_epochs) == (12, 2, 1)
+    assert (stats.flushed_pages, stats.flushed_bytes, stats.epoch) == (12, 12 * PAGE, 3)
+    assert 0 < stats.flush_ns <= stats.flush_total_ns
+    assert "2 epochs sealed, 1 aborted" in str(stats)
+
+
+def test_a_dirty_log_of_something_that_is_no_vm_is_refused() -> None:
+    slot = colocache.KvmSlot(slot=0, block=0, first_pfn=0, n_pages=13)
+    with Path("/dev/null").open("rb") as null:
+        with pytest.raises(colocache.ColocacheError), colocache.KvmDirtyLog(null, [slot], False) as log:
+            log.discard()
+        with pytest.raises(colocache.ColocacheError):
+            colocache.KvmDirtyRing(null, [slot], [colocache.KvmRing(vcpu_fd=null.fileno())], 65536)
+        for size in (-1, 1 << 32):
+            with pytest.raises(ArgumentError, match=str(size)):
+                colocache.KvmDirtyRing(null, [slot], [], size)
+        for bad in (colocache.KvmSlot(-1, 0, 0, 1), colocache.KvmSlot(0, 0, -1, 1)):
+            with pytest.raises(ArgumentError):
+                colocache.KvmDirtyLog(null, [bad], False)
+    with pytest.raises(ArgumentError, match="not open"):
+        colocache.KvmDirtyLog(-1, [slot], False)
+
+
+def test_writes_of_this_process_are_seen_by_its_own_log(ready: Cache) -> None:
+    """The SVM's writes through its mapping of guest RAM, not through a view that counts by itself."""
+    ram = ready.blocks["pc.ram"]
+    try:
+        log = colocache.UffdDirtyLog([colocache.UffdRange(1, 0, ram.n_pages, ram.guest_addr)])
+    except colocache.UnsupportedError as error:
+        pytest.skip(str(error))
+    with log:
+        log.discard()
+        for pfn in (0, 5, 64, 999):
+            ctypes.memset(ram.guest_addr + pfn * PAGE + 9, 0xEE, 1)
+        ready.sync_dirty_log(log)
+        assert bitmap.to_pfns(ram.svm_bitmap).tolist() == [0, 5, 64, 999]
+        ready.receive_zero(2, "boot", 0)
+        checkpoint(ready, 2)
+        assert ram.guest[5].tolist() == [5] * PAGE
+        log.discard()  # what the flush wrote is nobody's
+        ready.sync_dirty_log(log)
+        assert bitmap.count(ram.svm_bitmap) == 0
+    log.close()
+    with pytest.raises(ClosedError, match="dirty log of this process is closed"):
+        ready.sync_dirty_log(log)
 
 
 # ---- inspect ------------------------------------------------------------------------------------------------
