@@ -19,6 +19,15 @@ from support import BLOCKS, ours
 _numbers = itertools.count()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def away_from_the_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Children that run `python -c` or `-m` look into their working directory first: it must not be the clone."""
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("cwd"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture
 def region_name() -> str:
     """A name that no other run uses."""
