@@ -362,7 +362,8 @@ static void replay(const struct guest *guest, uint64_t *seeds, uint8_t *written)
 {
     const volatile struct guest_mailbox *box = guest->box;
     uint64_t entry = 0;
-    for (uint64_t step = 0; step < box->step; step++) {
+    /* what an older entry decided shows in no page any more: the primary drops such entries */
+    for (uint64_t step = guest->n_history ? guest->history[0].first_step : box->step; step < box->step; step++) {
         while (entry + 1 < guest->n_history && guest->history[entry + 1].first_step <= step)
             entry++;
         uint64_t h = mix(guest->history[entry].salt + (step + 1) * GUEST_STEP), kind = h & 0xffff, n = 1;

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A VMM written in C, linked to the installed library through pkg-config, as secondary of the Python primary.
+
+The C machine runs a real vCPU on its own guest RAM between checkpoints, so it drifts from the primary; it compares every
+page with the primary's hashes after each flush, and with the guest's own history at the takeover and after it.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from c_tools import build_vmm
+from vmm_support import needs_kvm
+
+RAM_PAGES = 4096
+CHECKPOINTS = 6
+LIMIT = 60.0  # seconds; none of it decides a test, all of it ends one that hangs
+
+
+@contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process with its stdout in a pipe; killed at the end if it still runs."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def run_pair(vmm: Path, socket: Path, *, kill_at: int) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, events and stderr of the C secondary whose primary is killed after its checkpoint number kill_at."""
+    primary_command = [
+        sys.executable, "-m", "colocache", "primary", "--connect", f"unix:{socket}", "--guest", "kvm", "--backing", "shm",
+        "--ram", f"{RAM_PAGES * 4}K", "--interval", "0.1", "--working-set", "8M", "--verify", "all", "--events",
+    ]  # fmt: skip
+    with started([str(vmm), str(socket)]) as secondary:
+        assert secondary.stdout is not None
+        first = secondary.stdout.readline()
+        assert json.loads(first)["event"] == "listening", first
+        with started(primary_command) as primary:
+            assert primary.stdout is not None
+            n = 0
+            for line in primary.stdout:
+                n += json.loads(line)["event"] == "checkpoint"
+                if n == kill_at:
+                    break
+            else:
+                assert primary.stderr is not None
+                pytest.fail(f"the primary ended after {n} checkpoints: {primary.stderr.read()}")
+            primary.send_signal(signal.SIGKILL)
+            out, err = secondary.communicate(timeout=LIMIT)
+    return secondary.returncode, [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture(scope="module")
+def sources() -> Path:
+    root = Path(__file__).resolve().parent.parent
+    if not (root / "colocache" / "vmm" / "guest_program.c").is_file():
+        pytest.skip("these tests are not in a source tree")
+    return root
+
+
+@pytest.fixture(scope="module")
+def vmm(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_vmm(sources, "vmm_secondary", tmp_path_factory.mktemp("vmm"))
+
+
+@pytest.mark.kvm
+@needs_kvm
+def test_c_vmm_takes_over_from_a_killed_primary_with_no_page_wrong(vmm: Path, tmp_path: Path) -> None:
+    pytest.importorskip("colocache.replication.primary", reason="this build has no primary")
+    status, events, err = run_pair(vmm, tmp_path / "s", kill_at=CHECKPOINTS)
+    *checkpoints, end = events
+    assert (status, end["event"], end["wrong_pages"]) == (0, "takeover", 0), (events, err)
+    assert len(checkpoints) == end["checkpoints"] >= CHECKPOINTS
+    assert end["epoch"] == checkpoints[-1]["epoch"]
+    # Every page at every checkpoint, twice more at the end: nothing was skipped.
+    assert {event["verified_pages"] for event in checkpoints} == {RAM_PAGES}
+    assert end["verified_pages"] == RAM_PAGES * (len(checkpoints) + 2)
+    assert end["ran_on_steps"] > 0
+    # It drifted: in each epoch after the first its own guest had written pages.
+    assert all(event["svm_pages"] + event["both_pages"] > 0 for event in checkpoints[1:])
+
+
+# What a VMM may forget -> the line in which it does.  Each must be found out by the pages.
+FORGOTTEN = {
+    "the dirty log": ("rc = colocache_sync_dirty_log(vmm->cache, vmm->log);", "rc = 0;"),
+    "the flush": ("rc = colocache_flush(vmm->cache, &flushed);", "vmm->can_run = true; rc = 0;"),
+    "mark_dirty": ("(void)colocache_mark_dirty(vmm->cache, block, first_pfn, n_pages);", "(void)vmm;"),
+    "to pause": ("guest_pause(&vmm->guest); /* before the log", "/* before the log"),
+}
+
+
+@pytest.mark.kvm
+@needs_kvm
+@pytest.mark.parametrize("what", FORGOTTEN)
+def test_a_vmm_that_forgets_its_part_is_found_out(sources: Path, tmp_path: Path, what: str) -> None:
+    """The check above can fail: without one of the caller's obligations it does not come out clean."""
+    pytest.importorskip("colocache.replication.primary", reason="this build has no primary")
+    text = (sources / "tests" / "c" / "vmm_secondary.c").read_text()
+    right, wrong = FORGOTTEN[what]
+    assert text.count(right) == 1
+    source = tmp_path / "forgetful.c"
+    source.write_text(text.replace(right, wrong))
+    forgetful = build_vmm(sources, "vmm_secondary", tmp_path, source=source)
+    status, events, _ = run_pair(forgetful, tmp_path / "s", kill_at=CHECKPOINTS)
+    assert status != 0
+    assert events[-1]["event"] != "takeover" or events[-1]["wrong_pages"] > 0, events
+
+
+@pytest.mark.kvm
+@needs_kvm
+def test_dirty_rings_lose_no_page(sources: Path, tmp_path: Path) -> None:
+    """A vCPU whose ring is smaller than what it writes: every page it wrote is in the SVM bitmap, each once."""
+    made = build_vmm(sources, "vmm_ring", tmp_path)
+    done = subprocess.run([made], capture_output=True, text=True, timeout=LIMIT, check=False)
+    if done.returncode == 77:
+        pytest.skip(f"no dirty rings here: {done.stderr.strip()}")
+    assert done.returncode == 0, done.stderr
