@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from c_tools import WARNINGS, config, pkg_config, run, tool
 
 import colocache
-from c_tools import WARNINGS, config, pkg_config, run, tool
 from colocache import config_tool
 
 HELLO = """
