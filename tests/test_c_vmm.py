@@ -39,7 +39,8 @@ def run_pair(vmm: Path, socket: Path, *, kill_at: int) -> tuple[int, list[dict[s
     """Exit status, events and stderr of the C secondary; its primary is killed after checkpoint number kill_at."""
     primary_command = [
         sys.executable, "-m", "colocache", "primary", "--connect", f"unix:{socket}", "--guest", "kvm",
-        "--backing", "shm", "--ram", f"{RAM_PAGES * 4}K", "--interval", "0.1", "--working-set", "8M", "--verify", "all", "--events",
+        "--backing", "shm", "--ram", f"{RAM_PAGES * 4}K", "--interval", "0.1", "--working-set", "8M",
+        "--verify", "all", "--events",
         "--reconnect-limit", "0.1", "--run-on", "0.1",
     ]  # fmt: skip
     with started([str(vmm), str(socket)]) as secondary:
