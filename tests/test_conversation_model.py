@@ -127,6 +127,7 @@ MUTANTS = {
     "a_secondary_declared_lost_that_takes_over": ("DECLARED_LOST_NOT_REFUSED", OUTPUT, ()),
     "output_not_withheld_again_before_the_seal": ("ALONE_UNTIL_RECEIVED", OUTPUT, ()),
     "declared_alone_without_counting_the_epoch_in_flight": ("ALONE_SINCE_ACKED", OUTPUT, ()),
+    "an_arbiter_asked_by_a_secondary_that_has_no_state": ("ASKED_WITHOUT_A_STATE", STATE, ()),
     "an_arbiter_that_refuses_a_secondary_in_step": ("ARBITER_WAITS_FOR_THE_PRIMARY_TO_SAY_IN_STEP", STATE, ()),
     "receiving_stored_too_late": ("RECEIVING_AFTER_FIRST_BYTE", MEMORY, ()),
     "a_restart_though_pages_had_come": ("RESTART_ALWAYS", MEMORY, ()),

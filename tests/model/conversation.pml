@@ -105,6 +105,11 @@ byte s_hold = 0;               /* page on its way into the cache */
 bool s_log;                    /* the SVM's dirty log: dies with its process */
 bool s_granted;                /* the arbiter said yes; takes over as soon as nothing is half done */
 #define S_SEALING (s == S_SEALED || s == S_FLUSHING || s == S_LOADING)
+#ifdef MUTANT_ASKED_WITHOUT_A_STATE
+#define S_HAS_A_STATE true
+#else
+#define S_HAS_A_STATE s_live   /* looked at before the arbiter is asked: its yes to the SVM is its no to the PVM */
+#endif
 /* ---- the SVM: shared memory, dies with its host only ---- */
 byte cache = 1, guest = 1;
 bool pvm_bit, svm_bit, flush_set;
@@ -357,7 +362,7 @@ end:do
         s_seen = false; forget_to_s(); s_hold = 0;       /* half a page may stay in the cache: it is in unacked */
         if :: S_SEALING -> HAPPENED(sealed_epoch_finished_alone) :: else -> s_gives_up_epoch(s_open) fi }
     /* "takes over only if its arbiter says so"; asked for while an epoch is sealed and not loaded, it waits for that */
-    :: d_step { (!s_seen && !s_granted && s != S_TOOK_OVER && ((s == S_IDLE && s_live) || S_SEALING)
+    :: d_step { (!s_seen && !s_granted && s != S_TOOK_OVER && ((s == S_IDLE && S_HAS_A_STATE) || S_SEALING)
 #ifndef MUTANT_DECLARED_LOST_NOT_REFUSED
 #ifndef MUTANT_TAKEOVER_WITHOUT_ASKING
             && !MUST_NOT_TAKE_OVER
