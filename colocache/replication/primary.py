@@ -150,7 +150,11 @@ class Primary:
                 if self.stop.is_set():
                     break
                 if self.state.history is None:
-                    raise
+                    # Not a pair yet. A connection that broke may be a secondary that starts; anything else stays wrong.
+                    if not isinstance(error, PeerLostError | TimedOutError) or time.monotonic() >= deadline:
+                        raise
+                    self.stop.wait(RETRY_SECONDS)
+                    continue
                 deadline = self._after_loss(error, deadline)
                 if time.monotonic() >= deadline:
                     return self._alone(str(error), self.timing.reconnect_limit)
@@ -262,7 +266,12 @@ class Primary:
                 reason = "this secondary was declared lost: start a fresh one"
             elif state.history is None and peer.sealed_epoch:
                 reason = f"the secondary holds epoch {peer.sealed_epoch} of another primary: start a fresh one"
-            elif state.history is not None and peer.history != state.history:
+            elif (
+                state.history is not None
+                and peer.history != state.history
+                and (peer.sealed_epoch or state.sealed_epoch)
+            ):
+                # Before the first seal there is no history to keep to: a secondary that died begins a new one.
                 reason = "the secondary has another history: its memory is not that of this pair"
             elif peer.sealed_epoch not in (state.sealed_epoch, state.in_flight or state.sealed_epoch):
                 reason = (

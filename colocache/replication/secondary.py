@@ -270,7 +270,8 @@ class Secondary:
         if reason is None:
             if peer.lost and peer.history == own.history:
                 raise DeclaredLostError("the primary declared this secondary lost: start a fresh one")
-            if peer.history is None or peer.lost:
+            if peer.history is None or peer.lost or not (own.sealed_epoch or peer.sealed_epoch):
+                # An initial copy comes; whose it is does not matter as long as nothing is sealed here.
                 if own.sealed_epoch:
                     reason = f"this secondary holds epoch {own.sealed_epoch} of another primary: start a fresh one"
             elif peer.history != own.history:

@@ -1,0 +1,502 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair that meets trouble: cut links, vetoes, failed loads, silence, strangers. After each the promise holds."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, pair_of
+
+from colocache import ColocacheError, NoStateError, PeerLostError, Phase
+from colocache.replication.errors import RefusedError, SecondaryLostError, TookOverError
+from colocache.replication.failover import Loss, RefusingArbiter, SoloArbiter, Verdict
+from colocache.replication.messages import MessageType
+
+
+@pytest.fixture
+def pair(make_memory, tmp_path: Path) -> Iterator[Pair]:
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path) as made:
+        yield made
+
+
+def once(kind: MessageType, verdict: str, *, after: int = 1, direction: str = ""):
+    """A rule for Link: the `after`-th message of this kind gets the verdict, all others pass."""
+    seen = [0]
+
+    def rule(way: str, found: MessageType, _epoch: int) -> str:
+        if found is kind and direction in ("", way):
+            seen[0] += 1
+            if seen[0] == after:
+                return verdict
+        return "pass"
+
+    return rule
+
+
+def while_set(event: threading.Event, verdict: str):
+    """A rule for Link: everything gets the verdict while the event is set."""
+
+    def rule(_way: str, _kind: MessageType, _epoch: int) -> str:
+        return verdict if event.is_set() else "pass"
+
+    return rule
+
+
+def no_page_wrong(pair: Pair) -> None:
+    """No flush was ever wrong, and each was compared with the primary's checksums."""
+    done = pair.events_s.all("checkpoint")
+    assert [event["wrong_pages"] for event in done] == [0] * len(done)
+    assert {event["verified_pages"] for event in done} <= {TOY_PAGES}
+
+
+# ---- the ordinary course ----
+
+
+def test_a_pair_keeps_in_step_and_ends_in_order(pair: Pair) -> None:
+    primary, secondary = pair.start(checkpoints=6)
+    ended, followed = primary.join(), secondary.join()
+    assert (ended.checkpoints, ended.alone, ended.wrong_pages) == (6, False, 0)
+    assert (followed.checkpoints, followed.took_over, followed.wrong_pages) == (6, False, 0)
+    assert [event["epoch"] for event in pair.events_s.all("checkpoint")] == [1, 2, 3, 4, 5, 6]
+    no_page_wrong(pair)
+    assert sum(event["svm_pages"] for event in pair.events_s.all("checkpoint")) > 0, "the two never drifted apart"
+
+
+def test_output_is_released_only_for_sealed_epochs_and_in_order(pair: Pair) -> None:
+    primary, secondary = pair.start(checkpoints=4)
+    primary.join()
+    secondary.join()
+    assert pair.released == [1, 2, 3, 4]
+
+
+def test_the_conversation_is_qemus_in_its_order(pair: Pair) -> None:
+    primary, secondary = pair.start(checkpoints=2, background=False)
+    primary.join()
+    secondary.join()
+    words = [
+        f"{way} {kind.name}({epoch})"
+        for way, kind, epoch, _ in pair.link.log
+        if kind not in (MessageType.PING, MessageType.PONG, MessageType.PAGES) and epoch == 2
+    ]
+    assert words == [
+        "P→S CHECKPOINT_REQUEST(2)",
+        "S→P CHECKPOINT_REPLY(2)",
+        "P→S VMSTATE_SEND(2)",
+        "P→S VMSTATE_SIZE(2)",
+        "S→P VMSTATE_RECEIVED(2)",
+        "S→P VMSTATE_LOADED(2)",
+    ]
+    assert [kind for _, kind, _, _ in pair.link.log][:3] == [
+        MessageType.HELLO,
+        MessageType.HELLO,
+        MessageType.CHECKPOINT_READY,
+    ]
+
+
+@pytest.mark.parametrize("who", ["primary", "secondary"])
+def test_either_side_may_ask_for_a_checkpoint(pair: Pair, who: str) -> None:
+    pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    (pair.primary if who == "primary" else pair.secondary).request_checkpoint()
+    pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+
+
+def test_many_dirty_pages_call_for_a_checkpoint_before_its_time(pair: Pair) -> None:
+    pair.start(interval=3600, dirty_limit_pages=150)
+    pair.events_s.wait("checkpoint", 1)
+    time.sleep(0.3)
+    assert len(pair.events_s.all("checkpoint")) == 1
+    for pfn in range(200):
+        pair.pvm.write(1, pfn, pfn)
+    pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+
+
+def test_many_dirty_pages_on_the_secondary_make_it_ask(pair: Pair) -> None:
+    pair.make_secondary(ask_at=150)
+    pair.make_primary(interval=3600)
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 1)
+    for pfn in range(200):
+        pair.svm.write(1, pfn, pfn)
+    pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+
+
+# ---- a cut link ----
+
+CUTS = [
+    (MessageType.HELLO, "S→P", 1),
+    (MessageType.CHECKPOINT_READY, "S→P", 1),
+    (MessageType.PAGES, "P→S", 1),  # in the initial copy
+    (MessageType.PAGES, "P→S", 6),
+    (MessageType.CHECKPOINT_REQUEST, "P→S", 3),
+    (MessageType.CHECKPOINT_REPLY, "S→P", 3),
+    (MessageType.VMSTATE_SEND, "P→S", 3),
+    (MessageType.VMSTATE_SIZE, "P→S", 3),
+    (MessageType.VMSTATE_RECEIVED, "S→P", 3),
+    (MessageType.VMSTATE_LOADED, "S→P", 3),
+    (MessageType.VMSTATE_RECEIVED, "S→P", 1),
+]
+
+
+@pytest.mark.parametrize("verdict", ["cut", "pass-cut"])
+@pytest.mark.parametrize(("kind", "direction", "after"), CUTS)
+def test_a_link_cut_at_any_message_costs_no_page(
+    pair: Pair, kind: MessageType, direction: str, after: int, verdict: str
+) -> None:
+    pair.link.rule = once(kind, verdict, after=after, direction=direction)
+    primary, secondary = pair.start(checkpoints=6)
+    ended, followed = primary.join(), secondary.join()
+    # Where RECEIVED or LOADED was lost the checkpoint is done and the primary does not count it.
+    assert (ended.checkpoints, ended.alone) == (6, False)
+    assert followed.wrong_pages == 0
+    no_page_wrong(pair)
+    epochs = [event["epoch"] for event in pair.events_s.all("checkpoint")]
+    assert epochs == sorted(set(epochs)), "an epoch number was used twice"
+
+
+def test_after_a_reconnection_only_unacknowledged_pages_are_sent_again(pair: Pair) -> None:
+    primary, secondary = pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    before = pair.link.pages()
+    assert before >= TOY_PAGES
+    pair.link.cut()
+    pair.events_s.wait("checkpoint", 2)
+    sent_again = pair.link.pages() - before
+    assert 0 < sent_again < TOY_PAGES // 3
+    assert pair.events_p.all("connected")[1]["fresh"] is False
+    pair.stop_p.set()
+    primary.join()
+    secondary.join()
+    no_page_wrong(pair)
+
+
+def test_a_lost_received_is_recognised_and_output_is_released_once(pair: Pair) -> None:
+    pair.link.rule = once(MessageType.VMSTATE_RECEIVED, "cut", after=2)
+    primary, secondary = pair.start(checkpoints=4)
+    primary.join()
+    secondary.join()
+    connected = pair.events_p.all("connected")
+    assert (connected[1]["sealed_epoch"], connected[1]["unacked_pages"]) == (2, 0)
+    assert pair.released == [1, 2, 3, 4, 5]
+    no_page_wrong(pair)
+
+
+def test_what_is_marked_while_the_epoch_in_flight_is_in_doubt_is_not_forgotten(pair: Pair) -> None:
+    """N is sealed but RECEIVED was lost. User space marks pages before the reconnection: they belong to N+1."""
+    pair.link.rule = once(MessageType.VMSTATE_RECEIVED, "cut", after=2)
+    pair.make_secondary()
+    pair.make_primary(interval=3600)
+
+    def on_lost(event: str, _fields: object) -> None:
+        if event == "lost":
+            pair.pvm.views[1][250] = 99  # written by user space: in no log
+            pair.primary.mark_dirty(1, 250, 1)
+
+    pair.events_p.on_event = on_lost
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 1)
+    pair.primary.request_checkpoint()
+    pair.events_s.wait("checkpoint", 3)
+    no_page_wrong(pair)
+    assert np.all(pair.cache.blocks["pc.ram"].cache[250] == 99)
+
+
+def test_a_link_that_stalls_is_noticed_by_both(pair: Pair) -> None:
+    """Nothing is closed, nothing comes: as with a stopped peer or a dead switch."""
+    stalled = threading.Event()
+    pair.link.rule = while_set(stalled, "stall")
+    primary, secondary = pair.start()
+    pair.events_s.wait("checkpoint", 2)
+    stalled.set()
+    assert "0.6 s" in pair.events_s.wait("lost")["cause"]
+    assert "0.6 s" in pair.events_p.wait("lost")["cause"]
+    assert secondary.join().took_over
+    assert primary.join().alone
+
+
+# ---- epochs that are given up ----
+
+
+def test_a_veto_costs_the_epoch_and_nothing_else(pair: Pair) -> None:
+    pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.svm.veto = "this device is not known here"
+    reason = pair.events_p.wait("aborted")["reason"]
+    assert "this device is not known here" in reason
+    sealed = pair.cache.status().sealed_epoch
+    pair.events_p.wait("aborted", 2)
+    assert pair.cache.status().sealed_epoch == sealed
+    pair.svm.veto = None
+    done = len(pair.events_s.all("checkpoint"))
+    pair.events_s.wait("checkpoint", done + 2)
+    no_page_wrong(pair)
+    assert pair.svm.running or pair.svm.resumes > done
+
+
+def test_a_primary_that_cannot_save_gives_up_the_epoch_and_goes_on(pair: Pair) -> None:
+    pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.pvm.fail_save = "a device is in the middle of something"
+    pair.events_s.wait("aborted")
+    pair.pvm.fail_save = None
+    done = len(pair.events_s.all("checkpoint"))
+    pair.events_s.wait("checkpoint", done + 2)
+    no_page_wrong(pair)
+
+
+def test_a_failed_load_ends_the_secondary_and_the_primary_goes_on_alone(pair: Pair) -> None:
+    primary, secondary = pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.svm.fail_load = "the device is broken"
+    with pytest.raises(SecondaryLostError, match="the device is broken"):
+        secondary.join()
+    ended = primary.join()
+    assert ended.alone
+    assert "did not load" in ended.end
+    assert not pair.svm.running
+    status = pair.cache.status()
+    assert status.phase is Phase.LOAD_FAILED
+    assert status.committed_epoch == status.sealed_epoch == 3
+    # What was sealed stays for a fresh machine.
+    pair.cache.close()
+    pair.make_secondary(attach=True)
+    assert pair.cache.recovery is not None
+    assert pair.svm.load_device_state(pair.cache.device_state()).wrong_pages == ()
+
+
+# ---- taking over ----
+
+
+def test_a_primary_that_does_not_come_back_is_replaced(pair: Pair) -> None:
+    pair.timing = replace(QUICK, reconnect_limit=0.2)
+    _, secondary = pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 3)
+    pair.link.close()
+    followed = secondary.join()
+    assert followed.took_over
+    assert followed.epoch >= 3
+    assert pair.cache.status().phase is Phase.FAILED_OVER
+    assert "cannot tell a dead primary from a cut link" in pair.events_s.all("arbiter")[0]["sentence"]
+
+
+def test_without_a_committed_epoch_there_is_no_takeover(pair: Pair) -> None:
+    pair.timing = replace(QUICK, reconnect_limit=0.2)
+    pair.link.rule = once(MessageType.CHECKPOINT_REQUEST, "cut")
+    _, secondary = pair.start()
+    pair.events_s.wait("lost")
+    pair.link.close()
+    with pytest.raises(PeerLostError, match=r"no primary came within 0\.2 s after this"):
+        secondary.join()
+    assert not pair.svm.running
+
+
+def test_an_arbiter_that_says_no_keeps_both_from_going_on_alone(make_memory, tmp_path: Path) -> None:
+    timing = replace(QUICK, reconnect_limit=0.2, connect_limit=0.3)
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing, arbiter=RefusingArbiter()) as pair:
+        primary, secondary = pair.start(interval=0.1)
+        pair.events_s.wait("checkpoint", 2)
+        pair.link.close()
+        with pytest.raises(NoStateError, match="may not take over"):
+            secondary.join()
+        assert pair.cache.status().phase is Phase.LIVE
+        assert primary.join().alone
+        assert not pair.pvm.running
+        assert None not in pair.released
+
+
+def test_the_arbiter_is_told_what_is_known(make_memory, tmp_path: Path) -> None:
+    asked: list[Loss] = []
+
+    class Asked:
+        def decide(self, loss: Loss) -> Verdict:
+            asked.append(loss)
+            return Verdict(True, "yes")
+
+    timing = replace(QUICK, reconnect_limit=0.1)
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing, arbiter=Asked()) as pair:
+        primary, secondary = pair.start(interval=0.1)
+        pair.events_s.wait("checkpoint", 2)
+        pair.link.close()
+        primary.join()
+        secondary.join()
+    by_role = {loss.role: loss for loss in asked}
+    assert set(by_role) == {"primary", "secondary"}
+    assert by_role["secondary"].epoch >= by_role["primary"].epoch >= 2
+    assert SoloArbiter().decide(by_role["primary"]).yes
+
+
+def test_a_primary_that_comes_after_the_takeover_stands_still(pair: Pair) -> None:
+    """The link was cut, not the primary dead: arbiter solo could not know. The late primary is told."""
+    pair.timing = replace(QUICK, reconnect_limit=0.2, run_on=3.0)
+    pair.make_secondary()
+    pair.timing = replace(QUICK, reconnect_limit=10.0)
+    pair.make_primary(interval=0.1)
+    primary, _ = pair.run_primary(), pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    down = threading.Event()
+    down.set()
+    pair.link.rule = while_set(down, "cut")
+    pair.events_s.wait("takeover")
+    down.clear()
+    with pytest.raises(TookOverError, match="this primary stands still"):
+        primary.join()
+    assert not pair.pvm.running
+
+
+@pytest.mark.parametrize("moment", ["idle", "flush", "load"])
+def test_the_operator_may_ask_for_the_takeover_at_any_moment(pair: Pair, moment: str) -> None:
+    pair.make_secondary()
+    pair.make_primary(interval=0.1)
+    answers: list[bool] = []
+
+    def ask() -> None:
+        if not answers:
+            answers.append(pair.secondary.request_failover())
+
+    pair.run_primary()
+    secondary = pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    if moment == "idle":
+        pair.primary.options = replace(pair.primary.options, interval=3600)
+        ask()
+    elif moment == "flush":
+        flush = pair.cache.flush
+        pair.cache.flush = lambda: (ask(), flush())[1]  # type: ignore[method-assign]
+    else:
+        pair.svm.on_load = ask
+    followed = secondary.join()
+    assert followed.took_over
+    assert followed.wrong_pages == 0
+    if moment != "idle":
+        assert answers == [False], "while an epoch is sealed it is finished first"
+    assert pair.events_s.all("takeover")[0]["epoch"] == followed.epoch
+    no_page_wrong(pair)
+
+
+# ---- who is refused ----
+
+
+def test_another_pair_is_refused_with_one_sentence_on_both_sides(pair: Pair) -> None:
+    pair.make_secondary(pair="mine")
+    pair.make_primary()
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    with pytest.raises(RefusedError, match="belongs to pair 'toy'"):
+        secondary.join()
+    with pytest.raises(RefusedError, match="the secondary refuses this primary: the peer belongs to pair 'toy'"):
+        primary.join()
+    assert pair.cache.status().phase is Phase.EMPTY
+
+
+def test_a_stranger_does_not_harm_a_pair_in_step(pair: Pair) -> None:
+    primary, secondary = pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    down = threading.Event()
+    down.set()
+    pair.link.rule = while_set(down, "cut")
+    pair.link.cut()
+    pair.events_s.wait("lost")
+    with pair.address.connect(1.0) as stranger:
+        stranger.sendall(b"GET / HTTP/1.0\r\n\r\n" + bytes(40))
+        stranger.settimeout(5)
+        while stranger.recv(4096):
+            pass
+    assert "no message of colocache" in pair.events_s.wait("refused")["reason"]
+    down.clear()
+    done = len(pair.events_s.all("checkpoint"))
+    pair.events_s.wait("checkpoint", done + 1)
+    pair.stop_p.set()
+    primary.join()
+    assert not secondary.join().took_over
+    no_page_wrong(pair)
+
+
+def test_a_new_primary_is_refused_by_a_secondary_that_holds_anothers_epoch(pair: Pair) -> None:
+    primary, _ = pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.link.cut()
+    pair.stop_p.set()
+    primary.join()
+    pair.stop_p = threading.Event()
+    pair.make_primary()
+    with pytest.raises(RefusedError, match="of another primary: start a fresh one"):
+        pair.run_primary().join()
+
+
+def test_a_primary_that_declared_its_secondary_lost_never_takes_it_back(pair: Pair) -> None:
+    pair.timing = replace(QUICK, reconnect_limit=30.0)
+    pair.make_secondary()
+    pair.timing = replace(QUICK, reconnect_limit=0.3)
+    pair.make_primary(interval=0.1)
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    down = threading.Event()
+    down.set()
+    pair.link.rule = while_set(down, "cut")
+    pair.link.cut()
+    assert primary.join().alone
+    down.clear()
+    # The same primary tries again: it must be the one to say that this secondary is lost.
+    with pair.primary._connect(time.monotonic() + 5) as channel, pytest.raises(RefusedError):
+        pair.primary.greet(channel)
+    with pytest.raises(RefusedError, match="declared this secondary lost"):
+        secondary.join()
+    assert pair.cache.status().phase is Phase.LIVE
+
+
+# ---- a process that dies and comes back ----
+
+
+def test_a_secondary_that_died_and_attached_goes_on_with_unacknowledged_pages(pair: Pair) -> None:
+    pair.timing = replace(QUICK, reconnect_limit=10.0)
+    primary, secondary = pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    pair.primary.request_checkpoint()
+    pair.events_s.wait("checkpoint", 2)
+    # Death: the machine's registers and dirty log are gone, the memory stays.
+    pair.stop_s.set()
+    secondary.join()
+    pair.cache.close()
+    pair.stop_s = threading.Event()
+    before = pair.link.pages()
+    pair.make_secondary(attach=True)
+    pair.run_secondary()
+    pair.primary.request_checkpoint()
+    pair.events_s.wait("checkpoint", 3)
+    assert pair.events_s.all("attached")[0]["action"] in ("RESTART", "NO_RESTART")
+    assert pair.link.pages() - before < TOY_PAGES // 3
+    no_page_wrong(pair)
+    pair.stop_p.set()
+    primary.join()
+
+
+def test_a_secondary_that_died_in_the_initial_copy_gets_a_new_one(pair: Pair) -> None:
+    pair.timing = replace(QUICK, reconnect_limit=10.0)
+    pair.link.rule = once(MessageType.CHECKPOINT_REQUEST, "stall")
+    _, secondary = pair.start(interval=0.1)
+    pair.events_p.wait("initial")
+    pair.stop_s.set()
+    pair.link.cut()
+    with contextlib.suppress(ColocacheError):
+        secondary.join()
+    pair.cache.close()
+    pair.stop_s = threading.Event()
+    pair.make_secondary(attach=True)
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    assert pair.events_s.all("attached")[0]["action"] == "NOTHING"
+    connected = [event["fresh"] for event in pair.events_p.all("connected")]
+    assert len(connected) >= 2
+    assert all(connected)
+    no_page_wrong(pair)
