@@ -132,7 +132,6 @@ BAD_PACKETS = {
     "too many pages": packet(1, [(0, 5000, 1)]),
     "wrong checksum": packet(1, [(3, 1, 0)])[:32] + bytes(8) + packet(1, [(3, 1, 0)])[40:],
     "wrong magic": b"OLOC" + packet(1, [(3, 1, 0)])[4:],
-    "epoch 0": packet(1, [(3, 1, 0)], epoch=0),
 }
 
 
