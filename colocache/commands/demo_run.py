@@ -9,6 +9,7 @@ import json
 import os
 import queue
 import random
+import secrets
 import signal
 import subprocess
 import tempfile
@@ -142,6 +143,7 @@ class DemoRun:
         self._random = random.Random(options.seed)  # noqa: S311 -- when to kill is no secret
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
         self._killed_ns: int | None = None
+        self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
         self._kill_after = options.checkpoints
         self._kill_delay = 0.0
@@ -175,7 +177,7 @@ class DemoRun:
             "verify": self.options.verify,
             "seconds": round(time.monotonic() - begin, 3),
         }
-        self._check(report, start["region"])
+        self._check(report)
         return report
 
     # ---- the two sides ----
@@ -185,21 +187,22 @@ class DemoRun:
         if self.options.transport == "tcp":
             yield "127.0.0.1:0"
             return
-        with tempfile.TemporaryDirectory(prefix="colocache-") as folder:
+        with tempfile.TemporaryDirectory(prefix=f"{self._name}-") as folder:
             path = Path(folder) / "pair"
             yield f"unix:{path}" if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX else "127.0.0.1:0"
 
     def _common_args(self) -> list[str]:
         o = self.options
         return [
-            "--events", "--pair", "demo", "--guest", o.guest, "--ram", str(o.ram_bytes), "--backing", o.backing,
+            "--events", "--pair", self._name, "--guest", o.guest, "--ram", str(o.ram_bytes), "--backing", o.backing,
             "--working-set", str(o.working_set_bytes), "--steps-per-second", str(o.steps_per_second),
             "--run-on", str(o.run_on), "--peer-timeout", str(o.peer_timeout),
         ]  # fmt: skip
 
     def _secondary_args(self, address: str) -> list[str]:
         limit = str(self.options.reconnect_limit)
-        return [*self._common_args(), "--listen", address, "--reconnect-limit", limit, "--connect-limit", "60"]
+        limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
+        return [*self._common_args(), "--listen", address, "--name", self._name, *limits]
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
@@ -262,7 +265,7 @@ class DemoRun:
 
     # ---- the verdict ----
 
-    def _check(self, report: dict[str, Any], region: str) -> None:
+    def _check(self, report: dict[str, Any]) -> None:
         """Exit status 0 claims a takeover, no wrong page, and nothing left behind."""
         o = self.options
         failover = report["failover"]
@@ -280,6 +283,5 @@ class DemoRun:
             )
         if not self.tally.ran_on or not self.tally.ran_on["steps"]:
             raise DemoError("the machine did not run on after the takeover")
-        left = [one.name for one in list_regions() if one.name == region]
-        if left:
-            raise DemoError(f"region {region} was left behind: `colocache clean {region}` removes it")
+        if any(region.name == self._name for region in list_regions()):
+            raise DemoError(f"region {self._name} was left behind: `colocache clean {self._name}` removes it")
