@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import signal
 import sys
 
 import click
@@ -45,6 +47,8 @@ class LazyGroup(click.Group):
             return None
         module, attribute, _ = COMMANDS[cmd_name]
         command = getattr(importlib.import_module(module), attribute)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         if not isinstance(command, click.Command):
             raise TypeError(f"{module}.{attribute} is no command")
         return command
@@ -78,12 +82,18 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `colocache` command: errors that were foreseen are one sentence, not a traceback."""
+    # Until a command is loaded there is nothing to clean up, and a Ctrl-C in the middle of an import no story to tell.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        cli(prog_name="colocache")
-    except ImportError as error:
-        if "colocache" not in str(error):
-            raise
-        sys.exit(f"Error: {error}")
+        status = cli.main(prog_name="colocache", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
 if __name__ == "__main__":

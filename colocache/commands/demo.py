@@ -60,29 +60,31 @@ def demo(as_json: bool, **given: Any) -> None:
     equal to the primary. Then the primary is killed by SIGKILL, the secondary takes over and runs on. Exit status 0:
     it took over, ran on, and no page of its memory was ever wrong.
     """
-    from colocache.commands.demo_run import DemoError, DemoOptions, DemoRun
-    from colocache.commands.demo_table import DemoTable
     from colocache.replication.signals import end_as_by, stop_on_signals
 
-    options = DemoOptions(
-        guest=given["guest"],
-        ram_bytes=given["ram"],
-        working_set_bytes=given["working_set"],
-        steps_per_second=given["steps_per_second"],
-        backing=given["backing"],
-        flush=given["flush"],
-        checkpoints=given["checkpoints"],
-        interval=given["interval"],
-        kill_at=given["kill_primary_at"],
-        verify=given["verify"],
-        run_on=given["run_on"],
-        reconnect_limit=given["reconnect_limit"],
-        transport=given["transport"],
-        seed=given["seed"],
-    )
     report: dict[str, Any] = {}
-    title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
     with stop_on_signals() as stop:
+        # Imported here: from now on Ctrl-C is heard in order.
+        from colocache.commands.demo_run import DemoError, DemoOptions, DemoRun
+        from colocache.commands.demo_table import DemoTable
+
+        options = DemoOptions(
+            guest=given["guest"],
+            ram_bytes=given["ram"],
+            working_set_bytes=given["working_set"],
+            steps_per_second=given["steps_per_second"],
+            backing=given["backing"],
+            flush=given["flush"],
+            checkpoints=given["checkpoints"],
+            interval=given["interval"],
+            kill_at=given["kill_primary_at"],
+            verify=given["verify"],
+            run_on=given["run_on"],
+            reconnect_limit=given["reconnect_limit"],
+            transport=given["transport"],
+            seed=given["seed"],
+        )
+        title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:
             with DemoTable(options.checkpoints, title=title) as table:
                 report = DemoRun(options, stop, on_event=table.add, on_note=table.note).run()
