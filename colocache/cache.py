@@ -115,7 +115,7 @@ class Cache:
 
     def receive(self, epoch: int, block: Block | str | int, pfn: int, data: Buffer) -> None:
         """One page of `epoch` into the cache image. EpochError, SealedError, BlockError, RangeError, LengthError."""
-        source = ffi.from_buffer("unsigned char[]", data)
+        source = _bytes_of(data)
         index, number, page = self._block(block), u64(epoch, "epoch"), u64(pfn, "page")
         with self._handle as cc:
             check(lib.colocache_receive_page(cc, number, index, page, source, len(source)))
@@ -133,7 +133,7 @@ class Cache:
         if given.size and (given.dtype.kind not in "iu" or (given.dtype.kind == "i" and given.min() < 0)):
             raise ArgumentError(f"page numbers are integers from 0, these are {given.dtype} from {given.min()}")
         numbers = np.ascontiguousarray(given, np.uint64)
-        source = ffi.from_buffer("unsigned char[]", data)
+        source = _bytes_of(data)
         pointer = ffi.from_buffer("uint64_t[]", numbers)
         index, number = self._block(block), u64(epoch, "epoch")
         with self._handle as cc:
@@ -240,9 +240,10 @@ class Cache:
         args, result = struct("colocache_seal_args"), struct("colocache_seal_result")
         args.epoch = u64(epoch, "epoch")
         args.n_pages = lib.COLOCACHE_ANY_COUNT if n_pages is None else u64(n_pages, "number of pages")
-        asked = _Asked(self._handle, check or (lambda _: None))
+        asked = _Asked(self._handle, check)
         context = ffi.new_handle(asked)  # must live as long as C may call
-        args.check, args.check_context = lib.colocache_py_check, context
+        if check is not None:  # else the pause does without a step through Python
+            args.check, args.check_context = lib.colocache_py_check, context
         with self._handle as cc:
             code = lib.colocache_seal(cc, args, result)
             if code < 0:
@@ -322,7 +323,7 @@ class Cache:
 class _Asked:
     """A check that C asks, and what it raised."""
 
-    def __init__(self, handle: Handle, check: Check) -> None:
+    def __init__(self, handle: Handle, check: Check | None) -> None:
         self.handle, self.check = handle, check
         self.error: BaseException | None = None
 
@@ -338,7 +339,8 @@ def _outside(_kind: type[BaseException], error: BaseException, trace: TracebackT
 def _py_check(context: Any, state: Any, len_bytes: int) -> int:
     asked: _Asked = ffi.from_handle(context)
     try:
-        asked.check(asked.handle.memory(state, len_bytes).toreadonly())
+        if asked.check is not None:
+            asked.check(asked.handle.memory(state, len_bytes).toreadonly())
     except BaseException as error:  # noqa: BLE001 an exception can't pass through C: seal raises it
         asked.error = error
         return 1
@@ -349,6 +351,14 @@ def _py_check(context: Any, state: Any, len_bytes: int) -> int:
 def _py_log(context: Any, level: int, sentence: Any) -> None:
     sink: LogSink = ffi.from_handle(context)
     sink(level, ffi.string(sentence).decode("utf-8", "replace"))
+
+
+def _bytes_of(data: Buffer) -> Any:
+    """The bytes of a buffer where they are, without a copy."""
+    try:
+        return ffi.from_buffer("unsigned char[]", data)
+    except (TypeError, ValueError, BufferError) as error:
+        raise ArgumentError(f"pages come as contiguous bytes, not as this {type(data).__name__}: {error}") from error
 
 
 def _options(threads: int, copy: str, device_state_max: int, log: LogSink | None) -> tuple[Any, list[Any]]:

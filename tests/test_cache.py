@@ -262,6 +262,8 @@ def test_a_page_that_does_not_fit_changes_nothing(ready: Cache) -> None:
         (ArgumentError, lambda: ready.receive(2, "pc.ram", -1, page(1))),
         (ArgumentError, lambda: ready.receive(2, "pc.ram", 1 << 64, page(1))),
         (ArgumentError, lambda: ready.receive(2, "pc.ram", "1", page(1))),  # type: ignore[arg-type]
+        (ArgumentError, lambda: ready.receive(2, "pc.ram", 0, "x" * PAGE)),  # type: ignore[arg-type]
+        (ArgumentError, lambda: ready.receive(2, "pc.ram", 0, np.zeros(2 * PAGE, np.uint8)[::2])),
         (BlockError, lambda: ready.receive(2, "vga", 0, page(1))),
         (BlockError, lambda: ready.receive(2, 2, 0, page(1))),
         (EpochError, lambda: ready.receive(1, "pc.ram", 0, page(1))),
