@@ -11,8 +11,10 @@ from pathlib import Path
 
 from cffi import FFI
 
-ROOT = Path(__file__).resolve().parent.parent
-HEADER = ROOT / "csrc" / "include" / "colocache.h"
+PACKAGE = Path(__file__).resolve().parent
+SOURCE = PACKAGE.parent / "csrc" / "include" / "colocache.h"
+# An installed package has no csrc, but its own copy of the header.
+HEADER = SOURCE if SOURCE.is_file() else PACKAGE / "include" / "colocache.h"
 
 BEGIN, END = "/* cffi: begin */", "/* cffi: end */"
 
