@@ -5,6 +5,7 @@
 
 #include "atomics.h"
 #include "checksum.h"
+#include "fault.h"
 
 void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary, uint64_t n_bits)
 {
@@ -24,6 +25,7 @@ void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary
 static inline void set_word(struct cc_bitmap *bitmap, uint64_t w, uint64_t bits)
 {
     cc_set_bits(&bitmap->words[w], bits);
+    CC_CRASH_POINT("bitmap: a word, before its summary");
     uint64_t bit = 1ull << (w % 64);
     if (!(cc_read_summary(&bitmap->summary[w / 64]) & bit))
         cc_set_bits(&bitmap->summary[w / 64], bit);
@@ -124,6 +126,7 @@ bool cc_bitmap_take_next(struct cc_bitmap *bitmap, uint64_t *word, uint64_t end_
         if (w >= end_word)
             break;
         cc_drop_bits(&bitmap->summary[w / 64], 1ull << (w % 64));
+        CC_CRASH_POINT("bitmap: a summary bit is dropped, its word not taken");
         uint64_t bits = cc_take_word(&bitmap->words[w]);
         if (bits) {
             *bits_out = bits;
@@ -299,6 +302,7 @@ bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap)
 void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap)
 {
     memset(bitmap->summary, 0, bitmap->n_summary_words * 8);
+    CC_CRASH_POINT("bitmap: a summary is empty, to be rebuilt");
     memset(bitmap->crown, 0, sizeof bitmap->crown);
     memset(bitmap->top, 0, sizeof bitmap->top);
     for (uint64_t w = 0; w < bitmap->n_words; w++) {

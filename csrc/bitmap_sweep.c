@@ -9,6 +9,8 @@
 
 #include <string.h>
 
+#include "fault.h"
+
 #define SUMMARY_DENSE 16 /* of 64 words in use: from here a straight pass over all 64 is cheaper than picking */
 #define COLLECT 128u     /* picked words under way at a time */
 
@@ -35,6 +37,7 @@ struct union_sweep {
 
 static void unite_picked(struct union_sweep *sweep)
 {
+    CC_CRASH_POINT("bitmap: a flush set's summary, before its words");
     for (uint32_t i = 0; i < sweep->n_picked; i++) {
         uint64_t w = sweep->picked[i];
         cc_unite_plain(sweep->flush_set->words + w, sweep->pvm->words + w, sweep->svm->words + w, 1, w, sweep->counts);
@@ -118,6 +121,7 @@ struct clear_sweep {
 
 static void clear_picked(struct clear_sweep *sweep)
 {
+    CC_CRASH_POINT("bitmap: a summary is cleared, its words not");
     for (uint32_t i = 0; i < sweep->n_picked; i++)
         sweep->words[sweep->picked[i]] = 0;
     sweep->n_picked = 0;

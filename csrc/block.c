@@ -268,6 +268,7 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     uint64_t end = entry.bitmap_offset + entry.bitmap_bytes;
     if (ftruncate(cc->control_fd, (off_t)end) != 0)
         return cc_fail_errno("enlarging the control region");
+    CC_CRASH_POINT("add_block: the region is larger");
     rc = cc_reserve(cc->control_fd, entry.bitmap_offset, entry.bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0)
         rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
@@ -276,11 +277,15 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
             cc_log(cc, COLOCACHE_LOG_WARN, "could not shrink the control region after an error");
         return rc;
     }
+    CC_CRASH_POINT("add_block: before the entry");
+    CC_HALF(&cc->table[cc->n_blocks], &entry, sizeof entry, "add_block: half an entry");
     cc->table[cc->n_blocks] = entry;
+    CC_CRASH_POINT("add_block: after the entry");
     cc->control->bitmap_end = end;
     CC_CRASH_POINT("add_block: before the count");
     cc->n_blocks++;
     cc_publish(&cc->control->n_blocks, cc->n_blocks);
+    CC_CRASH_POINT("add_block: after the count");
     return 0;
 }
 

@@ -25,7 +25,9 @@
 /* took_over -- so that no later attach brings back an epoch that the world has moved on from */
 static void took_over(struct colocache *cc)
 {
+    CC_CRASH_POINT("failover: decided, not told");
     cc_publish(&cc->control->taken_over, 1);
+    CC_CRASH_POINT("failover: told");
     cc_log(cc, COLOCACHE_LOG_INFO, "this secondary took over");
 }
 
@@ -206,6 +208,7 @@ static int seal_open_epoch(struct colocache *cc, const struct colocache_seal_arg
         rc = cc_flush_set_unite(cc, out, &flush_checksum);
     if (rc == 0)
         rc = allocate_flush_set(cc);
+    CC_CRASH_POINT("seal: flush sets are there");
     uint64_t t2 = cc_now_ns(), t3 = t2;
     if (rc == 0)
         rc = commit_epoch(cc, out, flush_checksum);
@@ -263,6 +266,7 @@ int cc_finish_flush(struct colocache *cc, struct cc_record *record, struct coloc
     uint64_t t0 = cc_now_ns();
     CC_CRASH_POINT("flush: before the first page");
     cc_flush_copy(cc, out);
+    CC_CRASH_POINT("flush: after the last page");
     uint64_t t1 = cc_now_ns();
     record->committed = 1;
     record->flush_checksum = 0; /* the flush set may be written again from here on */

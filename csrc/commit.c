@@ -56,6 +56,7 @@ void cc_commit_publish(struct cc_control *control, struct cc_record *record)
     record->generation = word;
     record->checksum = record_checksum(record);
     CC_CRASH_POINT("commit: before the record");
+    CC_HALF(&control->records[word & 1], record, sizeof *record, "commit: half a record");
     cc_publish_words(&control->records[word & 1], record, sizeof *record / 8);
     CC_CRASH_POINT("commit: before the word");
     cc_publish(&control->commit_word, word); /* from here on the epoch is what an attach finds */

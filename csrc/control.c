@@ -92,6 +92,7 @@ void cc_control_new_history(struct cc_control *control)
             break;
         }
     }
+    CC_HALF(control->history_id, id, sizeof id, "history: half an id");
     memcpy(control->history_id, id, sizeof id);
 }
 
@@ -101,6 +102,7 @@ static int format(int fd, uint64_t device_max, uint64_t *head_bytes)
     uint64_t area = (device_max + CC_PAGE - 1) / CC_PAGE * CC_PAGE;
     *head_bytes = CC_DEVICES_OFFSET + 2 * area;
     int rc = ftruncate(fd, (off_t)*head_bytes) == 0 ? 0 : cc_fail_errno("sizing the control region");
+    CC_CRASH_POINT("create: sized");
     if (rc == 0)
         rc = cc_reserve(fd, 0, CC_DEVICES_OFFSET, "the control region");
     if (rc == 0) {
@@ -117,6 +119,7 @@ static int format(int fd, uint64_t device_max, uint64_t *head_bytes)
             cc_control_new_history(control);
             CC_CRASH_POINT("create: before the magic");
             cc_publish(&control->magic, CC_MAGIC);
+            CC_CRASH_POINT("create: after the magic");
             cc_unmap(head, CC_PAGE);
         }
     }
@@ -211,6 +214,7 @@ static int map_head(struct colocache *cc, int control_fd, bool create, uint64_t 
     cc->table = (struct cc_block_entry *)(void *)((uint8_t *)head + CC_TABLE_OFFSET);
     cc->devices = (uint8_t *)head + CC_DEVICES_OFFSET;
     cc->control->owner_pid = getpid();
+    CC_CRASH_POINT("create or attach: owner");
     return 0;
 }
 

@@ -22,10 +22,12 @@ static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64
         return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
                        (unsigned long long)n_pages, block->name);
     cc_gate_enter(&cc->mark_gate);
+    CC_CRASH_POINT("sync: before the SVM bits");
     if (words)
         cc_bitmap_or_words(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages, words);
     else
         cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages);
+    CC_CRASH_POINT("sync: after the SVM bits");
     cc_gate_leave(&cc->mark_gate);
     return 0;
 }
@@ -56,6 +58,7 @@ int colocache_sync_dirty_log(struct colocache *cc, struct colocache_source *sour
     uint64_t begin = cc_now_ns();
     int rc = source->sync(source, take_into_svm, cc);
     cc_stats_synced(cc, begin);
+    CC_CRASH_POINT("sync: the log is cleared");
     return rc;
 }
 

@@ -13,6 +13,7 @@
 
 uint64_t colocache_fault_crash_at;
 uint64_t colocache_fault_passed;
+void (*colocache_fault_seen)(const char *name);
 
 int cc_fault_refuse(void)
 {
@@ -25,11 +26,31 @@ int cc_fault_refuse(void)
 /* Nothing is flushed, closed or unlocked: SIGKILL is what the kernel's OOM killer and an operator send too. */
 void cc_fault_pass(const char *name)
 {
-    (void)name;
+    if (colocache_fault_seen)
+        colocache_fault_seen(name);
     if (__atomic_add_fetch(&colocache_fault_passed, 1, __ATOMIC_SEQ_CST) == colocache_fault_crash_at) {
         kill(getpid(), SIGKILL);
         for (;;)
             pause();
+    }
+}
+
+/* cc_fault_half -- the first half of a copy that the caller makes whole after it: a death in the middle */
+void cc_fault_half(void *dst, const void *src, uint64_t n_bytes, const char *name)
+{
+    memcpy(dst, src, n_bytes / 2);
+    cc_fault_pass(name);
+}
+
+/* cc_fault_copy_run -- a run page by page, each with a death in its middle and one after it */
+void cc_fault_copy_run(const struct cc_copy *copy, void *dst, const void *src, uint64_t n_bytes, uint64_t page_bytes, const char *name)
+{
+    for (uint64_t at = 0; at < n_bytes; at += page_bytes) {
+        char *to = (char *)dst + at;
+        const char *from = (const char *)src + at;
+        cc_fault_half(to, from, page_bytes, name);
+        copy->run(to, from, page_bytes, from, to);
+        cc_fault_pass(name);
     }
 }
 

@@ -33,9 +33,8 @@ static void copy_stretch(struct copy_job *job, uint64_t from, uint64_t end, uint
     while ((n = cc_bitmap_runs(flush_set, &from, end, runs, RUNS_AT_ONCE)) != 0) {
         for (uint32_t i = 0; i < n; i++) {
             uint64_t first = runs[i].first, hint = i + 1 < n ? runs[i + 1].first : first;
-            job->cc->copy.run(cc_guest_page(block, first), cc_cache_page(block, first), runs[i].n << block->page_shift,
-                              cc_cache_page(block, hint), cc_guest_page(block, hint));
-            CC_CRASH_POINT("flush: a run is copied");
+            CC_COPY_RUN(&job->cc->copy, cc_guest_page(block, first), cc_cache_page(block, first), runs[i].n << block->page_shift,
+                        block->page_size, cc_cache_page(block, hint), cc_guest_page(block, hint), "flush: a page, half and whole");
             *n_pages += runs[i].n;
         }
         *n_runs += n;
@@ -98,7 +97,7 @@ uint64_t cc_flush_copy_word(struct colocache *cc, struct cc_block *block, uint64
     for (; bits; bits &= bits - 1) {
         uint64_t pfn = word * 64 + (uint64_t)__builtin_ctzll(bits);
         uint8_t *to = cc_guest_page(block, pfn), *from = cc_cache_page(block, pfn);
-        cc->copy.run(to, from, block->page_size, from, to);
+        CC_COPY_RUN(&cc->copy, to, from, block->page_size, block->page_size, from, to, "preflush: a page, half and whole");
     }
     cc->copy.fence();
     return n_pages;
@@ -115,9 +114,8 @@ int cc_flush_copy_all(struct colocache *cc, uint64_t *n_pages_out)
             int rc = cc_block_allocate(block, pfn, n_pages);
             if (rc)
                 return rc;
-            cc->copy.run(cc_guest_page(block, pfn), cc_cache_page(block, pfn), n_bytes, cc_cache_page(block, pfn),
-                         cc_guest_page(block, pfn));
-            CC_CRASH_POINT("restart: a stretch is copied");
+            CC_COPY_RUN(&cc->copy, cc_guest_page(block, pfn), cc_cache_page(block, pfn), n_bytes, block->page_size,
+                        cc_cache_page(block, pfn), cc_guest_page(block, pfn), "restart: a page, half and whole");
             *n_pages_out += n_pages;
             at = first + n_bytes;
         }

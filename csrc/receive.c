@@ -29,6 +29,7 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
             cc_publish(&cc->control->receiving, epoch); /* before the first byte */
             CC_CRASH_POINT("receive: after the receiving word");
             cc_publish(&cc->open_epoch, epoch);
+            CC_CRASH_POINT("receive: the epoch is open");
         }
     } else if (open != epoch) {
         rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu came while epoch %llu is open: seal or abort that first",
@@ -114,6 +115,7 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
         return rc;
     const uint8_t *from = data;
     for (uint64_t i = 0; i < n_pages; i++) {
+        CC_HALF(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size, "receive: half a page");
         memcpy(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size);
         cc_receive_done(cc, block, pfns[i], 1);
     }
@@ -157,6 +159,7 @@ int colocache_device_state_begin(struct colocache *cc, uint64_t epoch, uint64_t 
     uint32_t area = rc == 0 ? 0 : 1 - current.device_area;
     uint64_t offset = CC_DEVICES_OFFSET + area * cc->control->device_area_bytes;
     rc = len_bytes ? cc_reserve(cc->control_fd, offset, len_bytes, "the device-state area") : 0;
+    CC_CRASH_POINT("device state: room is there");
     if (rc == 0)
         rc = cc_receive_enter(cc, epoch);
     if (rc)

@@ -58,6 +58,7 @@ static void start_again(struct colocache *cc)
         for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
             cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
             cc_bitmap_clear_all(&cc->blocks[i].bitmaps[kind]);
+            CC_CRASH_POINT("attach: a bitmap is cleared");
         }
     }
     cc_control_new_history(cc->control);
@@ -117,7 +118,9 @@ static int no_restart(struct colocache *cc, const struct cc_record *record, stru
     snprintf(report->sentence, sizeof report->sentence,
              "cannot restart: pages of epoch %llu had already come over epoch %llu and the VM that ran is gone; the next checkpoint makes the secondary whole",
              (unsigned long long)report->receiving_epoch, (unsigned long long)record->epoch);
-    return colocache_dirty_log_lost(cc);
+    int rc = colocache_dirty_log_lost(cc);
+    CC_CRASH_POINT("attach: every page counts as written");
+    return rc;
 }
 
 /* recover -- by the table above */
@@ -146,6 +149,7 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     if (!record.committed && report->receiving_epoch > record.epoch)
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
                        (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
+    CC_CRASH_POINT("attach: all is verified");
     if (!record.committed)
         rc = replay(cc, &record, report);
     else if (report->receiving_epoch == record.epoch)

@@ -11,6 +11,7 @@
 
 #include <string.h>
 
+#include "fault.h"
 #include "stream.h"
 
 struct packet {
@@ -79,6 +80,7 @@ static int scatter(struct colocache *cc, int fd, int timeout_ms, struct packet *
             packet->iov[n_iov++] = (struct iovec){.iov_base = cc_cache_page(block, run->first_pfn), .iov_len = bytes};
     }
     int rc = cc_read_all(fd, packet->iov, n_iov, timeout_ms);
+    CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
     for (uint32_t i = 0; i < packet->message.b; i++) {
         const struct cc_run *run = &packet->runs[i];
         if (rc) { /* touched, perhaps torn: the bit, but not the count */
