@@ -26,7 +26,12 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
     for (;;) {
         if (word == 0) {
             memset(out, 0, sizeof *out);
-            return 0;
+            uint64_t written = cc_observe(&control->records[0].generation); /* record 0 is first written when the word is 1 */
+            word = cc_observe(&control->commit_word);
+            if (word == 0)
+                return written == 0 ? 0 : cc_fail(COLOCACHE_E_CORRUPT, "the commit word is 0 but record %llu was written: not used",
+                                                  (unsigned long long)written);
+            continue;
         }
         cc_observe_words(out, &control->records[word & 1], sizeof *out / 8);
         uint64_t now = cc_observe(&control->commit_word);

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Death at every store that matters: C programs fork children, kill them at each crash point, attach and compare.
+
+The programs are built here from csrc with -DCOLOCACHE_FAULTS; the installed package has no crash points.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+SCRIPT = HERE / "c" / "run_faults.sh"
+
+pytestmark = pytest.mark.skipif(shutil.which(os.environ.get("CC", "cc")) is None, reason="no C compiler")
+
+
+def build(how: str, where: Path) -> Path:
+    """Build the fault programs into `where`; a failing build is a failing test, with the compiler's words."""
+    done = subprocess.run([str(SCRIPT), how, str(where)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return where
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("build", tmp_path_factory.mktemp("faults"))
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if shutil.which("setarch") is None:
+        pytest.skip("setarch is missing: sanitizers need address randomisation turned down on some kernels")
+    return build("build-sanitized", tmp_path_factory.mktemp("faults-sanitized"))
+
+
+def run_together(*commands: list[str]) -> list[dict[str, Any]]:
+    """Run programs at the same time, one a core; their JSON lines, or the first breach."""
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    ends = [process.communicate() for process in running]
+    for process, (_, errors) in zip(running, ends, strict=True):
+        assert process.returncode == 0, errors
+    return [json.loads(output) for output, _ in ends]
+
+
+def summed(results: list[dict[str, int]]) -> dict[str, int]:
+    return {key: sum(result[key] for result in results) for key in results[0]}
+
+
+def test_no_death_at_any_point_leaves_a_mix_or_no_state(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    crash = str(programs / "crash")
+    total = summed(run_together([crash, "--cases", "0:2"], [crash, "--cases", "1:2"]))
+    assert total["cases"] == 256
+    assert total["kills"] == total["points"] > 256 * 100
+    assert total["attach_kills"] > 256 * 4 * 10
+    with capsys.disabled():
+        print(
+            f"\ncrash points: {total['cases']} pairs of bitmaps, {total['kills']} deaths (each at a point of its own), "
+            f"{total['attach_kills']} deaths inside attach, {total['recoveries']} recoveries compared with the model"
+        )
+
+
+def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = run_together([str(programs / "crash_threads"), "300"])
+    assert result["kills"] == 300
+    assert result["replays"] > 250
+    with capsys.disabled():
+        print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages compared, seed {result['seed']}")
+
+
+def test_damage_is_refused_and_nothing_is_written(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (result,) = run_together([str(programs / "crash_damage")])
+    assert result["flips"] > 4000
+    with capsys.disabled():
+        print(f"\ndamage: {result['flips']} single bits of the control region turned over")
+
+
+def test_deaths_and_recoveries_are_clean_under_sanitizers(sanitized: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    crash = ["setarch", "-R", str(sanitized / "crash")]
+    total = summed(run_together([*crash, "--cases", "9:256"], [*crash, "--cases", "214:256"]))
+    assert total["cases"] == 2
+    with capsys.disabled():
+        print(f"\nunder address and undefined-behaviour sanitizers: {total['kills'] + total['attach_kills']} deaths")
