@@ -4,6 +4,7 @@
 #include "crash_world.h"
 
 #include <fcntl.h>
+#include <malloc.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -46,6 +47,7 @@ static int image(const char *name, uint64_t bytes, uint8_t **at)
 
 void memory_make(struct memory *memory)
 {
+    mallopt(M_MMAP_THRESHOLD, 128 << 10); /* fixed: else the second handle's table is cleared by hand and copied at each fork */
     for (unsigned block = 0; block < 2; block++) {
         memory->guest[block] = image("guest", block_bytes(block), &memory->guest_at[block]);
         memory->cache[block] = image("cache", block_bytes(block), &memory->cache_at[block]);

@@ -9,6 +9,7 @@
  * n going up from 1 as far as there are any.  Which thread had got how far is up to the scheduler; the result must not be.
  */
 #define _GNU_SOURCE
+#include <malloc.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -131,6 +132,7 @@ int main(int argc, char **argv)
     uint64_t kills = argc > 1 ? strtoull(argv[1], NULL, 10) : 300, done = 0, replays = 0, epoch = 1, pages = 0;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     const uint64_t bytes = (uint64_t)N * PAGE;
+    mallopt(M_MMAP_THRESHOLD, 128 << 10); /* fixed: else the second handle's table is cleared by hand and copied at each fork */
     int *const fds[] = {&control_fd, &guest_fd, &cache_fd};
     for (int i = 0; i < 3; i++) {
         *fds[i] = memfd_create("colocache test", MFD_CLOEXEC);
