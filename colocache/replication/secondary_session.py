@@ -73,8 +73,10 @@ class SecondarySession:
         while True:
             message, n_pages = self._channel.receive_past_pages(self._cache)
             self._n_pages += n_pages
+            self._heed()
             if message.type is MessageType.PING:
-                self._spare_moment()
+                if self._cache.status().sealed_epoch == 0:
+                    self._cache.preflush()  # a moment between packets of the initial copy
             elif message.type is MessageType.CHECKPOINT_REQUEST:
                 self._checkpoint(message.epoch)
             elif message.type is MessageType.ABORT:
@@ -84,17 +86,16 @@ class SecondarySession:
             else:
                 raise ProtocolError(f"the primary sent {message} where pages or CHECKPOINT_REQUEST must come")
 
-    def _spare_moment(self) -> None:
-        """Between packets: stop if asked to, copy ahead during the initial copy, ask for a checkpoint."""
+    def _heed(self) -> None:
+        """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
         if self._stop.is_set():
             raise StoppedError("the secondary was stopped by its operator")
-        if self._cache.status().sealed_epoch == 0:
-            self._cache.preflush()
-            return
         if self._svm.machine.failure is not None:
             raise ColocacheError(f"the secondary's machine failed: {self._svm.machine.failure}")
         limit = self._options.ask_at_dirty_pages
-        if self._checkpoint_wanted.is_set() or (limit and self._svm.machine.dirty_hint() >= limit):
+        if self._checkpoint_wanted.is_set() or (
+            limit and self._svm.running and self._svm.machine.dirty_hint() >= limit
+        ):
             self._checkpoint_wanted.clear()
             if not self._asked:
                 self._asked = True
