@@ -21,6 +21,12 @@
 
 #include "fault.h"
 
+/* nth_images -- of a caller's array, whose elements are as long as the caller's header says, not as ours does */
+static const struct colocache_images *nth_images(const struct colocache_images *images, uint32_t n)
+{
+    return (const void *)((const char *)images + n * images->struct_size);
+}
+
 /* bind_blocks -- every block of the region with the images that were given for its name */
 static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t file_bytes)
 {
@@ -33,13 +39,14 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
         if (rc)
             return rc;
         const struct colocache_images *found = NULL;
-        struct colocache_images given;
+        struct colocache_images given = {0};
         for (uint32_t i = 0; i < n_images && !found; i++) {
-            rc = cc_take_struct(&given, sizeof given, &images[i], sizeof given, "images");
+            const struct colocache_images *one = nth_images(images, i);
+            rc = cc_take_struct(&given, sizeof given, one, sizeof given, "images");
             if (rc)
                 return rc;
             if (given.name && strncmp(given.name, cc->table[b].name, COLOCACHE_NAME_BYTES) == 0)
-                found = &images[i];
+                found = one;
         }
         if (!found)
             return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s", cc->table[b].name);

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * colocache.h -- the COLO cache of a secondary virtual machine, as a C library.
+ * colocache.h -- the COLO cache of a secondary virtual machine, as a C library.  This header is its manual.
  *
  * What it does.  A secondary VM (SVM) is kept in step with a primary (PVM).  While a checkpoint (epoch)
  * arrives, its pages go to a second image of guest memory, the cache, never to guest RAM.  When it is
@@ -8,62 +8,166 @@
  * Then every page that either machine wrote is copied from the cache over guest RAM: the flush.  After a
  * crash between the two the next process that attaches repeats the flush.
  *
- * The life of a secondary, in calls.
+ * Contents: the life of a secondary, the life of a primary, memory you bring, what you must hold still, KVM,
+ * threads, processes and signals, errors, ownership, structs and versions, limits, after a death, the promise.
+ * A whole VMM that uses all this in 400 lines is tests/c/vmm_secondary.c; csrc/README.md tells how the inside works.
+ *
+ * ---- The life of a secondary, in calls ----
  *
  *     colocache_create            one control region (a file descriptor of yours, size 0)
  *     colocache_add_block         once per RAM block: two images, guest RAM and cache
+ *     colocache_source_*          the SVM's dirty log; colocache_source_discard before the SVM first runs
  *     colocache_receive_*         the initial copy, epoch 1; colocache_preflush as often as you like
  *  then for each epoch, the first included:
  *     colocache_receive_*         pages of the epoch, from any number of threads
  *     colocache_device_state_begin, then write the bytes
- *     [the SVM's vCPUs and device threads are stopped by you]
+ *     [you stop the SVM's vCPUs and device threads; the receiving calls have come back]
  *     colocache_sync_dirty_log    get, OR into the SVM bitmap, clear
  *     colocache_seal              the commit point; only after it may the primary be told RECEIVED
  *     colocache_flush             guest RAM becomes the epoch; committed
- *     [you load the device state]
+ *     [you load the device state: colocache_device_state]
  *     colocache_loaded            tells how that went; 1 means: do not go on as a secondary, take over now
- *     [the SVM's vCPUs run]
+ *     [the SVM's vCPUs run; the primary is told LOADED]
  *  and at the end
  *     colocache_failover          may this machine take over, and from what?
- *     colocache_close
+ *     colocache_source_close, colocache_close
  *
- *  After a death of the process: colocache_attach instead of create and add_block.
+ *  An epoch that will not be completed: colocache_abort, and the SVM runs on as it was.  Its pages and bits stay and are
+ *  part of the next epoch that is sealed; the primary sends again what it has no RECEIVED for.
+ *  The connection is lost: colocache_abort the open epoch, wait as long as you like for the primary to come back, then
+ *  colocache_failover: 0, and this VM is the machine the world sees, from where it stands.
  *
- * What the caller must hold still.  From before colocache_sync_dirty_log until after colocache_loaded nobody
- * but this library writes guest RAM, except the load of the device state, which calls
- * colocache_mark_dirty for what it writes.  User space that writes guest RAM at any other time calls
- * colocache_mark_dirty after the write.  A dirty log must never be cleared after the vCPUs run again: the
- * writes between get and clear would be lost.
+ * ---- The life of a primary, in calls ----
  *
- * The promise.  No single failure -- the death of one process or host, or the loss of the connection --
- * leaves the secondary without a state to take over from, once the first epoch is committed.  Not covered:
- * the secondary host losing power (shared memory is no disk), two failures before the pair has committed an
- * epoch again, and blocks given by address alone, whose memory dies with the process.
+ *     colocache_sender_create, colocache_sender_add_block in the same order as the secondary's blocks
+ *     colocache_source_discard, colocache_sender_mark_all       everything must be sent
+ *     colocache_sender_send                                     epoch 1, while the PVM runs
+ *  then for each epoch:
+ *     colocache_sender_sync_dirty_log, colocache_sender_send    as often as you like, while the PVM runs
+ *     [the secondary says that its VM stands; you stop the PVM's vCPUs and device threads]
+ *     colocache_sender_sync_dirty_log, colocache_sender_send    the rest; then the device state, and how many pages were sent
+ *     [RECEIVED comes] colocache_sender_received, release the output withheld; [LOADED comes] the PVM runs
+ *  After an aborted epoch, or a reconnection at which the peer has not sealed the epoch in flight: colocache_sender_resend.
+ *  Nobody but you sends messages other than PAGES; colocache_message_header makes headers for them.
  *
- * Threads.  A handle may be used by many threads.  Safe at any time, from any thread: colocache_receive_*,
- * colocache_mark_dirty, colocache_failover, colocache_get_status, colocache_abort.  All other functions on one
- * handle are called by one thread at a time (the conductor's); colocache_close by the last one.  Different
- * handles are independent; there is no global state but each thread's own last error text.
+ * ---- Memory you bring ----
  *
- * Processes.  A handle belongs to the process that made it; after fork the child may only leave it alone.
- * The control region is locked by its owner (an OFD lock, dropped by the kernel at death); a second owner is
- * told COLOCACHE_E_BUSY.  Signals: no function is async-signal-safe; system calls interrupted by a signal are
- * repeated.
+ *  The library names and creates no memory.  You give it descriptors:
+ *   - the control region: an empty regular or shared-memory file (memfd_create, shm_open), which it sizes itself.  It is opened
+ *     again through /proc/self/fd, so /proc must be mounted;
+ *   - per block two images: each a range of a file (memfd, POSIX shared memory, hugetlbfs), zero-filled, disjoint, beginning at a
+ *     multiple of the file's granularity (4096, or its huge page size) and long enough for the block rounded up to it.
+ *  Reserve an image before you add it: posix_fallocate on the file (a hugetlb mapping reserves by itself).  A page that can't be
+ *  allocated later is a SIGBUS in whoever touches it.  With `sparse` set the library allocates both pages itself before it
+ *  writes or flushes them and says COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them.
+ *  To survive your process, descriptors must be held by somebody else too, or the files must have names.
+ *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or you give guest_addr, your own
+ *  shared mapping of the same file.  A block by address alone (both descriptors -1) can be private memory; it
+ *  dies with the process.
  *
- * Errors.  Functions return 0 (or a positive count or flag, where said) or a negative code: -errno of the
- * system call that failed, or one of enum colocache_error, one code per cause.  colocache_strerror knows both.
- * colocache_last_error gives the sentence with the numbers.  After an error the object is as before the call,
- * unless said otherwise.  Every out-parameter that is a pointer to a result may be NULL if you don't want it.
+ * ---- What you must hold still, and when ----
  *
- * Ownership.  File descriptors stay yours; the library duplicates what it keeps.  Strings and structs passed in
- * are copied.  Pointers handed out (images, device state) live until colocache_close; device state until the
- * next seal.
+ *  From before colocache_sync_dirty_log until after colocache_loaded nobody but this library writes guest RAM: vCPUs are out
+ *  of the guest and stay out, device threads and DMA stand.  The one exception is the load of the device state, which calls
+ *  colocache_mark_dirty for what it writes.  (What such a write hits was equal to the primary's a moment before, so the
+ *  next flush must restore it.)
+ *  User space that writes guest RAM at any other time (device emulation, vhost, a debugger) calls colocache_mark_dirty after
+ *  the write and before it lets itself be stopped for a checkpoint; or, if it has a log of its own, you hand that to
+ *  colocache_sync_words.  Too many dirty bits cost a copy, a missing one is a wrong page for ever.
+ *  The cache images are the library's: read them if you like, write them never.
+ *  Each log is got, ORed and cleared before the vCPUs run again.  A log that is cleared after they run loses what was
+ *  written in between.  A log that can't be read (COLOCACHE_E_LOG_LOST): colocache_dirty_log_lost, and go on.
+ *  Who pauses whom: the primary asks for the checkpoint, you pause the SVM and answer, then the primary pauses the PVM.  You let
+ *  the SVM run after colocache_loaded, or after an abort; the primary lets the PVM run when it hears LOADED or an abort.
  *
- * Structs that may grow begin with struct_size, which the caller sets to sizeof: a newer library then
- * knows which fields an older caller has.
+ * ---- KVM ----
  *
- * Bitmaps are little-endian 64-bit words, bit n of word w is page 64w+n of the block, bits past the last page
- * are zero: the format of KVM_GET_DIRTY_LOG.  Linux only; 64-bit only.
+ *  Memory slots map the guest images and have KVM_MEM_LOG_DIRTY_PAGES set from before the SVM first runs.  A slot lies
+ *  within one block, may begin at any of its pages, and is tracked in units of 4096 bytes whatever backs it; so the block's
+ *  page_size is 4096.  Slots that hold no block (ROM, device memory) are not listed.
+ *  Choose one source for a VM: colocache_source_kvm, or _kvm_ring if the VM was made with dirty rings.  Enable
+ *  KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if there is one (flag 1, without INITIALLY_SET) and say so in manual_protect.
+ *  The order at a checkpoint: all vCPUs out of KVM_RUN (an exit that is half done, such as port I/O, is completed by one more
+ *  KVM_RUN with immediate_exit set, before registers are read or replaced) -> colocache_sync_dirty_log -> seal -> flush ->
+ *  KVM_SET_* of the device state -> colocache_loaded -> KVM_RUN.  The flush needs no KVM call: guest and library share the pages.
+ *  Slots may change only while vCPUs stand and the log is synced: close the source, change the slots, make a new one.  Switching
+ *  logging off and on forgets what was logged: colocache_dirty_log_lost then.
+ *
+ * ---- Threads ----
+ *
+ *  A handle may be used by many threads.  Safe at any time, from any thread: colocache_receive_*, colocache_mark_dirty,
+ *  colocache_sync_words, colocache_failover, colocache_abort, colocache_get_status, colocache_get_stats.  All other functions
+ *  on one handle are called by one thread at a time (the conductor's); colocache_close by the last one.  colocache_seal and
+ *  colocache_abort wait for receiving calls that are in the middle of a packet: shut down their sockets first if their peer may
+ *  be dead.
+ *  A source is used by one thread at a time (a ring source by any).  A sender: colocache_sender_send in several
+ *  threads with a socket and a stripe each, colocache_sender_mark_dirty in any thread, the rest in one.
+ *  Different handles are independent; there is no global state but each thread's own last error text.
+ *  Callbacks: `log` and `check` are called in the thread of the call that caused them.  They return soon, let neither longjmp
+ *  nor a C++ exception pass through the library, and call at most functions that are safe from any thread, but not receive and abort.
+ *
+ * ---- Processes and signals ----
+ *
+ *  A handle, source or sender belongs to the process that made it; after fork the child may only leave it alone or exec.
+ *  (Worker threads don't exist in the child, and a child that lives on keeps the region's lock after its parent's death.)
+ *  All descriptors the library makes are close-on-exec.
+ *  The control region is locked by its owner (an OFD lock on an open file description of the library's own, dropped by the
+ *  kernel at death); a second owner is told COLOCACHE_E_BUSY with the first one's pid.
+ *  No function is async-signal-safe: in a handler set a flag, or write to an eventfd.  System calls interrupted by a signal
+ *  are repeated; worker threads block all signals; writing to a closed socket raises no SIGPIPE.  The library installs no
+ *  handlers.  SIGBUS comes only from memory you did not reserve, or took away.
+ *
+ * ---- Errors ----
+ *
+ *  Functions return 0 (or a positive flag, where said) or a negative code: -errno of the system call that failed, or one of
+ *  enum colocache_error, one code per cause.  colocache_strerror knows both; colocache_last_error gives the sentence with the
+ *  numbers, of this thread.  After an error the object is as before the call, unless said otherwise; what a function lists are the codes
+ *  that say something about your call, COLOCACHE_E_ARGUMENT (NULL, struct_size) and -errno can come from any.
+ *  Every out-parameter that is a pointer to a result struct or a count may be NULL if you don't want it, unless looking is all
+ *  the call does.
+ *
+ * ---- Ownership ----
+ *
+ *  Descriptors stay yours: the library duplicates what it keeps, close yours when you like (but see above on surviving).
+ *  Strings and structs passed in are copied; log_context lives as long as the handle.  Pointers handed out (images)
+ *  live until colocache_close; those to a device state until the next colocache_device_state_begin after the next seal.
+ *  Mappings you gave stay mapped until colocache_close, and are not unmapped by it.  Close the VM first, then its sources, then
+ *  the handle.
+ *
+ * ---- Structs and versions ----
+ *
+ *  Structs that may grow begin with struct_size, which the caller sets to sizeof: a newer library then knows which fields an
+ *  older caller has.  Zero the rest (`= {.struct_size = sizeof s}`): fields of value 0 mean the default.  Structs without it never
+ *  change.  The library's SONAME is libcolocache.so.0; as long as it is the same, programs need not be rebuilt.
+ *  The control region has a layout of its own: a build that lays it out in another way refuses it (COLOCACHE_E_LAYOUT).
+ *
+ * ---- Limits ----
+ *
+ *  256 blocks with names of 255 bytes, each up to 1 PiB in pages of 4 KiB to 2 MiB; epochs from 1 to 2^64-2, always growing; a
+ *  device state up to the bound given at create (64 MiB by default, at most 1 TiB); 256 threads.  The control region takes
+ *  1/32768 of guest RAM per bitmap and there are three, besides two device states (sparse: only what comes is allocated).
+ *  colocache_receive_stream needs 40 KiB of stack.  The wire carries no secrets' protection: for TLS give the library one end of a
+ *  socketpair, or take packets apart yourself and call colocache_receive_pages.
+ *  Bitmaps are little-endian 64-bit words, bit n of word w is page 64w+n of the block, bits past the last page
+ *  are zero: the format of KVM_GET_DIRTY_LOG.  Linux only; 64-bit, little-endian only.
+ *
+ * ---- After a death: colocache_attach instead of create and add_block ----
+ *
+ *  The next process gives the same files (checked by device and inode) and is told what it has, in a struct colocache_recovery:
+ *   - NOTHING      no epoch was sealed: as new, but epoch numbers that were used stay used;
+ *   - REPLAYED, RESTART   guest RAM and device state are exactly `epoch`: load the device state into a fresh VM and run it;
+ *   - NO_RESTART   pages of a newer epoch had come already and the VM that ran is gone: no VM runs, colocache_failover refuses,
+ *                  every page counts as written by the SVM, and the next epoch that is sealed makes the secondary whole.
+ *  In each case the conversation goes on as after a lost connection; the primary compares sealed epochs and calls resend or received.
+ *
+ * ---- The promise ----
+ *
+ *  No single failure -- the death of one process or host, or the loss of the connection -- leaves the secondary without a state to
+ *  take over from, once the first epoch is committed.  A sealed epoch is always finished, by this process or by the next one
+ *  that attaches; one that is not sealed never touches guest RAM.
+ *  Not covered: the secondary host losing power (shared memory is no disk); two failures before the pair has committed an epoch
+ *  again; the process of the SVM dying while pages of a newer epoch have come (see NO_RESTART: the primary carries on);
+ *  blocks given by address alone, whose memory dies with the process; a caller that breaks the rules above.
  */
 #ifndef COLOCACHE_H
 #define COLOCACHE_H
@@ -208,7 +312,8 @@ int colocache_create(int control_fd, const struct colocache_options *options, st
  * E_BLOCK: name used twice or too many; E_LENGTH: length or page size; E_NO_MEMORY. */
 int colocache_add_block(struct colocache *cc, const struct colocache_images *images, uint32_t *block_out);
 
-/* Take over the control region of a process that died.  `images` names every block of the region, in any order.
+/* Take over the control region of a process that died.  `images` names every block of the region, in any order, each with the same
+ * struct_size.  Pages of sparse blocks that hold nothing are left alone.
  * Verifies the region, repeats or finishes what was sealed, and tells in *report what it found and did.
  * It may itself be killed at any point and called again.  E_BUSY, E_NOT_COLOCACHE, E_LAYOUT, E_CORRUPT,
  * E_FOREIGN_IMAGE, E_BLOCK (missing or unknown block), E_FAILED_OVER. */
@@ -285,7 +390,7 @@ int colocache_validate(struct colocache *cc, int compare_pages);
 
 /* ---- receive: pages go to the cache, then their bits into the PVM bitmap ------------------------------- */
 
-/* `epoch` is the epoch the page belongs to: one that is open already or a new one, greater than any used before; the
+/* Page, zero pages, many pages.  `epoch` is the epoch the page belongs to: one that is open already or a new one, greater than any used before; the
  * first page opens it.  E_EPOCH: sealed, aborted or smaller; E_SEALED: the epoch before is not finished;
  * E_BLOCK, E_RANGE, E_LENGTH (data is not n_pages*page_size); E_NO_MEMORY (sparse).  Any number of threads. */
 int colocache_receive_page(struct colocache *cc, uint64_t epoch, uint32_t block, uint64_t pfn, const void *data, uint64_t len_bytes);
@@ -294,11 +399,14 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block,
 int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block, const uint64_t *pfns, uint64_t n_pages,
                             const void *data, uint64_t len_bytes);
 
-/* Read messages from the stream socket `fd` and put the pages of PAGES packets of `epoch` into the cache, without a
- * copy in between, until another message comes.  Its 40 header bytes (checksum verified) are then in `header` and 0 is
- * returned; its body, if it has one, is still in the socket.  timeout_ms: longest wait without a byte, -1 = for ever.
+/* Read messages from the stream socket `fd` (TCP or Unix; its blocking mode does not matter) and put the pages of PAGES packets
+ * of `epoch` into the cache, without a copy in between, until another message comes.  Its 40 header bytes (checksum verified, see
+ * colocache_message_parse) are then in `header` and 0 is returned; its body, if it has one, is still in the socket: check its
+ * length against a bound of yours, then read it.  timeout_ms: longest wait without a byte, -1 = for ever.
  * *n_pages_out counts pages taken, also on error.  A damaged or wrong packet (E_PACKET, E_EPOCH, E_BLOCK, E_RANGE,
- * E_TOO_LARGE) writes nothing.  E_PEER_LOST, E_TIMEOUT.  epoch 0: take the epoch of the packets as it comes. */
+ * E_TOO_LARGE) writes nothing.  E_PEER_LOST, E_TIMEOUT; pages of a packet that broke off keep their bits, so nothing is wrong, but the
+ * epoch's count is short and it must be aborted.  After any error but E_SEALED the connection is out of step: close it.
+ * epoch 0: take the epoch of the packets as it comes. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out);
 
 /* Room for the device state of `epoch`: len_bytes at *addr_out, zero-copy in the region.  The last call before seal
@@ -392,8 +500,11 @@ struct colocache_flush_result {
 
 /* The commit point.  vCPUs stopped, log synced, all pages and the device state of args->epoch there.  Order: check the
  * counts, ask `check`, flush set := PVM | SVM, record, commit word; then both bitmaps are cleared.  Until it returns 0
- * nothing is sealed and nothing is lost: bits, cache and the epoch before stay.  An error other than E_EPOCH aborts the epoch.
- * E_EPOCH, E_INCOMPLETE, E_VETO, E_FAILED_OVER (take over instead), E_SEALED, E_NO_MEMORY (sparse). */
+ * nothing is sealed and nothing is lost: bits, cache and the epoch before stay.
+ * `check` sees the device state before anything depends on it: whatever your load would refuse, refuse here, where a veto costs one
+ * epoch; a load that fails after the flush costs the secondary.
+ * On E_INCOMPLETE, E_VETO and E_NO_MEMORY (sparse) the epoch is aborted; E_EPOCH and E_SEALED change nothing.  E_FAILED_OVER: take over
+ * instead.  After any error look at the phase: FAILED_OVER means that failover was asked for meanwhile and is granted. */
 int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args, struct colocache_seal_result *out);
 
 /* Make guest RAM the sealed epoch, and say so in the commit record.  Can be repeated after an error.  E_NOT_SEALED. */
@@ -415,8 +526,9 @@ int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason);
 
 /* May this machine take over?  0: now, from its live state; the handle takes no more epochs.  1: an epoch is being
  * sealed, flushed or loaded; when it is time colocache_loaded or colocache_abort return 1, or a failing seal leaves the
- * phase FAILED_OVER.  E_NO_STATE,
- * E_LOAD_FAILED.  *epoch_out: newest sealed epoch.  Any thread; decided by one compare-and-exchange. */
+ * phase FAILED_OVER.  E_NO_STATE, E_LOAD_FAILED.  *epoch_out: newest sealed epoch.  Any thread; decided by one compare-and-exchange, so
+ * of a failover and a seal at the same moment one is first and the other knows.
+ * Whether the primary is dead or only out of sight is not for the library to know: ask your arbiter before you call this. */
 int colocache_failover(struct colocache *cc, uint64_t *epoch_out);
 
 /* ---- the primary's half ------------------------------------------------------------------------------------ */
@@ -455,7 +567,13 @@ int colocache_sender_received(struct colocache_sender *sender);
 int colocache_sender_resend(struct colocache_sender *sender);
 int colocache_sender_count(struct colocache_sender *sender, uint64_t *pending_out, uint64_t *unacked_out);
 
-/* Fill the 40 header bytes of a message without pages: type, epoch, body length, two words of its own. */
+/* A message is 40 header bytes -- u32 magic "COLO", u16 wire version, u16 type, u64 epoch, u64 body length, u32 a, u32 b, u64 checksum of the
+ * 32 bytes before (colocache_checksum), all little-endian -- and a body.  In PAGES (type 256) a is the block, b the number of runs; the
+ * body is that many runs {u64 first_pfn, u32 n_pages, u32 flags: 1 = zero pages} and the bytes of the runs that are not zero; its checksum is
+ * that of the header XOR that of the runs.  All other types are yours; types 0 to 6 and 257 to 260 have a meaning between
+ * `colocache primary` and `colocache secondary`.
+ *
+ * Fill the header of a message without pages: type (at most 65535), epoch, body length, two words of its own. */
 int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64_t body_len_bytes, uint32_t a, uint32_t b);
 /* Check the checksum, magic and version of 40 header bytes and take them apart.  E_PACKET. */
 int colocache_message_parse(const void *header, uint32_t *type_out, uint64_t *epoch_out, uint64_t *body_len_bytes_out,
