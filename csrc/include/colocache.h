@@ -405,7 +405,7 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
  * length against a bound of yours, then read it.  timeout_ms: longest wait without a byte, -1 = for ever.
  * *n_pages_out counts pages taken, also on error.  A damaged or wrong packet (E_PACKET, E_EPOCH, E_BLOCK, E_RANGE,
  * E_TOO_LARGE) writes nothing.  E_PEER_LOST, E_TIMEOUT; pages of a packet that broke off keep their bits, so nothing is wrong, but the
- * epoch's count is short and it must be aborted.  After any error but E_SEALED the connection is out of step: close it.
+ * epoch's count is short and it must be aborted.  After any error the connection is out of step: close it.
  * epoch 0: take the epoch of the packets as it comes. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out);
 
