@@ -124,7 +124,7 @@ static int stop_sealing(struct colocache *cc, uint32_t before)
 static int check_complete(struct colocache *cc, const struct colocache_seal_args *args)
 {
     uint64_t open = cc_observe(&cc->open_epoch);
-    if (args->epoch != open)
+    if (args->epoch != open || open == 0)
         return cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be sealed: %s%llu", (unsigned long long)args->epoch,
                        open ? "the open one is " : "none is open, the newest used is ",
                        (unsigned long long)(open ? open : cc_observe(&cc->control->receiving)));

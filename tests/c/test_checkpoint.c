@@ -125,6 +125,9 @@ static void incomplete_epochs_are_not_sealed(void)
     rig_open(&rig, 3, blocks, 4096, false);
     struct colocache_seal_args args = rig_seal_args(1);
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_seal(rig.cc, &args, NULL)); /* nothing is open */
+    args.epoch = 0;
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_seal(rig.cc, &args, NULL)); /* nor does 0 stand for nothing */
+    CHECK_EQ(0, rig.control->commit_word);
     rig_receive(&rig, 1, 0, 5, 1);
     rig_receive_zero(&rig, 1, 0, 6, 2);
     args.epoch = 2;
