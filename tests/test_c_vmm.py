@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from c_tools import build_vmm
+from c_tools import build_vmm, run, tool
 from vmm_support import needs_kvm
 
 RAM_PAGES = 4096
@@ -126,3 +126,20 @@ def test_dirty_rings_lose_no_page(sources: Path, tmp_path: Path) -> None:
     if done.returncode == 77:
         pytest.skip(f"no dirty rings here: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("sanitizer", ["none", "thread", "address,undefined"])
+def test_both_halves_with_every_thread_that_the_header_allows(sources: Path, tmp_path: Path, sanitizer: str) -> None:
+    """Two connections, and bystanders that call what may be called at any time: no page differs, nothing races."""
+    made = tmp_path / "vmm_pair"
+    flags = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-I", sources / "csrc" / "include", "-pthread"]
+    if sanitizer != "none":
+        flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+        probe = tmp_path / "probe.c"
+        probe.write_text("int main(void) { return 0; }\n")
+        built = subprocess.run([tool("cc"), *flags, probe, "-o", tmp_path / "probe"], capture_output=True, check=False)
+        if built.returncode:
+            pytest.skip(f"this compiler has no -fsanitize={sanitizer}")
+    run([tool("cc"), *flags, *sorted(sources.glob("csrc/*.c")), sources / "tests" / "c" / "vmm_pair.c", "-o", made])
+    done = subprocess.run([made], capture_output=True, text=True, timeout=LIMIT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
