@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, pair_of
+from toy import QUICK, TOY_BLOCKS, Pair, no_page_wrong, once, pair_of, while_set
 
-from colocache import ColocacheError, NoStateError, PeerLostError, Phase
+from colocache import NoStateError, PeerLostError, Phase
 from colocache.replication.errors import RefusedError, SecondaryLostError, TookOverError
 from colocache.replication.failover import Loss, RefusingArbiter, SoloArbiter, Verdict
 from colocache.replication.messages import MessageType
@@ -24,36 +22,6 @@ from colocache.replication.messages import MessageType
 def pair(make_memory, tmp_path: Path) -> Iterator[Pair]:
     with pair_of(make_memory(TOY_BLOCKS), tmp_path) as made:
         yield made
-
-
-def once(kind: MessageType, verdict: str, *, after: int = 1, direction: str = ""):
-    """A rule for Link: the `after`-th message of this kind gets the verdict, all others pass."""
-    seen = [0]
-
-    def rule(way: str, found: MessageType, _epoch: int) -> str:
-        if found is kind and direction in ("", way):
-            seen[0] += 1
-            if seen[0] == after:
-                return verdict
-        return "pass"
-
-    return rule
-
-
-def while_set(event: threading.Event, verdict: str):
-    """A rule for Link: everything gets the verdict while the event is set."""
-
-    def rule(_way: str, _kind: MessageType, _epoch: int) -> str:
-        return verdict if event.is_set() else "pass"
-
-    return rule
-
-
-def no_page_wrong(pair: Pair) -> None:
-    """No flush was ever wrong, and each was compared with the primary's checksums."""
-    done = pair.events_s.all("checkpoint")
-    assert [event["wrong_pages"] for event in done] == [0] * len(done)
-    assert {event["verified_pages"] for event in done} <= {TOY_PAGES}
 
 
 # ---- the ordinary course ----
@@ -130,100 +98,6 @@ def test_many_dirty_pages_on_the_secondary_make_it_ask(pair: Pair) -> None:
         pair.svm.write(1, pfn, pfn)
     pair.events_s.wait("checkpoint", 2)
     no_page_wrong(pair)
-
-
-# ---- a cut link ----
-
-CUTS = [
-    (MessageType.HELLO, "S→P", 1),
-    (MessageType.CHECKPOINT_READY, "S→P", 1),
-    (MessageType.PAGES, "P→S", 1),  # in the initial copy
-    (MessageType.PAGES, "P→S", 6),
-    (MessageType.CHECKPOINT_REQUEST, "P→S", 3),
-    (MessageType.CHECKPOINT_REPLY, "S→P", 3),
-    (MessageType.VMSTATE_SEND, "P→S", 3),
-    (MessageType.VMSTATE_SIZE, "P→S", 3),
-    (MessageType.VMSTATE_RECEIVED, "S→P", 3),
-    (MessageType.VMSTATE_LOADED, "S→P", 3),
-    (MessageType.VMSTATE_RECEIVED, "S→P", 1),
-]
-
-
-@pytest.mark.parametrize("verdict", ["cut", "pass-cut"])
-@pytest.mark.parametrize(("kind", "direction", "after"), CUTS)
-def test_a_link_cut_at_any_message_costs_no_page(
-    pair: Pair, kind: MessageType, direction: str, after: int, verdict: str
-) -> None:
-    pair.link.rule = once(kind, verdict, after=after, direction=direction)
-    primary, secondary = pair.start(checkpoints=6)
-    ended, followed = primary.join(), secondary.join()
-    # Where RECEIVED or LOADED was lost the checkpoint is done and the primary does not count it.
-    assert (ended.checkpoints, ended.alone) == (6, False)
-    assert followed.wrong_pages == 0
-    no_page_wrong(pair)
-    epochs = [event["epoch"] for event in pair.events_s.all("checkpoint")]
-    assert epochs == sorted(set(epochs)), "an epoch number was used twice"
-
-
-def test_after_a_reconnection_only_unacknowledged_pages_are_sent_again(pair: Pair) -> None:
-    primary, secondary = pair.start(interval=3600)
-    pair.events_s.wait("checkpoint", 1)
-    before = pair.link.pages()
-    assert before >= TOY_PAGES
-    pair.link.cut()
-    pair.events_s.wait("checkpoint", 2)
-    sent_again = pair.link.pages() - before
-    assert 0 < sent_again < TOY_PAGES // 3
-    assert pair.events_p.all("connected")[1]["fresh"] is False
-    pair.stop_p.set()
-    primary.join()
-    secondary.join()
-    no_page_wrong(pair)
-
-
-def test_a_lost_received_is_recognised_and_output_is_released_once(pair: Pair) -> None:
-    pair.link.rule = once(MessageType.VMSTATE_RECEIVED, "cut", after=2)
-    primary, secondary = pair.start(checkpoints=4)
-    primary.join()
-    secondary.join()
-    connected = pair.events_p.all("connected")
-    assert (connected[1]["sealed_epoch"], connected[1]["unacked_pages"]) == (2, 0)
-    assert pair.released == [1, 2, 3, 4, 5]
-    no_page_wrong(pair)
-
-
-def test_what_is_marked_while_the_epoch_in_flight_is_in_doubt_is_not_forgotten(pair: Pair) -> None:
-    """N is sealed but RECEIVED was lost. User space marks pages before the reconnection: they belong to N+1."""
-    pair.link.rule = once(MessageType.VMSTATE_RECEIVED, "cut", after=2)
-    pair.make_secondary()
-    pair.make_primary(interval=3600)
-
-    def on_lost(event: str, _fields: object) -> None:
-        if event == "lost":
-            pair.pvm.views[1][250] = 99  # written by user space: in no log
-            pair.primary.mark_dirty(1, 250, 1)
-
-    pair.events_p.on_event = on_lost
-    pair.run_primary()
-    pair.run_secondary()
-    pair.events_s.wait("checkpoint", 1)
-    pair.primary.request_checkpoint()
-    pair.events_s.wait("checkpoint", 3)
-    no_page_wrong(pair)
-    assert np.all(pair.cache.blocks["pc.ram"].cache[250] == 99)
-
-
-def test_a_link_that_stalls_is_noticed_by_both(pair: Pair) -> None:
-    """Nothing is closed, nothing comes: as with a stopped peer or a dead switch."""
-    stalled = threading.Event()
-    pair.link.rule = while_set(stalled, "stall")
-    primary, secondary = pair.start()
-    pair.events_s.wait("checkpoint", 2)
-    stalled.set()
-    assert "0.6 s" in pair.events_s.wait("lost")["cause"]
-    assert "0.6 s" in pair.events_p.wait("lost")["cause"]
-    assert secondary.join().took_over
-    assert primary.join().alone
 
 
 # ---- epochs that are given up ----
@@ -453,50 +327,3 @@ def test_a_primary_that_declared_its_secondary_lost_never_takes_it_back(pair: Pa
     with pytest.raises(RefusedError, match="declared this secondary lost"):
         secondary.join()
     assert pair.cache.status().phase is Phase.LIVE
-
-
-# ---- a process that dies and comes back ----
-
-
-def test_a_secondary_that_died_and_attached_goes_on_with_unacknowledged_pages(pair: Pair) -> None:
-    pair.timing = replace(QUICK, reconnect_limit=10.0)
-    primary, secondary = pair.start(interval=3600)
-    pair.events_s.wait("checkpoint", 1)
-    pair.primary.request_checkpoint()
-    pair.events_s.wait("checkpoint", 2)
-    # Death: the machine's registers and dirty log are gone, the memory stays.
-    pair.stop_s.set()
-    secondary.join()
-    pair.cache.close()
-    pair.stop_s = threading.Event()
-    before = pair.link.pages()
-    pair.make_secondary(attach=True)
-    pair.run_secondary()
-    pair.primary.request_checkpoint()
-    pair.events_s.wait("checkpoint", 3)
-    assert pair.events_s.all("attached")[0]["action"] in ("RESTART", "NO_RESTART")
-    assert pair.link.pages() - before < TOY_PAGES // 3
-    no_page_wrong(pair)
-    pair.stop_p.set()
-    primary.join()
-
-
-def test_a_secondary_that_died_in_the_initial_copy_gets_a_new_one(pair: Pair) -> None:
-    pair.timing = replace(QUICK, reconnect_limit=10.0)
-    pair.link.rule = once(MessageType.CHECKPOINT_REQUEST, "stall")
-    _, secondary = pair.start(interval=0.1)
-    pair.events_p.wait("initial")
-    pair.stop_s.set()
-    pair.link.cut()
-    with contextlib.suppress(ColocacheError):
-        secondary.join()
-    pair.cache.close()
-    pair.stop_s = threading.Event()
-    pair.make_secondary(attach=True)
-    pair.run_secondary()
-    pair.events_s.wait("checkpoint", 2)
-    assert pair.events_s.all("attached")[0]["action"] == "NOTHING"
-    connected = [event["fresh"] for event in pair.events_p.all("connected")]
-    assert len(connected) >= 2
-    assert all(connected)
-    no_page_wrong(pair)

@@ -25,9 +25,11 @@ from colocache.replication.events import Events
 from colocache.replication.failover import Arbiter
 from colocache.replication.messages import MessageType
 from colocache.replication.options import PrimaryOptions, SecondaryOptions, Timing
-from colocache.replication.primary import Primary, PrimarySummary
-from colocache.replication.secondary import Secondary, SecondarySummary
+from colocache.replication.primary import Primary
+from colocache.replication.secondary import Secondary
 from colocache.vmm.machine import DeviceStateError, LoadReport, Ram, VerifyReport
+
+Rule = Callable[[str, MessageType, int], str]  # direction, type, epoch: what shall become of the message
 
 PAGE = 4096
 TOY_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", 300 * PAGE))
@@ -166,7 +168,7 @@ class Link:
         self.address = Address.parse(f"unix:{folder}/link")
         self._listener, _ = self.address.listen()
         self._target = target
-        self.rule: Callable[[str, MessageType, int], str] = lambda *_: "pass"
+        self.rule: Rule = lambda *_: "pass"
         self.log: list[tuple[str, MessageType, int, int]] = []  # direction, type, epoch, pages
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
@@ -364,14 +366,31 @@ def pair_of(memory: Memory, folder: Path, **options: Any) -> Iterator[Pair]:
         pair.close()
 
 
-__all__ = [
-    "QUICK",
-    "TOY_BLOCKS",
-    "TOY_PAGES",
-    "Link",
-    "Pair",
-    "PrimarySummary",
-    "SecondarySummary",
-    "ToyMachine",
-    "pair_of",
-]
+def once(kind: MessageType, verdict: str, *, after: int = 1, direction: str = "") -> Rule:
+    """A rule for Link: the `after`-th message of this kind gets the verdict, all others pass."""
+    seen = [0]
+
+    def rule(way: str, found: MessageType, _epoch: int) -> str:
+        if found is kind and direction in ("", way):
+            seen[0] += 1
+            if seen[0] == after:
+                return verdict
+        return "pass"
+
+    return rule
+
+
+def while_set(event: threading.Event, verdict: str) -> Rule:
+    """A rule for Link: everything gets the verdict while the event is set."""
+
+    def rule(_way: str, _kind: MessageType, _epoch: int) -> str:
+        return verdict if event.is_set() else "pass"
+
+    return rule
+
+
+def no_page_wrong(pair: Pair) -> None:
+    """No flush was ever wrong, and each was compared with the primary's checksums."""
+    done = pair.events_s.all("checkpoint")
+    assert [event["wrong_pages"] for event in done] == [0] * len(done)
+    assert {event["verified_pages"] for event in done} <= {TOY_PAGES}

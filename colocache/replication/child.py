@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from colocache import Cache, Memory
-from colocache.errors import ColocacheError, NotColocacheError
+from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.replication.blocks import hello_blocks, rams_of_blocks
-from colocache.replication.errors import SecondaryLostError
+from colocache.replication.errors import RefusedError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.failover import ARBITERS
 from colocache.replication.options import SecondaryOptions, Timing
@@ -27,6 +27,10 @@ from colocache.replication.signals import die_with_parent, end_as_by, stop_on_si
 from colocache.vmm.machine import GuestOptions, make_machine
 
 EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
+EXIT_AGAIN = 75  # something broke that a fresh process may not have: the keeper starts one, which attaches
+
+# What ends a secondary for good: a fresh process would find the same.
+FINAL = (RefusedError, PeerLostError, NoStateError, LoadFailedError, SecondaryLostError)
 
 
 @dataclass(frozen=True)
@@ -117,6 +121,11 @@ def _run(
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)
             summary = secondary.run()
+        except FINAL:
+            raise
+        except Exception as error:  # noqa: BLE001 -- whatever it is, the memory holds the newest sealed epoch
+            events.emit("error", f"the secondary's process gives up: {type(error).__name__}: {error}")
+            return EXIT_AGAIN
         finally:
             machine.close()
     return EXIT_OK if summary.wrong_pages == 0 else EXIT_FAILED

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The small parent of a secondary: it holds the memory and the listening socket, and does nothing that could go wrong.
 
-If the process that runs the virtual machine is killed, the memory is still here: a new one attaches and goes on.
+If the process that runs the virtual machine is killed or gives up, the memory is still here: a new one attaches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from colocache import Memory, inspect
 from colocache.errors import ColocacheError
-from colocache.replication.child import EXIT_LOAD_FAILED, ChildConfig
+from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfig
 from colocache.replication.events import Events
 from colocache.replication.signals import Stop
 from colocache.replication.spawn import python_command
@@ -55,24 +55,23 @@ class Keeper:
         restarts, epoch = 0, self._committed_epoch()
         while True:
             status = self._run_child()
-            if self._stop.is_set() or status >= 0:
+            if self._stop.is_set() or (status >= 0 and status != EXIT_AGAIN):
                 self.load_failed = status == EXIT_LOAD_FAILED
                 return status
             now = self._committed_epoch()
             restarts = 1 if now > epoch else restarts + 1
             epoch = max(epoch, now)
-            name = signal.Signals(-status).name
+            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else "gave up"
             if restarts > RESTARTS_MAX:
                 self._events.emit(
                     "error",
-                    f"the secondary's process was killed {restarts} times (last by {name}) without a checkpoint in "
-                    "between; giving up",
+                    f"the secondary's process {how}, {restarts} times without a checkpoint in between; giving up",
                 )
                 return 1
             self._events.emit(
                 "restarted",
-                f"the process that runs the secondary's machine was killed by {name}; a new one attaches to its memory",
-                signal=name,
+                f"the process that runs the secondary's machine {how}; a new one attaches to its memory",
+                status=status,
                 restarts=restarts,
             )
 

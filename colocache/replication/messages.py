@@ -17,7 +17,8 @@ VMSTATE_LOADED        S→P        epoch N runs; b:a = nanoseconds the secondary
 PAGES                 P→S        made and taken apart by the C library, never here
 HELLO                 both       body: JSON, see `Hello`
 ABORT                 both       epoch or 0; a = `AbortKind`; body: the reason as UTF-8
-PING, PONG            P→S, S→P   "I live": sent when nothing else was for a while
+PING, PONG            P→S, S→P   "I live": sent when nothing else was for a while; PING(N) in a checkpoint:
+                                 b:a = nanoseconds the primary spent making hashes
 ====================  =========  ======================================================================
 """
 

@@ -9,7 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 from colocache import SendResult
-from colocache.errors import ColocacheError, PeerLostError, TimedOutError
+from colocache.errors import ColocacheError, LogLostError, PeerLostError, TimedOutError
 from colocache.replication.channel import Channel
 from colocache.replication.errors import ProtocolError
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
@@ -84,6 +84,13 @@ class PrimarySession:
 
     # ---- pages ----
 
+    def _sync(self) -> None:
+        """Take the dirty log into pending and unacked; one that can't be read counts as all ones."""
+        try:
+            self._machine.sync_dirty_log(self._sender)
+        except LogLostError:
+            self._sender.mark_all()
+
     def _send(self, max_pages: int = 0) -> SendResult:
         # A secondary that flushes takes nothing for a while: that is back-pressure. Silence is the inbox's to notice.
         result = self._channel.send_pages(
@@ -101,7 +108,7 @@ class PrimarySession:
                 # receive_stream hands out the PING, and the secondary uses the moment to copy ahead.
                 self._channel.send(MessageType.PING)
                 self._inbox.check_idle()
-            self._machine.sync_dirty_log(self._sender)
+            self._sync()
         seconds = time.monotonic() - begin
         self._primary.events.emit(
             "initial",
@@ -126,7 +133,7 @@ class PrimarySession:
                 return
             if now >= next_round:
                 if self._options.background:
-                    self._machine.sync_dirty_log(self._sender)
+                    self._sync()
                     self._send()
                 next_round = time.monotonic() + step
                 continue
@@ -183,7 +190,7 @@ class PrimarySession:
 
         primary.pause_machine()
         stopped = time.monotonic_ns()
-        self._machine.sync_dirty_log(self._sender)
+        self._sync()
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
         self._maybe_die("receiving", number)
         self._send()
@@ -198,6 +205,9 @@ class PrimarySession:
             channel.abort(AbortKind.CHECKPOINT, f"the primary's device state can't be saved: {error}", epoch=epoch)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
         hash_ns = time.monotonic_ns() - begin if with_hashes else 0
+        if with_hashes:
+            low, high = split_u64(hash_ns)
+            channel.send(MessageType.PING, epoch=epoch, a=low, b=high)
         low, high = split_u64(self._sent.n_pages)
         # From the first byte of this message on the secondary may seal without our ever hearing of it.
         primary.state.in_flight = epoch

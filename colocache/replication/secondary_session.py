@@ -49,6 +49,7 @@ class SecondarySession:
         self._checkpoint_wanted = checkpoint_wanted
         self._done = done
         self._asked = False  # for the checkpoint that comes next
+        self._peer_hash_ns = 0
         self._began = time.monotonic()
         self._n_pages = 0  # before the first checkpoint: the initial copy
 
@@ -124,6 +125,8 @@ class SecondarySession:
             if n_pages and not pages:
                 raise ProtocolError(f"the primary sent {n_pages} pages where {wanted.name}({epoch}) must come")
             if message.type is MessageType.PING:
+                if message.epoch == epoch:
+                    self._peer_hash_ns = join_u64(message.a, message.b)
                 continue
             if message.type is MessageType.ABORT and message.a != AbortKind.END:
                 self._aborted(message)
@@ -143,6 +146,7 @@ class SecondarySession:
         if status.sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
+        self._peer_hash_ns = 0
         self._svm.pause()
         self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
         try:
@@ -164,7 +168,8 @@ class SecondarySession:
             self._svm.events.emit("aborted", f"epoch {epoch} is given up: {reason}", epoch=epoch, reason=reason)
             self._svm.resume()
             return
-        self._finish(epoch, sealed, requested, received)
+        # What the primary spent on hashes is no part of a checkpoint without them.
+        self._finish(epoch, sealed, min(received, requested + self._peer_hash_ns), received)
 
     def _finish(self, epoch: int, sealed: Sealed, requested: int, received: int) -> None:
         """The epoch is sealed: it is finished whatever becomes of the primary."""

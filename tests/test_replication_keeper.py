@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keeper: when it starts a fresh process, when it does not, and that its own end is its child's."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from toy import Recorder
+
+from colocache import Memory
+from colocache.replication import keeper as module
+from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfig
+from colocache.replication.keeper import RESTARTS_MAX, Keeper
+from colocache.replication.signals import Stop
+
+CONFIG = ChildConfig("", -1, 0, "process", {}, {}, "solo", 0, "auto", 0, False, True)
+
+
+@pytest.fixture
+def listener() -> socket.socket:
+    with socket.socket(socket.AF_UNIX) as made:
+        yield made
+
+
+def keeper_of(memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, code: str) -> Keeper:
+    """A keeper whose children run `code` instead of a virtual machine."""
+    monkeypatch.setattr(module, "python_command", lambda *_: [sys.executable, "-c", code])
+    return Keeper(memory, listener, lambda *_: CONFIG, Recorder("secondary"), Stop())
+
+
+def counting(path: Path, then: str) -> str:
+    """Code that counts its runs in a file; `then` sees n, from 1."""
+    return (
+        "import os, signal, sys, pathlib\n"
+        f"p = pathlib.Path({str(path)!r}); n = len(p.read_text()) + 1 if p.exists() else 1; p.write_text('x' * n)\n"
+        f"{then}"
+    )
+
+
+@pytest.mark.parametrize("death", ["os.kill(os.getpid(), signal.SIGKILL)", f"sys.exit({EXIT_AGAIN})"])
+def test_a_child_that_was_killed_or_gave_up_is_started_again(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, death: str
+) -> None:
+    keeper = keeper_of(memory, listener, monkeypatch, counting(tmp_path / "n", f"if n < 3: {death}"))
+    assert keeper.run() == 0
+    assert (tmp_path / "n").read_text() == "xxx"
+
+
+@pytest.mark.parametrize("status", [0, 1, EXIT_LOAD_FAILED])
+def test_a_child_that_ended_by_itself_is_not_started_again(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: int
+) -> None:
+    keeper = keeper_of(memory, listener, monkeypatch, counting(tmp_path / "n", f"sys.exit({status})"))
+    assert keeper.run() == status
+    assert (tmp_path / "n").read_text() == "x"
+    assert keeper.load_failed == (status == EXIT_LOAD_FAILED)
+
+
+def test_a_child_that_dies_again_and_again_is_given_up(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    keeper = keeper_of(memory, listener, monkeypatch, counting(tmp_path / "n", f"sys.exit({EXIT_AGAIN})"))
+    assert keeper.run() == 1
+    assert len((tmp_path / "n").read_text()) == RESTARTS_MAX + 1
+
+
+def test_a_stopped_keeper_ends_its_child(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = counting(tmp_path / "n", "import time; time.sleep(60)")
+    keeper = keeper_of(memory, listener, monkeypatch, code)
+
+    def stop_later() -> None:
+        while not (tmp_path / "n").exists():
+            time.sleep(0.01)
+        keeper._stop.set()
+
+    threading.Thread(target=stop_later, daemon=True).start()
+    begin = time.monotonic()
+    assert keeper.run() == -signal.SIGTERM
+    assert time.monotonic() - begin < 30
