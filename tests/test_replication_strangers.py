@@ -131,6 +131,7 @@ BAD_PACKETS = {
     "page too long": packet(1, [(3, 1, 0)], data=bytes(4097)),
     "too many pages": packet(1, [(0, 5000, 1)]),
     "wrong checksum": packet(1, [(3, 1, 0)])[:32] + bytes(8) + packet(1, [(3, 1, 0)])[40:],
+    "epoch 0": packet(1, [(3, 1, 0)], epoch=0),
     "wrong magic": b"OLOC" + packet(1, [(3, 1, 0)])[4:],
 }
 
