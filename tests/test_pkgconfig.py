@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -104,6 +105,16 @@ def test_no_generated_sources_are_needed(hello: Path, source_tree: Path, tmp_pat
         run([compiler, *flags, *sources, "-o", library])
         run([compiler, hello, "-I", source_tree / "csrc" / "include", library, "-o", made])
         assert run([made]) == expected()
+
+
+def test_the_program_in_the_readme(source_tree: Path, tmp_path: Path) -> None:
+    """csrc/README.md: its secondary compiles without a warning and does what its text says."""
+    found = re.search(r"```c\n(.*?)```", (source_tree / "csrc" / "README.md").read_text(), re.DOTALL)
+    assert found is not None
+    source, made = tmp_path / "vmm.c", tmp_path / "vmm"
+    source.write_text(found[1])
+    run([tool("cc"), *WARNINGS, source, *pkg_config("--cflags", "--libs"), "-o", made])
+    assert run([made]) == "guest RAM: from the primary\ntook over from epoch 1\n"
 
 
 def test_the_header_stands_alone(tmp_path: Path) -> None:
