@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lesson's secondary: the engine's own Cache over shared memory; only the guest program is ours.
+
+The same class runs in the lesson's process or in a child that can be killed (victim.py), so every method takes and
+returns what JSON can say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import signal
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from colocache import Cache, Memory, bitmap
+from colocache.teach import tags
+from colocache.teach.primary import WAIT_SECONDS, bits_text
+
+
+def map_image(fd: int, offset: int, n_pages: int) -> tuple[mmap.mmap, tags.Pages]:
+    """An image as a VMM would map it: shared, and seen by nobody's dirty log but its own."""
+    mapping = mmap.mmap(fd, n_pages * tags.PAGE_BYTES, offset=offset)
+    return mapping, np.frombuffer(mapping, np.uint8).reshape(n_pages, tags.PAGE_BYTES)
+
+
+class Secondary:
+    """An SVM without a CPU: `write` is what its guest would do, and `sync` hands over what its dirty log says."""
+
+    def __init__(self, memory: Memory, cache: Cache, sock: int) -> None:
+        self.cache, self._sock = cache, sock
+        self.block = cache.blocks[0]
+        self.n_pages = self.block.n_pages
+        images = memory.images[0]
+        self._mapping, self.ram = map_image(images.guest_fd, images.guest_offset, self.n_pages)
+        self.log: set[int] = set()
+
+    def write(self, pfns: list[int], epoch: int) -> None:
+        """What the SVM's guest does, on the way to `epoch`."""
+        tags.stamp(self.ram, pfns, "S", epoch)
+        self.log.update(pfns)
+
+    def receive(self, epoch: int) -> int:
+        """Packets into the cache, until a message of another kind."""
+        return self.cache.receive_stream(self._sock, timeout=WAIT_SECONDS, epoch=epoch)[1]
+
+    def sync(self) -> None:
+        """Get, OR into the SVM bitmap, clear."""
+        words, self.log = bitmap.from_pfns(self.log, self.n_pages), set()
+        self.cache.sync_words(self.block, words)
+
+    def device_state(self, epoch: int) -> None:
+        """The PVM's registers of this epoch: here, a line of text."""
+        text = f"registers of the PVM at epoch {epoch}".encode()
+        with self.cache.device_state_buffer(epoch, len(text)) as room:
+            room[:] = text
+
+    def seal(self, epoch: int) -> dict[str, int]:
+        result = self.cache.seal(epoch)
+        return {"pvm": result.pvm_pages, "svm": result.svm_pages, "both": result.both_pages}
+
+    def flush(self) -> int:
+        """Pages copied."""
+        return self.cache.flush().n_pages
+
+    def loaded(self) -> bool:
+        """True: a failover was asked for meanwhile, take over now."""
+        return self.cache.loaded()
+
+    def abort(self, epoch: int, reason: str) -> None:
+        self.cache.abort(epoch, reason)
+
+    def failover(self) -> dict[str, Any]:
+        answer = self.cache.failover()
+        return {"now": answer.now, "epoch": answer.epoch, "sentence": str(answer)}
+
+    def bits(self) -> dict[str, str]:
+        """The three bitmaps of the control region, one character per page."""
+        block, n_pages = self.block, self.n_pages
+        found = {"pvm": block.pvm_bitmap, "svm": block.svm_bitmap, "flush": block.flush_set}
+        return {name: bits_text(words, n_pages) for name, words in found.items()}
+
+    def status(self) -> dict[str, Any]:
+        now = self.cache.status()
+        return {
+            "phase": now.phase.name.lower(),
+            "sealed": now.sealed_epoch,
+            "committed": now.committed_epoch,
+            "receiving": now.receiving_epoch,
+        }
+
+    def die(self) -> None:
+        """SIGKILL, here and now. Only ever called in a child."""
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def close(self) -> None:
+        self.cache.close()
+        del self.ram
+        with contextlib.suppress(BufferError):  # a view in a traceback's frame: it goes with the process
+            self._mapping.close()
+
+    def __enter__(self) -> Secondary:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
