@@ -100,8 +100,12 @@ class Browser:
         for kind in ("keyDown", "keyUp"):
             self.tell("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=KEYS[name])
 
-    def screen(self, width: int, height: int = 900, *, dark: bool = False, still: bool = True, scale: float = 1) -> None:
-        self.tell("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False)
+    def screen(
+        self, width: int, height: int = 900, *, dark: bool = False, still: bool = True, scale: float = 1
+    ) -> None:
+        self.tell(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
+        )
         features = [
             {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
             {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"},
@@ -169,10 +173,11 @@ def browser(shared_browser: Browser, page: Path) -> Browser:
 
 
 DRAWN = """(() => {
-  const text = (panel) => [...document.querySelectorAll(`[data-panel="${panel}"] [data-pfn]`)].map((c) => c.textContent);
+  const cells = (panel) => [...document.querySelectorAll(`[data-panel="${panel}"] [data-pfn]`)];
   const out = {};
-  for (const panel of ["pvm-memory", "cache", "svm-memory", "pvm-bitmap", "svm-bitmap", "flush-set", "unacked"]) out[panel] = text(panel);
-  out.wrong = [...document.querySelectorAll('[data-panel="svm-memory"] [data-pfn]')].map((c) => c.classList.contains("wrong"));
+  for (const panel of ["pvm-memory", "cache", "svm-memory", "pvm-bitmap", "svm-bitmap", "flush-set", "unacked"])
+    out[panel] = cells(panel).map((cell) => cell.textContent);
+  out.wrong = cells("svm-memory").map((cell) => cell.classList.contains("wrong"));
   out.title = document.getElementById("step-title").textContent;
   out.text = document.getElementById("step-text").textContent;
   out.verdict = document.getElementById("verdict-text").textContent;
@@ -226,7 +231,7 @@ def test_keys_go_back_home_to_the_end_and_to_the_next_chapter(browser: Browser, 
 
 
 def test_the_scrubber_steps_and_says_where_it_is(browser: Browser, lesson: Lesson) -> None:
-    browser.js("""(() => { const s = document.getElementById("scrubber"); s.value = 4; s.dispatchEvent(new Event("input")); })()""")
+    browser.js("const s = document.getElementById('scrubber'); s.value = 4; s.dispatchEvent(new Event('input'))")
     step = lesson.chapters[0].steps[3]
     assert browser.js("document.getElementById('step-title').textContent") == step.title
     assert step.title in browser.js("document.getElementById('scrubber').getAttribute('aria-valuetext')")
@@ -234,8 +239,8 @@ def test_the_scrubber_steps_and_says_where_it_is(browser: Browser, lesson: Lesso
 
 def test_a_page_tells_who_wrote_it_in_which_epoch_by_mouse_and_by_keyboard(browser: Browser, lesson: Lesson) -> None:
     union = next(c for c in lesson.chapters if c.id == "union")
-    pfn = next(n for n, (p, s) in enumerate(zip(union.steps[1].images["cache"], union.steps[1].images["svm"], strict=True))
-               if p == "P1" and s == "S2")  # fmt: skip
+    images = union.steps[1].images
+    pfn = list(zip(images["cache"], images["svm"], strict=True)).index(("P1", "S2"))
     browser.js("location.hash = '#union/2'")
     browser.js(f"""document.querySelector('[data-panel="svm-memory"] [data-pfn="{pfn}"]').click()""")
     told = browser.js("document.getElementById('page').innerText")
@@ -285,7 +290,8 @@ def luminance(colour: str) -> float:
 def test_letters_stand_out_from_their_colour_in_light_and_dark(browser: Browser, dark: bool) -> None:
     browser.screen(1280, dark=dark)
     colours = browser.js("""["P0", "P1", "S0", "S1", "B", "u", "w"].map((kind) => {
-      const cell = document.createElement("div"); cell.className = `cell ${kind}`; document.querySelector(".row").append(cell);
+      const cell = document.createElement("div"); cell.className = `cell ${kind}`;
+      document.querySelector(".row").append(cell);
       const style = getComputedStyle(cell), root = getComputedStyle(document.documentElement);
       const probe = document.createElement("i"); document.body.append(probe);
       const resolve = (name) => { probe.style.color = `var(${name})`; return getComputedStyle(probe).color; };
@@ -311,6 +317,6 @@ def test_motion_stops_for_those_who_ask_for_it(browser: Browser) -> None:
 
 def test_the_page_asks_nobody_for_anything(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    for word in ("http://", "https://", "@import", "url(", "<link rel=\"stylesheet\"", "<script src"):
+    for word in ("http://", "https://", "@import", "url(", '<link rel="stylesheet"', "<script src"):
         assert word not in text
     assert "{{" not in text

@@ -1,0 +1,11 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lesson: why COLO needs two bitmaps and a cache, run on the real engine and drawn from what it holds.
+
+shape, tags            the guest: its grid, and pages that say who wrote them
+primary, secondary     the two machines, thin users of Sender and Cache;  victim: a secondary that can be killed
+pair, play             both together; running a chapter and reading everything at each step
+judge, recording       what an image is; the recorded lesson and its file format
+chapters/              one small function per chapter
+draw, terminal, quiz   the terminal;  web, lesson.*: the page
+machines, heat         a recording at scale, and its picture
+"""

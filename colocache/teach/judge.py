@@ -89,7 +89,9 @@ def if_now(status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdic
     elif due:
         svm = f"The next process would replay the flush and have exactly epoch {sealed}."
     elif status["receiving"] > sealed:
-        svm = f"Pages of epoch {status['receiving']} are in the cache: nothing to restart from until the next checkpoint."
+        svm = (
+            f"Pages of epoch {status['receiving']} are in the cache: nothing to restart from until the next checkpoint."
+        )
     else:
         svm = f"The cache is exactly epoch {sealed}: the next process would copy all of it and restart from there."
     over = phase == "failed_over"

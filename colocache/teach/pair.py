@@ -115,8 +115,8 @@ class Pair:
         return done
 
     def past_engine(self, image: tags.Pages, pfns: list[int], epoch: int) -> None:
-        """Wrong on purpose: the sender sends these pages (the first that are pending), and they are written into `image`
-        by somebody who is not the engine."""
+        """Wrong on purpose: these pages (the first that are pending) are sent, and written into `image` by somebody
+        who is not the engine."""
         ours, theirs = socket.socketpair()
         with ours, theirs:
             theirs.setblocking(False)

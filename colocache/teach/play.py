@@ -114,9 +114,7 @@ class Script:
         """Run it on the real engine."""
         play = Play(shape)
         self.run(play)
-        return Chapter(
-            self.id, self.kind, self.title, self.question, self.answer, dict(play.epochs), tuple(play.steps)
-        )
+        return Chapter(self.id, self.kind, self.title, self.question, self.answer, dict(play.epochs), tuple(play.steps))
 
 
 def chapter(

@@ -30,9 +30,7 @@ class Primary:
     def __init__(self, n_pages: int) -> None:
         self.n_pages = n_pages
         with contextlib.ExitStack() as stack:
-            self.ram = stack.enter_context(
-                RamImage.create(BlockSpec(BLOCK, n_pages * tags.PAGE_BYTES), backing="shm")
-            )
+            self.ram = stack.enter_context(RamImage.create(BlockSpec(BLOCK, n_pages * tags.PAGE_BYTES), backing="shm"))
             self.sender = stack.enter_context(Sender())
             self.sender.add_block(BLOCK, self.ram.addr, n_pages * tags.PAGE_BYTES)
             self._probe = stack.enter_context(_Probe(n_pages))
@@ -68,16 +66,13 @@ class Primary:
         self.sender.sync_words(0, pending)
         return {"unacked": bits_text(unacked, self.n_pages), "pending": bits_text(pending, self.n_pages)}
 
-    def close(self) -> None:
-        self._open.close()
-
     def __enter__(self) -> Primary:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._open.__exit__(kind, error, trace)
 
 
 class _Probe:
@@ -114,4 +109,4 @@ class _Probe:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._open.close()
+        self._open.__exit__(kind, error, trace)

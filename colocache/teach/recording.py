@@ -20,8 +20,8 @@ The file is one JSON object:
         images              {pvm, cache, svm}: PVM memory, cache, SVM memory; each an image
         bitmaps             {pvm, svm, flush, unacked, pending}: each a bitmap; unacked and pending are the PVM's
         origin              one character per page of the flush set: P, S or B (both) for who wrote it, "." if not in it
-        flush_state         "none", "due" (sealed, to be copied), "done" (committed) or "own": `flush` is then no flush set of
-                            the engine, but a list that a wrong secondary keeps
+        flush_state         "none", "due" (sealed, to be copied), "done" (committed) or "own": then `flush` is
+                            not the engine's, but a list that a wrong secondary keeps
         focus               a bitmap: pages that the text speaks of
         status              {phase, sealed, committed, receiving}: of the control region (colocache.h)
         alive               {pvm, svm}: true or false
@@ -149,8 +149,8 @@ def _chapter(found: dict[str, Any], n_pages: int) -> Chapter:
     epochs = {int(key): _image(image, n_pages, f"{where}, epoch {key}") for key, image in found["epochs"].items()}
     steps = tuple(_step(one, n_pages, f"{where}, step {n}") for n, one in enumerate(found["steps"], 1))
     _need(bool(steps), f"{where} has no step")
-    text = [str(found[name]) for name in ("id", "kind", "title", "question", "answer")]
-    made = Chapter(*text, epochs, steps)
+    text = {name: str(found[name]) for name in ("id", "kind", "title", "question", "answer")}
+    made = Chapter(**text, epochs=epochs, steps=steps)
     for n, step in enumerate(steps, 1):
         truth = judge.judge(step.images["svm"], epochs)
         said = (step.verdict["kind"], step.verdict["epoch"])

@@ -97,7 +97,7 @@ class Secondary:
         os.kill(os.getpid(), signal.SIGKILL)
 
     def close(self) -> None:
-        self.cache.close()
+        """Unmap what is its own; the cache is closed by whoever made it."""
         del self.ram
         with contextlib.suppress(BufferError):  # a view in a traceback's frame: it goes with the process
             self._mapping.close()

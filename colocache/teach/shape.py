@@ -3,14 +3,14 @@
 
 On the grid the PVM's pages and the SVM's are two rectangles that overlap, so that the union is seen at a glance:
 
-    . . . . . . . .
+    . . . . . . R R        R: written by the SVM later on
     . P P P P . . .
     . P P B B S S .
     . P P B B S S .        B: written by both
     . . . S S S S .
-    . . . . . . . .
     . Q Q Q . . . .        Q: written by the PVM later on
-    . . . . . . R R        R: written by the SVM later on
+    . . . . . . . .
+    . . . . . . . .
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from colocache.errors import ArgumentError
 
 PAGES_MIN, PAGES_MAX = 64, 256
 PLAN = (
-    "........",
+    "......RR",
     ".PPPP...",
     ".PPBBSS.",
     ".PPBBSS.",
     "...SSSS.",
-    "........",
     ".QQQ....",
-    "......RR",
+    "........",
+    "........",
 )
 
 

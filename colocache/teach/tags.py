@@ -2,9 +2,10 @@
 """What stands in a page of the lesson's guest: who wrote it, and in which epoch.
 
 A page is filled from end to end with one 16-byte stamp: the writer's letter, the epoch, the page's own number. So every
-page of every image tells where its bytes come from, and a page that was copied only in part, or to the wrong place, shows.
+page of every image tells where its bytes come from, and a page that was copied in part, or to the wrong place, shows.
 
-As text a stamp is `P2` (the PVM wrote it, on the way to epoch 2), `S2` (the SVM did), `-` (never written) or `?` (torn).
+As text a stamp is `P2` (the PVM wrote it, on the way to epoch 2), `S2` (the SVM did), `-` (never written) or `?`
+(torn).
 """
 
 from __future__ import annotations

@@ -147,7 +147,7 @@ class _Child(Secondary):
         self.cache.flush()
 
     def clear_then_copy(self, n_pages: int) -> None:
-        """A flush that is wrong on purpose: it forgets all its pages, then copies them; it stands still after n_pages."""
+        """A flush that is wrong on purpose: it forgets its pages, then copies them; it stands still after n_pages."""
         chosen = [pfn for pfn, byte in enumerate(os.pread(self.list_fd, self.n_pages, 0)) if byte]
         os.pwrite(self.list_fd, bytes(self.n_pages), 0)  # cleared ...
         cached = self.block.cache

@@ -8,7 +8,8 @@ from colocache.teach.play import Play, chapter
     "conversation",
     "Both halves of the conversation",
     question="Why does the primary keep a list of its own, unacked?",
-    answer="A page that was sent may never have arrived, so the primary forgets it only when the other side has sealed.",
+    answer="A page that was sent may never have arrived, so the primary forgets it only when the other side has "
+    "sealed.",
 )
 def conversation(play: Play) -> None:
     shape = play.shape
@@ -84,7 +85,8 @@ def conversation(play: Play) -> None:
             pair,
             "RECEIVED empties unacked",
             "Now, and only now, the PVM may forget these pages and release its output. "
-            "Had the connection been lost one moment earlier, the SVM would have told at reconnection that 3 is sealed.",
+            "Had the connection been lost one moment earlier, the SVM would have told at reconnection that 3 is "
+            "sealed.",
             actor="wire",
             call="sender.received()",
             message="VMSTATE_RECEIVED(3)",

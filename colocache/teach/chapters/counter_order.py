@@ -50,8 +50,7 @@ def clear_first(play: Play) -> None:
         play.step(
             pair,
             "SIGKILL",
-            "The private memory goes with the process. "
-            "In shared memory nothing tells that a flush was under way.",
+            "The private memory goes with the process. In shared memory nothing tells that a flush was under way.",
             actor="svm",
             target=2,
         )
@@ -87,7 +86,8 @@ def received_early(play: Play) -> None:
         play.step(
             pair,
             "RECEIVED, a little early",
-            "Half of epoch 2 has arrived, the other half is in the network, and the secondary already says RECEIVED to save a moment. "
+            "Half of epoch 2 has arrived, the other half is in the network, and the secondary already says "
+            "RECEIVED to save a moment. "
             "The PVM empties unacked and lets its output out: the world sees epoch 2.",
             actor="wire",
             call="sender.received()",
@@ -127,7 +127,8 @@ def received_early(play: Play) -> None:
             pair,
             "Epoch 3 is sealed, and wrong",
             "The cache itself lacks the lost pages, so the flush copies old bytes over guest RAM. "
-            "Every later epoch is built on this cache: the marked pages stay wrong until the PVM happens to write them again.",
+            "Every later epoch is built on this cache: the marked pages stay wrong until the PVM happens to "
+            "write them again.",
             actor="svm",
             call="cache.seal(3); cache.flush(); cache.loaded()",
             target=3,

@@ -28,7 +28,8 @@ def straight(play: Play) -> None:
             pair,
             "Half of epoch 2 is here",
             "The first pages were written over guest RAM, past the engine. "
-            "From this moment the SVM cannot go back to its own state, and it cannot go on either, until the rest has come.",
+            "From this moment the SVM cannot go back to its own state, and it cannot go on either, until the "
+            "rest has come.",
             actor="wire",
             message="PAGES(2)",
             target=2,

@@ -28,7 +28,8 @@ def up_to_seal(pair: Pair) -> None:
     "Killed while pages arrive",
     kind="death",
     question="What if the secondary dies while an epoch arrives?",
-    answer="Its registers are gone and the cache is no epoch any more: nothing to restart from, but the next checkpoint makes it whole without sending all of RAM.",
+    answer="Its registers are gone and the cache is no epoch any more: nothing to restart from, but the next "
+    "checkpoint makes it whole without sending all of RAM.",
 )
 def death_receiving(play: Play) -> None:
     shape = play.shape
@@ -58,7 +59,8 @@ def death_receiving(play: Play) -> None:
             pair,
             "Attach: nothing to restart from",
             f'The engine reports: "{recovery.sentence}". '
-            "The dead machine's dirty log is lost, so every page counts as written by the SVM: its bitmap is all ones.",
+            "The dead machine's dirty log is lost, so every page counts as written by the SVM: its bitmap is all "
+            "ones.",
             actor="svm",
             call="Cache.attach(memory)",
         )
@@ -123,7 +125,8 @@ def death_idle(play: Play) -> None:
             pair,
             "Attach: restart from epoch 1",
             f'The engine reports: "{recovery.sentence}". '
-            "It does not trust the dead machine's dirty log, so it copies everything, and the VM restarts with the registers of epoch 1.",
+            "It does not trust the dead machine's dirty log, so it copies everything, and the VM restarts with "
+            "the registers of epoch 1.",
             actor="svm",
             call="Cache.attach(memory)",
             target=1,
@@ -176,7 +179,8 @@ def death_sealed(play: Play) -> None:
     "Killed in the middle of the flush",
     kind="death",
     question="What if the secondary dies half way through the flush?",
-    answer="Guest RAM is half old and half new, but cache and flush set are whole: the successor copies again and gets exactly the epoch.",
+    answer="Guest RAM is half old and half new, but cache and flush set are whole: the successor copies again "
+    "and gets exactly the epoch.",
 )
 def death_mid_flush(play: Play) -> None:
     shape = play.shape
@@ -198,7 +202,8 @@ def death_mid_flush(play: Play) -> None:
         play.step(
             pair,
             "In the middle of the copy",
-            "Guest RAM is now half epoch 2 and half the SVM's own: no machine was ever in this state, and nobody could run on it. "
+            "Guest RAM is now half epoch 2 and half the SVM's own: no machine was ever in this state, and nobody "
+            "could run on it. "
             "This is not a drawing: the engine's flush stands still at this page.",
             actor="svm",
             call="cache.flush()",
@@ -210,7 +215,8 @@ def death_mid_flush(play: Play) -> None:
             pair,
             "SIGKILL",
             "The memory stays as torn as it was. "
-            "But nothing was taken from the cache or out of the flush set while copying: both still say all that is to be done.",
+            "But nothing was taken from the cache or out of the flush set while copying: both still say all that "
+            "is to be done.",
             actor="svm",
             target=2,
         )

@@ -55,8 +55,7 @@ def death_first(play: Play) -> None:
         play.step(
             pair,
             "Once more, from the start",
-            "All of RAM is sent again and sealed, this time as epoch 2. "
-            "Now there is a machine that could take over.",
+            "All of RAM is sent again and sealed, this time as epoch 2. Now there is a machine that could take over.",
             actor="svm",
             call="cache.seal(2); cache.flush(); cache.loaded()",
             target=2,

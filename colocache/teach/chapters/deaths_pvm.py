@@ -9,7 +9,8 @@ from colocache.teach.play import Play, chapter
     "The PVM dies after the seal",
     kind="death",
     question="What if the PVM dies while the SVM flushes?",
-    answer="The epoch is sealed and its output may be out, so the SVM finishes the flush first and takes over from that epoch.",
+    answer="The epoch is sealed and its output may be out, so the SVM finishes the flush first and takes over "
+    "from that epoch.",
 )
 def death_pvm(play: Play) -> None:
     shape = play.shape
@@ -55,8 +56,7 @@ def death_pvm(play: Play) -> None:
         play.step(
             pair,
             "Now it takes over",
-            "loaded() answers: take over now. "
-            "The SVM runs on from the very state whose output the world has seen.",
+            "loaded() answers: take over now. The SVM runs on from the very state whose output the world has seen.",
             actor="svm",
             call="cache.loaded()",
             target=2,

@@ -8,7 +8,8 @@ from colocache.teach.play import Play, chapter
     "flush",
     "Flush",
     question="How does the SVM become the PVM again?",
-    answer="Every page of the flush set is copied from the cache over guest RAM; every other page was the same already.",
+    answer="Every page of the flush set is copied from the cache over guest RAM; every other page was the same "
+    "already.",
 )
 def flush(play: Play) -> None:
     shape = play.shape
@@ -33,7 +34,8 @@ def flush(play: Play) -> None:
         play.step(
             pair,
             "Flushed",
-            f"{n_pages} pages were copied from the cache to guest RAM, and then epoch 2 was marked committed in the same way as it was sealed. "
+            f"{n_pages} pages were copied from the cache to guest RAM, and then epoch 2 was marked committed in "
+            "the same way as it was sealed. "
             "SVM memory, cache and PVM memory are the same: every S2 is gone.",
             actor="svm",
             call="cache.flush()",
@@ -58,7 +60,8 @@ def flush(play: Play) -> None:
         play.step(
             pair,
             "The next epoch",
-            "New writes, marked P3 and S3, set new bits; what was flushed is forgotten, except that the cache still holds it. "
+            "New writes, marked P3 and S3, set new bits; what was flushed is forgotten, except that the cache "
+            "still holds it. "
             "The flush set stays as it was until the next seal.",
             actor="wire",
             message="PAGES(3)",

@@ -16,7 +16,8 @@ def in_step(play: Play) -> None:
         play.step(
             pair,
             "Three copies of memory",
-            "The PVM's host holds one copy of guest memory; the SVM's host holds two: guest RAM, on which the SVM runs, "
+            "The PVM's host holds one copy of guest memory; the SVM's host holds two: guest RAM, on which the "
+            "SVM runs, "
             "and the cache. All three are still empty, and so is every bitmap.",
         )
         pair.pvm_writes(shape.all)
@@ -32,7 +33,8 @@ def in_step(play: Play) -> None:
             pair,
             "Everything is still to be sent",
             "Each page that is taken from the PVM's dirty log goes into unacked before it is read. "
-            "A bit leaves unacked only when the other side has sealed: until then the page may have to be sent again.",
+            "A bit leaves unacked only when the other side has sealed: until then the page may have to be sent "
+            "again.",
             actor="pvm",
             call="sender.sync_dirty_log(log)",
         )
@@ -64,7 +66,8 @@ def in_step(play: Play) -> None:
         play.step(
             pair,
             "Epoch 1 is sealed",
-            "One word in shared memory now says that epoch 1 is complete, and the PVM is told RECEIVED, which empties unacked. "
+            "One word in shared memory now says that epoch 1 is complete, and the PVM is told RECEIVED, which "
+            "empties unacked. "
             "The flush set holds every page, because every page came.",
             actor="svm",
             call="cache.seal(1)",

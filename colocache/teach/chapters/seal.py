@@ -8,7 +8,8 @@ from colocache.teach.play import Play, chapter
     "seal",
     "Seal",
     question="What is a seal?",
-    answer="One word, stored once: before it the epoch can be dropped, after it the epoch will be finished, whoever dies.",
+    answer="One word, stored once: before it the epoch can be dropped, after it the epoch will be finished, "
+    "whoever dies.",
 )
 def seal(play: Play) -> None:
     shape = play.shape
@@ -23,7 +24,8 @@ def seal(play: Play) -> None:
             pair,
             "Complete, but not yet decided",
             "Everything of epoch 2 has come, and the SVM's log is taken. "
-            "If the PVM dies now, the SVM drops epoch 2 and takes over from its own memory; nothing has been promised to anybody.",
+            "If the PVM dies now, the SVM drops epoch 2 and takes over from its own memory; nothing has been "
+            "promised to anybody.",
             actor="wire",
             message="VMSTATE_SIZE(2)",
         )
@@ -31,7 +33,8 @@ def seal(play: Play) -> None:
         play.step(
             pair,
             "The seal",
-            "The flush set is fixed and written down; then one aligned word in shared memory changes: epoch 2 is sealed. "
+            "The flush set is fixed and written down; then one aligned word in shared memory changes: epoch 2 is "
+            "sealed. "
             "Both bitmaps are cleared, since from here on they belong to epoch 3; guest RAM is still untouched.",
             actor="svm",
             call="cache.seal(2)",
@@ -46,7 +49,8 @@ def seal(play: Play) -> None:
         play.step(
             pair,
             "Only now: RECEIVED",
-            "The PVM is told that epoch 2 is safe; it empties unacked and lets out what it had withheld, such as network packets. "
+            "The PVM is told that epoch 2 is safe; it empties unacked and lets out what it had withheld, such as "
+            "network packets. "
             "The world may see epoch 2 now, because a machine in the state of epoch 2 can no longer be lost.",
             actor="wire",
             call="sender.received()",

@@ -8,7 +8,8 @@ from colocache.teach.play import Play, chapter
     "union",
     "The union",
     question="Why two bitmaps, and why a full copy in the cache?",
-    answer="What either machine wrote may differ. Pages that only the SVM wrote were never sent; their right bytes are in the cache, from older epochs.",
+    answer="What either machine wrote may differ. Pages that only the SVM wrote were never sent; their right "
+    "bytes are in the cache, from older epochs.",
 )
 def union(play: Play) -> None:
     shape = play.shape
@@ -46,15 +47,18 @@ def union(play: Play) -> None:
         play.step(
             pair,
             "Pages that only the SVM wrote",
-            "There SVM memory holds S2, which the PVM never had; nothing was sent for them, because the PVM did not write them. "
-            "The right bytes, P1, are in the cache, from an older epoch: that is why the cache is a full copy and not a list of what came.",
+            "There SVM memory holds S2, which the PVM never had; nothing was sent for them, because the PVM did "
+            "not write them. "
+            "The right bytes, P1, are in the cache, from an older epoch: that is why the cache is a full copy "
+            "and not a list of what came.",
             focus=set(shape.svm) - set(shape.pvm),
         )
         counts = pair.seal(2)
         play.step(
             pair,
             "The union is the flush set",
-            f"Sealing unites them: {counts['pvm']} pages by the PVM alone, {counts['svm']} by the SVM alone, {counts['both']} by both. "
+            f"Sealing unites them: {counts['pvm']} pages by the PVM alone, {counts['svm']} by the SVM alone, "
+            f"{counts['both']} by both. "
             f"These {sum(counts.values())} pages, and no others, can differ between cache and guest RAM.",
             actor="svm",
             call="cache.seal(2)",
