@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a secondary must do, so simple that it is obviously right: a page is a number, a bitmap a set, an image a list.
+
+Each call answers like the engine's, or raises the same class of error, and then has changed nothing unless said. There
+is no shared memory, no thread and no order of stores here: only what colocache.h promises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+import colocache as c
+from colocache import Phase
+
+PAGE = 4096
+
+
+def page_of(stamp: int) -> bytes:
+    """The page that a number stands for: the number in each of its 64-bit words."""
+    return stamp.to_bytes(8, "little") * (PAGE // 8)
+
+
+def stamps_of(view: npt.NDArray[np.uint8]) -> list[int]:
+    """The numbers of the pages of an image; -1 for a page that is no page_of anything."""
+    words = view.view("<u8")
+    whole = (words == words[:, :1]).all(axis=1)
+    return [int(word) if fine else -1 for word, fine in zip(words[:, 0], whole, strict=True)]
+
+
+def pages_of(words: npt.NDArray[np.uint64]) -> set[int]:
+    """The pages whose bits are set."""
+    return {int(n) for n in np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little"))}
+
+
+def words_of(pages: set[int], n_pages: int) -> npt.NDArray[np.uint64]:
+    """Words in which these pages' bits are set."""
+    words = np.zeros((n_pages + 63) // 64, np.uint64)
+    for page in pages:
+        words[page // 64] |= np.uint64(1 << page % 64)
+    return words
+
+
+@dataclass
+class ModelBlock:
+    n_pages: int
+    guest: list[int] = field(default_factory=list)
+    cache: list[int] = field(default_factory=list)
+    pvm: set[int] = field(default_factory=set)
+    svm: set[int] = field(default_factory=set)
+    flush: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.guest = [0] * self.n_pages
+        self.cache = [0] * self.n_pages
+
+
+class Model:
+    """A secondary as colocache.h describes it."""
+
+    def __init__(self, n_pages: list[int]) -> None:
+        self.blocks = [ModelBlock(n) for n in n_pages]
+        self.phase = Phase.EMPTY
+        self.sealed = self.committed = self.receiving = 0
+        self.open = 0  # the epoch that is arriving; 0 = none
+        self.received = 0
+        self.state: bytes | None = None  # of the newest sealed epoch
+        self.staged: bytes | None = None  # of the open one
+        self.pending = False  # failover was asked for between the start of a seal and loaded
+        self.sealing_first = False
+        self.taken_over = False
+
+    # ---- an epoch arrives ----
+
+    def enter(self, epoch: int) -> None:
+        """What anything that arrives for an epoch meets first."""
+        self._refuse_phases({Phase.SEALING: c.SealedError})
+        if self.open:
+            if epoch != self.open:
+                raise c.EpochError("another epoch is open")
+            return
+        if epoch <= self.receiving:
+            raise c.EpochError("used")
+        self.open = self.receiving = epoch
+        self.received = 0
+
+    def receive(self, epoch: int, block: int, pages: dict[int, int], count: int) -> None:
+        self.enter(epoch)
+        for pfn, stamp in pages.items():
+            self.blocks[block].cache[pfn] = stamp
+        self.blocks[block].pvm |= set(pages)
+        self.received += count
+
+    def stage(self, epoch: int, state: bytes) -> None:
+        self.enter(epoch)
+        self.staged = state
+
+    def abort(self, epoch: int) -> None:
+        self._refuse_phases({Phase.SEALING: c.SealedError})
+        if epoch == 0 or epoch != self.open:
+            raise c.EpochError("not the open one")
+        self._give_up()
+
+    def _give_up(self) -> None:
+        self.open = 0
+        self.staged = None
+
+    # ---- the SVM writes ----
+
+    def guest_write(self, block: int, first: int, stamps: list[int]) -> None:
+        self.blocks[block].guest[first : first + len(stamps)] = stamps
+
+    def mark(self, block: int, pages: set[int]) -> None:
+        self.blocks[block].svm |= pages
+
+    def log_lost(self) -> None:
+        for block in self.blocks:
+            block.svm = set(range(block.n_pages))
+
+    # ---- a checkpoint ----
+
+    def seal(self, epoch: int, n_pages: int | None, *, veto: bool, failover: bool) -> tuple[int, int, int]:
+        """Pages by PVM only, SVM only, both; `failover` is asked for while the VM looks at the device state."""
+        self._refuse_phases({Phase.SEALING: c.SealedError})
+        if epoch == 0 or epoch != self.open:
+            raise c.EpochError("not the open one")
+        if self.staged is None or n_pages not in (None, self.received):
+            self._give_up()
+            raise c.IncompleteError("device state or pages")
+        granted = failover and self.phase == Phase.LIVE  # else there is nothing to take over from yet
+        if veto:
+            self._give_up()
+            if granted:
+                self._take_over()
+            raise c.VetoError("refused")
+        pvm_only = svm_only = both = 0
+        for block in self.blocks:
+            block.flush = block.pvm | block.svm
+            both += len(block.pvm & block.svm)
+            pvm_only += len(block.pvm - block.svm)
+            svm_only += len(block.svm - block.pvm)
+            block.pvm, block.svm = set(), set()
+        self.sealed, self.state, self.pending = epoch, self.staged, granted
+        self._give_up()
+        self.phase = Phase.SEALING
+        return pvm_only, svm_only, both
+
+    def flush(self) -> int:
+        if self.phase != Phase.SEALING or self.committed == self.sealed:
+            raise c.NotSealedError("nothing to flush")
+        self._copy_flush_set()
+        return sum(len(block.flush) for block in self.blocks)
+
+    def _copy_flush_set(self) -> None:
+        for block in self.blocks:
+            for pfn in block.flush:
+                block.guest[pfn] = block.cache[pfn]
+        self.committed = self.sealed
+
+    def loaded(self, ok: bool) -> bool:
+        if self.phase != Phase.SEALING:
+            raise c.NotSealedError("nothing is sealed")
+        if self.committed != self.sealed:
+            raise c.SealedError("not flushed")
+        pending, self.pending = self.pending, False
+        if not ok:
+            self.phase = Phase.LOAD_FAILED
+        elif pending:
+            self._take_over()
+        else:
+            self.phase = Phase.LIVE
+        return ok and pending
+
+    def preflush(self) -> int:
+        if self.phase != Phase.EMPTY or self.sealed:
+            raise c.OrderError("only before the first seal")
+        n = 0
+        for block in self.blocks:
+            for pfn in block.pvm:
+                block.guest[pfn] = block.cache[pfn]
+            n += len(block.pvm)
+            block.pvm = set()
+        return n
+
+    # ---- the end, and after a death ----
+
+    def failover(self) -> bool:
+        """True: now."""
+        if self.phase == Phase.EMPTY:
+            raise c.NoStateError("nothing to take over from")
+        if self.phase == Phase.LOAD_FAILED:
+            raise c.LoadFailedError("did not load")
+        if self.phase == Phase.SEALING:
+            self.pending = True
+            return False
+        self._take_over()
+        return True
+
+    def _take_over(self) -> None:
+        self.phase = Phase.FAILED_OVER
+        self.taken_over = True
+
+    def die(self) -> None:
+        """The process is gone: what lived in it alone is lost."""
+        self._give_up()
+        self.pending = False
+        self.received = 0
+
+    def attach(self) -> c.Action:
+        if self.taken_over:
+            raise c.FailedOverError("the world has moved on")
+        if self.sealed == 0:
+            for block in self.blocks:
+                block.pvm, block.svm, block.flush = set(), set(), set()
+            self.phase = Phase.EMPTY
+            return c.Action.NOTHING
+        if self.committed != self.sealed:
+            self._copy_flush_set()
+            self.phase = Phase.LIVE
+            return c.Action.REPLAYED
+        if self.receiving == self.sealed:
+            for block in self.blocks:
+                block.guest = list(block.cache)
+            self.phase = Phase.LIVE
+            return c.Action.RESTART
+        self.log_lost()
+        self.phase = Phase.EMPTY
+        return c.Action.NO_RESTART
+
+    def _refuse_phases(self, more: dict[Phase, type[c.ColocacheError]]) -> None:
+        refused: dict[Phase, type[c.ColocacheError]] = {
+            Phase.LOAD_FAILED: c.LoadFailedError,
+            Phase.FAILED_OVER: c.FailedOverError,
+            **more,
+        }
+        refusal = refused.get(self.phase)
+        if refusal is not None:
+            raise refusal("not in this phase")
