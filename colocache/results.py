@@ -82,6 +82,7 @@ class Status:
     failover_pending: bool
     n_threads: int
     copy: str
+    open_epoch: int = 0
 
     @classmethod
     def of(cls, c: Any) -> Status:
@@ -103,6 +104,7 @@ class Status:
             failover_pending=bool(c.failover_pending),
             n_threads=c.n_threads,
             copy={number: name for name, number in COPY_NAMES.items()}.get(c.copy_variant, "unknown"),
+            open_epoch=c.open_epoch,
         )
 
     def __str__(self) -> str:

@@ -36,6 +36,7 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     status.phase = phase & CC_PHASE_MASK;
     status.failover_pending = (phase & CC_PHASE_PENDING) != 0;
     status.received_pages = cc_observe(&cc->received_pages);
+    status.open_epoch = cc_observe(&cc->open_epoch);
     status.n_threads = cc_pool_size(cc->pool);
     status.copy_variant = (uint32_t)cc->copy.variant;
     return cc_give_struct(out, &status, sizeof status, "status");

@@ -153,12 +153,14 @@
  *
  * ---- After a death: colocache_attach instead of create and add_block ----
  *
- *  The next process gives the same files (checked by device and inode) and is told what it has, in a struct colocache_recovery:
+ *  The next process gives the same files (checked by device and inode) and is told what it has, in a struct colocache_recovery.  There
+ *  is no colocache_loaded to call; a handle whose VM does not come up is closed.
  *   - NOTHING      no epoch was sealed: as new, but epoch numbers that were used stay used;
  *   - REPLAYED, RESTART   guest RAM and device state are exactly `epoch`: load the device state into a fresh VM and run it;
  *   - NO_RESTART   pages of a newer epoch had come already and the VM that ran is gone: no VM runs, colocache_failover refuses,
  *                  every page counts as written by the SVM, and the next epoch that is sealed makes the secondary whole.
- *  In each case the conversation goes on as after a lost connection; the primary compares sealed epochs and calls resend or received.
+ *  A machine that had taken over before it died is nobody's secondary any more: COLOCACHE_E_FAILED_OVER.
+ *  In each other case the conversation goes on as after a lost connection; the primary compares sealed epochs and calls resend or received.
  *
  * ---- The promise ----
  *
@@ -343,6 +345,7 @@ struct colocache_status {
     uint32_t n_threads;                /* of the flush */
     uint32_t copy_variant;             /* enum colocache_copy in use */
     uint32_t reserved;
+    uint64_t open_epoch;               /* the epoch that is arriving now, 0 = none (inspect: 0); what colocache_abort gives up */
 };
 
 struct colocache_block_info {
@@ -409,7 +412,7 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
  * epoch 0: take the epoch of the packets as it comes. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out);
 
-/* Room for the device state of `epoch`: len_bytes at *addr_out, zero-copy in the region.  The last call before seal
+/* Room for the device state of `epoch`, which it opens if no page did: len_bytes at *addr_out, zero-copy in the region.  The last call before seal
  * counts.  len_bytes 0 is a state too.  E_TOO_LARGE, E_EPOCH, E_SEALED, E_NO_MEMORY. */
 int colocache_device_state_begin(struct colocache *cc, uint64_t epoch, uint64_t len_bytes, void **addr_out);
 /* The device state of the newest sealed epoch.  E_NO_STATE. */

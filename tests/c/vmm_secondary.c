@@ -123,8 +123,8 @@ static int aborted(struct vmm *vmm, const struct header *message)
     if (message->body_len > 1024 || receive_bytes(vmm, reason, message->body_len) != 0 || message->a != ABORT_CHECKPOINT)
         return COLOCACHE_E_PEER_LOST;
     colocache_get_status(vmm->cache, &status);
-    if (status.receiving_epoch > status.sealed_epoch)
-        colocache_abort(vmm->cache, status.receiving_epoch, reason);
+    if (status.open_epoch)
+        colocache_abort(vmm->cache, status.open_epoch, reason);
     return CHECKPOINT_GIVEN_UP;
 }
 
@@ -251,8 +251,8 @@ static int take_over(struct vmm *vmm)
     const struct timespec moment = {.tv_nsec = 300000000};
     uint64_t epoch;
     colocache_get_status(vmm->cache, &status);
-    if (status.receiving_epoch > status.sealed_epoch) /* half an epoch came: it never touched guest RAM */
-        (void)colocache_abort(vmm->cache, status.receiving_epoch, "the primary is lost");
+    if (status.open_epoch) /* half an epoch came: it never touched guest RAM */
+        (void)colocache_abort(vmm->cache, status.open_epoch, "the primary is lost");
     int rc = colocache_failover(vmm->cache, &epoch);
     if (rc != 0)
         return trouble("failover", rc);
