@@ -27,6 +27,7 @@ COMMANDS = {
     ),
     "bench": ("colocache.commands.bench", "bench", "Measure what a flush costs on this machine."),
     "teach": ("colocache.commands.teach", "teach", "The two-bitmap design as a lesson, drawn from the real engine."),
+    "record": ("colocache.commands.record", "record", "A run of the machines as a heat map of pages and epochs."),
     "inspect": ("colocache.commands.inspect", "inspect", "Show a control region without touching it."),
     "recover": ("colocache.commands.recover", "recover", "Attach to what a killed secondary left, and finish it."),
     "clean": ("colocache.commands.clean", "clean", "Remove what killed runs left and nobody owns."),

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache record`: a run of the reference machines at scale, as a heat map of pages and epochs and as a file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from colocache.commands.options import BACKINGS, GUESTS, foreseen, print_json, size_option
+from colocache.commands.teach import write_file
+from colocache.teach.machines import HeatRecording, RunOptions, record_run
+
+FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+@click.command(epilog="The format of --export is described in `python -m pydoc colocache.teach.machines`.")
+@click.argument("png", type=FILE, required=False)
+@click.option("--export", type=FILE, help="Write the recording as JSON, for figures of your own.")
+@click.option("--guest", type=click.Choice(GUESTS), default="auto", show_default=True, help="Kind of machine.")
+@size_option("--ram", default="64M", show_default=True, help="Guest RAM; three times as much memory is used.")
+@size_option("--working-set", default="0", show_default="half of RAM", help="Memory that the guest writes.")
+@click.option(
+    "--steps-per-second", type=click.FloatRange(min=0), default=20000.0, show_default=True,
+    help="Rate of the guest; 0 = flat out.",
+)  # fmt: skip
+@click.option("--backing", type=click.Choice(BACKINGS), default="auto", show_default=True, help="Memory of the guests.")
+@click.option("--checkpoints", type=click.IntRange(1, 10000), default=30, show_default=True, help="How many.")
+@click.option("--interval", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Seconds between them.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@foreseen
+def record(
+    png: Path | None, export: Path | None, guest: str, ram: int, working_set: int, steps_per_second: float,
+    backing: str, checkpoints: int, interval: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Run a pair of reference machines and draw a heat map of pages and epochs as PNG.
+
+    Both machines run in this process on the real engine, each its own way. At each checkpoint both bitmaps are read
+    before the seal, and after the flush every page is compared with the primary's. Exit status 0: no page was wrong.
+    """
+    if png is None and export is None:
+        raise click.UsageError("name a PNG to draw (`colocache record heat.png`), a file for --export, or both")
+    if png is not None:
+        from colocache.teach.heat import need_matplotlib
+
+        need_matplotlib()
+    options = RunOptions(guest, backing, ram, working_set or ram // 2, steps_per_second, checkpoints, interval)
+    with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
+        task = bar.add_task("checkpoints", total=checkpoints)
+        recording = record_run(options, lambda number: bar.update(task, completed=number))
+    if export is not None:
+        write_file(export, recording.to_json().encode())
+    if png is not None:
+        from colocache.teach.heat import picture
+
+        write_file(png, picture(recording))
+    _report(recording, [path for path in (png, export) if path is not None], as_json=as_json)
+    if recording.wrong_pages:
+        raise SystemExit(1)
+
+
+def _report(recording: HeatRecording, written: list[Path], *, as_json: bool) -> None:
+    verified = sum(epoch.verified_pages for epoch in recording.epochs)
+    flushed = [epoch.flushed_pages for epoch in recording.epochs]
+    click.echo(
+        f"{len(recording.epochs)} checkpoints of a {recording.guest['kind']} guest on {recording.guest['backing']}: "
+        f"{sum(flushed)} pages flushed, {verified} verified, {recording.wrong_pages} wrong"
+    )
+    for path in written:
+        click.echo(f"{path}: {path.stat().st_size} bytes")
+    if as_json:
+        counts = {
+            name: sum(getattr(epoch, name) for epoch in recording.epochs)
+            for name in ("pvm_pages", "svm_pages", "both_pages", "flushed_pages", "verified_pages", "wrong_pages")
+        }
+        facts = {**recording.guest, "checkpoints": len(recording.epochs), **counts}
+        print_json({**json.loads(json.dumps(facts)), "files": [str(path) for path in written]})
