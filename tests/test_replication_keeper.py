@@ -19,7 +19,7 @@ from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfi
 from colocache.replication.keeper import RESTARTS_MAX, Keeper
 from colocache.replication.signals import Stop
 
-CONFIG = ChildConfig("", -1, 0, "process", {}, {}, "solo", 0, "auto", 0, False, True)
+CONFIG = ChildConfig("", -1, 0, "process", {}, {}, "solo", 0, "auto", 0, False, False)
 
 
 @pytest.fixture

@@ -116,8 +116,8 @@ def secondary(**given: Any) -> None:
                 f"its memory stays as region {memory.name}: `colocache secondary --attach --name {memory.name}` loads "
                 f"it into a fresh machine, `colocache clean {memory.name}` removes it",
             )
-            stack.pop_all()
-            os._exit(status)
+            address.remove()
+            os._exit(status)  # without the clean-up that would take the memory away
     if stop.signum:
         end_as_by(stop.signum)
     sys.exit(status if status >= 0 else 128 - status)
@@ -163,8 +163,8 @@ def _config(given: dict[str, Any], kind: str) -> Any:
             threads=given["threads"],
             copy=given["copy_variant"],
             device_state_max=given["device_state_max"],
-            machine_readable=given["events"] or given["as_json"],
-            quiet=False,
+            machine_readable=given["events"],
+            as_json=given["as_json"],
         )
 
     return make

@@ -48,7 +48,7 @@ class ChildConfig:
     copy: str
     device_state_max: int
     machine_readable: bool
-    quiet: bool
+    as_json: bool
 
     def encode(self) -> str:
         """The argument."""
@@ -64,7 +64,7 @@ def main() -> None:
     """Entry of the child process."""
     config = ChildConfig.decode(sys.argv[1])
     die_with_parent(config.keeper_pid, signal.SIGKILL)
-    events = Events("secondary", machine_readable=config.machine_readable, quiet=config.quiet)
+    events = Events("secondary", machine_readable=config.machine_readable)
     failover_wanted = threading.Event()
     secondary: list[Secondary] = []
 
@@ -128,6 +128,8 @@ def _run(
             return EXIT_AGAIN
         finally:
             machine.close()
+    if config.as_json:
+        print(json.dumps(dataclasses.asdict(summary)), flush=True)
     return EXIT_OK if summary.wrong_pages == 0 else EXIT_FAILED
 
 
