@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`colocache-config`: where this installation's C library lies, for build systems.
 
-Imports nothing but the standard library and loads no library: it answers where the package could not run, too.
+This module needs nothing but the standard library: run as a file (`python .../colocache/config_tool.py --cflags`) it
+also answers where the package's own dependencies are missing.
 """
 
 from __future__ import annotations

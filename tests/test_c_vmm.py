@@ -35,14 +35,20 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def run_pair(vmm: Path, socket: Path, *, kill_at: int) -> tuple[int, list[dict[str, Any]], str]:
-    """Exit status, events and stderr of the C secondary; its primary is killed after checkpoint number kill_at."""
+def run_pair(vmm: Path, socket: Path, *, kill_at: int, moment: str = "running") -> tuple[int, list[dict[str, Any]], str]:
+    """Exit status, events and stderr of the C secondary; its primary is killed by SIGKILL.
+
+    moment: "running", from outside after checkpoint number kill_at; "receiving", when half of its pages have been sent;
+    "sealed", when the secondary has said RECEIVED.
+    """
     primary_command = [
         sys.executable, "-m", "colocache", "primary", "--connect", f"unix:{socket}", "--guest", "kvm",
         "--backing", "shm", "--ram", f"{RAM_PAGES * 4}K", "--interval", "0.1", "--working-set", "8M",
         "--verify", "all", "--events",
         "--reconnect-limit", "0.1", "--run-on", "0.1",
     ]  # fmt: skip
+    if moment != "running":
+        primary_command += ["--die-at", moment, "--die-at-checkpoint", str(kill_at)]
     with started([str(vmm), str(socket)]) as secondary:
         assert secondary.stdout is not None
         first = secondary.stdout.readline()
@@ -74,12 +80,14 @@ def vmm(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.kvm
 @needs_kvm
-def test_c_vmm_takes_over_from_a_killed_primary_with_no_page_wrong(vmm: Path, tmp_path: Path) -> None:
-    pytest.importorskip("colocache.replication.primary", reason="this build has no primary")
-    status, events, err = run_pair(vmm, tmp_path / "s", kill_at=CHECKPOINTS)
+@pytest.mark.parametrize("moment", ["running", "receiving", "sealed"])
+def test_c_vmm_takes_over_from_a_killed_primary_with_no_page_wrong(vmm: Path, tmp_path: Path, moment: str) -> None:
+    status, events, err = run_pair(vmm, tmp_path / "s", kill_at=CHECKPOINTS, moment=moment)
     *checkpoints, end = events
     assert (status, end["event"], end["wrong_pages"]) == (0, "takeover", 0), (events, err)
-    assert len(checkpoints) == end["checkpoints"] >= CHECKPOINTS
+    whole = CHECKPOINTS - (moment == "receiving")  # an epoch that came by half is none; a sealed one is finished
+    assert len(checkpoints) == end["checkpoints"] >= whole
+    assert moment == "running" or len(checkpoints) == whole
     assert end["epoch"] == checkpoints[-1]["epoch"]
     # Every page at every checkpoint, twice more at the end: nothing was skipped.
     assert {event["verified_pages"] for event in checkpoints} == {RAM_PAGES}
@@ -105,7 +113,6 @@ FORGOTTEN = {
 @pytest.mark.parametrize("what", FORGOTTEN)
 def test_a_vmm_that_forgets_its_part_is_found_out(sources: Path, tmp_path: Path, what: str) -> None:
     """The check above can fail: without one of the caller's obligations it does not come out clean."""
-    pytest.importorskip("colocache.replication.primary", reason="this build has no primary")
     text = (sources / "tests" / "c" / "vmm_secondary.c").read_text()
     right, wrong = FORGOTTEN[what]
     assert text.count(right) == 1

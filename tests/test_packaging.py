@@ -72,6 +72,7 @@ def test_the_package_is_typed_and_complete() -> None:
         "lib/libcolocache.so.0",
         "lib/libcolocache.so",
         "lib/libcolocache.a",
+        "lib/pkgconfig/colocache.pc",
     ):
         assert (root / name).is_file(), name
     assert colocache.include_dir() == root / "include"
