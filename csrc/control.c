@@ -208,6 +208,8 @@ static int map_head(struct colocache *cc, int control_fd, bool create, uint64_t 
     }
     void *head = NULL;
     rc = cc_map_file(cc->control_fd, 0, cc->head_bytes, true, &head);
+    if (rc && create && ftruncate(cc->control_fd, 0) != 0) /* as before the call: empty, so that create can be called again */
+        cc_log(cc, COLOCACHE_LOG_WARN, "could not empty the control region after an error");
     if (rc)
         return rc;
     cc->control = head;

@@ -135,6 +135,16 @@ static void uffd_close(struct colocache_source *base)
     free(source);
 }
 
+/* ask -- an ioctl, again if a signal came in between */
+static int ask(int fd, unsigned long request, void *arg)
+{
+    int rc;
+    do {
+        rc = ioctl(fd, request, arg);
+    } while (rc != 0 && errno == EINTR);
+    return rc;
+}
+
 static int open_uffd(void)
 {
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
@@ -142,7 +152,7 @@ static int open_uffd(void)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd is not to be had: %s", colocache_strerror(-errno));
     struct uffdio_api api = {.api = UFFD_API,
                              .features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM};
-    if (ioctl(fd, UFFDIO_API, &api) != 0) {
+    if (ask(fd, UFFDIO_API, &api) != 0) {
         int saved = errno;
         close(fd);
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd has no asynchronous write-protection (Linux 6.7 and newer do): %s",
@@ -156,7 +166,7 @@ static int arm(const struct uffd_source *source, const struct colocache_uffd_ran
 {
     uint64_t start = (uint64_t)(uintptr_t)range->addr, len = range->n_pages * CC_PAGE;
     struct uffdio_register registration = {.range = {.start = start, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
-    if (ioctl(source->uffd, UFFDIO_REGISTER, &registration) != 0)
+    if (ask(source->uffd, UFFDIO_REGISTER, &registration) != 0)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "write-protection of %llu pages at %p can't be registered: %s",
                        (unsigned long long)range->n_pages, range->addr, colocache_strerror(-errno));
     struct uffdio_writeprotect protect = {.range = {.start = start, .len = len}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
