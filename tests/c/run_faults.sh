@@ -52,6 +52,12 @@ build() { # DIR FLAGS...
     program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_threads "$@" -- crash_threads.c
+    wraps=
+    for name in $wrapped; do
+        wraps="$wraps -Wl,--wrap=$name"
+    done
+    # shellcheck disable=SC2086
+    program "$dir" fail "$@" $wraps -- fail.c fail_world.c fail_calls.c
 }
 
 case ${1:-run} in
@@ -68,6 +74,7 @@ run)
     wait "$first"
     "$dir/crash_damage"
     "$dir/crash_threads"
+    "$dir/fail"
     ;;
 *)
     echo "usage: run_faults.sh [build DIR | build-sanitized DIR | wrapped]" >&2

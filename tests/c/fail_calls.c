@@ -1,0 +1,221 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* fail_calls.c -- wrappers (ld --wrap) around what csrc imports; tests/c/run_faults.sh has the same list. */
+#define _GNU_SOURCE
+#include "fail_calls.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/kvm.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/vfs.h>
+
+#ifndef KVM_RESET_DIRTY_RINGS
+#define KVM_RESET_DIRTY_RINGS _IO(KVMIO, 0xc7)
+#endif
+
+const char *const call_names[N_CALLS] = {"mmap", "munmap", "ftruncate", "posix_fallocate", "open", "fcntl", "fstat", "fstatfs", "getrandom",
+                                         "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "pread",
+                                         "lseek", "syscall", "sched_getaffinity"};
+unsigned long call_counts[N_CALLS];
+unsigned call_moves;
+struct failure failure;
+bool failure_happened, counting;
+uint64_t kvm_log_words;
+struct kvm_ring_entry kvm_ring[256];
+
+static const int errors[N_CALLS][8] = {
+    [MMAP] = {ENOMEM, EAGAIN, EPERM},
+    [MUNMAP] = {ENOMEM},
+    [FTRUNCATE] = {EFBIG, EIO, EPERM},
+    [POSIX_FALLOCATE] = {ENOSPC, ENOMEM, EINTR, EFBIG, EIO},
+    [OPEN] = {EMFILE, ENFILE, ENOENT, EACCES},
+    [FCNTL] = {EMFILE, EINVAL, ENOLCK},
+    [FSTAT] = {EIO, EOVERFLOW},
+    [FSTATFS] = {EIO, ENOSYS},
+    [GETRANDOM] = {EINTR, ENOSYS, EIO},
+    [RECVMSG] = {ECONNRESET, ENOMEM, EINTR, EAGAIN, EIO, END_OF_FILE, SHORT},
+    [SENDMSG] = {EPIPE, ECONNRESET, ENOBUFS, EINTR, EAGAIN, ETIMEDOUT, SHORT},
+    [POLL] = {EINTR, ENOMEM, TIMES_OUT},
+    [IOCTL] = {ENOMEM, EFAULT, EINTR, ENOTTY},
+    [PTHREAD_CREATE] = {EAGAIN, EPERM},
+    [CALLOC] = {ENOMEM},
+    [POSIX_MEMALIGN] = {ENOMEM},
+    [PREAD] = {EIO, SHORT},
+    [LSEEK] = {EINVAL, EIO},
+    [SYSCALL] = {ENOSYS, EPERM, EMFILE},
+    [SCHED_GETAFFINITY] = {EINVAL, EPERM},
+};
+
+const int *errors_of(enum call call)
+{
+    return errors[call];
+}
+
+bool is_absorbed(enum call call, int error)
+{
+    if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || call == PREAD)
+        return true; /* nothing to undo; other entropy; one thread; all counts as data; the owner stays unnamed */
+    return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG));
+}
+
+const char *error_name(int error)
+{
+    return error == END_OF_FILE ? "end of file" : error == SHORT ? "half the bytes" : error == TIMES_OUT ? "timeout" : strerrorname_np(error);
+}
+
+/* happens -- does this call fail?  Then errno is set. */
+static bool happens(enum call call)
+{
+    if (!counting || ++call_counts[call] != failure.index || failure.call != call)
+        return false;
+    failure_happened = true;
+    errno = failure.error > 0 ? failure.error : 0;
+    return true;
+}
+
+#define WRAP(type, name, parameters, arguments, call, failed) \
+    type __real_##name parameters;                            \
+    type __wrap_##name parameters;                            \
+    type __wrap_##name parameters                             \
+    {                                                         \
+        return happens(call) ? (failed) : __real_##name arguments; \
+    }
+
+WRAP(void *, mmap, (void *addr, size_t n, int prot, int flags, int fd, off_t offset), (addr, n, prot, flags, fd, offset), MMAP, MAP_FAILED)
+WRAP(int, ftruncate, (int fd, off_t n), (fd, n), FTRUNCATE, -1)
+WRAP(int, posix_fallocate, (int fd, off_t offset, off_t n), (fd, offset, n), POSIX_FALLOCATE, failure.error)
+WRAP(int, fstat, (int fd, struct stat *st), (fd, st), FSTAT, -1)
+WRAP(int, fstatfs, (int fd, struct statfs *st), (fd, st), FSTATFS, -1)
+WRAP(ssize_t, getrandom, (void *buffer, size_t n, unsigned flags), (buffer, n, flags), GETRANDOM, -1)
+WRAP(int, poll, (struct pollfd *fds, nfds_t n, int timeout_ms), (fds, n, timeout_ms), POLL, failure.error == TIMES_OUT ? 0 : -1)
+WRAP(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg), (thread, attr, start, arg),
+     PTHREAD_CREATE, failure.error)
+WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
+WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
+WRAP(ssize_t, pread, (int fd, void *buffer, size_t n, off_t offset), (fd, buffer, n, offset), PREAD, failure.error == SHORT ? 3 : -1)
+WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
+WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
+
+/* munmap fails for want of a map entry; what was mapped stays: nothing the library could do, so the test takes it back */
+int __real_munmap(void *addr, size_t n);
+int __wrap_munmap(void *addr, size_t n);
+int __wrap_munmap(void *addr, size_t n)
+{
+    int rc = __real_munmap(addr, n);
+    return happens(MUNMAP) ? -1 : rc;
+}
+
+static bool would_block(void)
+{
+    bool blocks = counting && ++call_moves % 5 == 0;
+    if (blocks)
+        errno = EAGAIN;
+    return blocks;
+}
+
+/* halved -- the first half of the bytes of the first iovec that has two or more */
+static struct msghdr halved(const struct msghdr *msg, struct iovec *one)
+{
+    struct msghdr less = *msg;
+    *one = msg->msg_iov[0];
+    one->iov_len = one->iov_len > 1 ? one->iov_len / 2 : 1;
+    less.msg_iov = one;
+    less.msg_iovlen = 1;
+    return less;
+}
+
+ssize_t __real_recvmsg(int fd, struct msghdr *msg, int flags);
+ssize_t __wrap_recvmsg(int fd, struct msghdr *msg, int flags);
+ssize_t __wrap_recvmsg(int fd, struct msghdr *msg, int flags)
+{
+    if (!happens(RECVMSG))
+        return would_block() ? -1 : __real_recvmsg(fd, msg, flags);
+    struct iovec one;
+    struct msghdr less = halved(msg, &one);
+    return failure.error == SHORT ? __real_recvmsg(fd, &less, flags) : failure.error == END_OF_FILE ? 0 : -1;
+}
+
+ssize_t __real_sendmsg(int fd, const struct msghdr *msg, int flags);
+ssize_t __wrap_sendmsg(int fd, const struct msghdr *msg, int flags);
+ssize_t __wrap_sendmsg(int fd, const struct msghdr *msg, int flags)
+{
+    if (!happens(SENDMSG))
+        return would_block() ? -1 : __real_sendmsg(fd, msg, flags);
+    struct iovec one;
+    struct msghdr less = halved(msg, &one);
+    return failure.error == SHORT ? __real_sendmsg(fd, &less, flags) : -1;
+}
+
+/* ---- those with variable arguments ------------------------------------------------------------------------------------ */
+
+static void *argument(va_list args)
+{
+    return va_arg(args, void *); /* an int travels in the same register */
+}
+
+int __real_open(const char *path, int flags, ...);
+int __wrap_open(const char *path, int flags, ...);
+int __wrap_open(const char *path, int flags, ...)
+{
+    return happens(OPEN) ? -1 : __real_open(path, flags); /* the library never creates files */
+}
+
+int __real_fcntl(int fd, int command, ...);
+int __wrap_fcntl(int fd, int command, ...);
+int __wrap_fcntl(int fd, int command, ...)
+{
+    va_list args;
+    va_start(args, command);
+    void *arg = argument(args);
+    va_end(args);
+    return happens(FCNTL) ? -1 : __real_fcntl(fd, command, arg);
+}
+
+/* KVM's requests are answered here, so that no KVM is needed */
+int __real_ioctl(int fd, unsigned long request, ...);
+int __wrap_ioctl(int fd, unsigned long request, ...);
+int __wrap_ioctl(int fd, unsigned long request, ...)
+{
+    va_list args;
+    va_start(args, request);
+    void *arg = argument(args);
+    va_end(args);
+    if (happens(IOCTL))
+        return -1;
+    if (request == KVM_GET_DIRTY_LOG) {
+        memcpy(((struct kvm_dirty_log *)arg)->dirty_bitmap, &kvm_log_words, sizeof kvm_log_words);
+    } else if (request == KVM_CLEAR_DIRTY_LOG) {
+        kvm_log_words = 0;
+    } else if (request == KVM_RESET_DIRTY_RINGS) {
+        for (unsigned i = 0; i < sizeof kvm_ring / sizeof *kvm_ring; i++)
+            kvm_ring[i].flags = kvm_ring[i].flags == 2 ? 0 : kvm_ring[i].flags;
+    } else {
+        return __real_ioctl(fd, request, arg);
+    }
+    return 0;
+}
+
+/* futex waits are looked at again by every caller whatever they return; only userfaultfd can fail here */
+long __real_syscall(long number, ...);
+long __wrap_syscall(long number, ...);
+long __wrap_syscall(long number, ...)
+{
+    va_list args;
+    va_start(args, number);
+    void *a[6];
+    for (int i = 0; i < 6; i++)
+        a[i] = argument(args);
+    va_end(args);
+    if (number == SYS_userfaultfd && happens(SYSCALL))
+        return -1;
+    return __real_syscall(number, a[0], a[1], a[2], a[3], a[4], a[5]);
+}
