@@ -243,6 +243,18 @@ static int identify_both(const struct colocache_images *images, struct cc_block_
     return rc;
 }
 
+/* reserve_image -- an image that is not sparse is there whole from now on: a page missing later would be a SIGBUS in a flush.  On
+ * hugetlb the mapping reserves; an image that its block count shows to be whole costs one fstat. */
+static int reserve_image(int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, const char *name)
+{
+    struct stat st;
+    if (fd < 0 || granule != CC_PAGE)
+        return 0;
+    if (fstat(fd, &st) != 0)
+        return cc_fail_errno("looking at an image");
+    return (uint64_t)st.st_blocks * 512 >= (uint64_t)st.st_size ? 0 : cc_reserve(fd, offset, round_to_page(len_bytes), name);
+}
+
 /* cc_block_add -- a new block: its bitmaps at the end of the region, then its entry, then the count that publishes it */
 int cc_block_add(struct colocache *cc, const struct colocache_images *images)
 {
@@ -261,6 +273,10 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     rc = identify_both(images, &entry, &guest_granule, &cache_granule);
     if (rc == 0)
         rc = check_disjoint(cc, &entry);
+    if (rc == 0 && !entry.sparse)
+        rc = reserve_image(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
+    if (rc == 0 && !entry.sparse)
+        rc = reserve_image(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
     if (rc)
         return rc;
     entry.bitmap_offset = cc->control->bitmap_end;
@@ -365,22 +381,33 @@ static uint64_t next_data(const struct cc_image *image, uint64_t from, uint64_t 
     return data < len_bytes ? data : len_bytes;
 }
 
-/* cc_block_next_data -- the next stretch (at most 2 MiB, page aligned) from byte `from` in which guest RAM or cache holds data; 1 found, 0 none.
- * The file position of our own descriptor is not used by anybody. */
+static uint64_t next_hole(const struct cc_image *image, uint64_t from, uint64_t len_bytes)
+{
+    off_t at = lseek(image->fd, (off_t)(image->offset + from), SEEK_HOLE);
+    uint64_t hole = at < 0 ? len_bytes : (uint64_t)at - image->offset;
+    return hole < len_bytes ? hole : len_bytes;
+}
+
+/* cc_block_next_data -- the next stretch (at most 2 MiB, page aligned) from byte `from` in which guest RAM or cache holds data all along;
+ * 1 found, 0 none.  The file position of our own descriptor is not used by anybody. */
 int cc_block_next_data(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes)
 {
     const uint64_t window = 2u << 20;
     if (from >= block->len_bytes)
         return 0;
-    uint64_t start = from;
+    uint64_t start = from, end = block->len_bytes;
     if (block->sparse) {
         uint64_t guest = next_data(&block->guest, from, block->len_bytes), cache = next_data(&block->cache, from, block->len_bytes);
         start = guest < cache ? guest : cache;
         if (start >= block->len_bytes)
             return 0;
+        uint64_t guest_end = guest == start ? next_hole(&block->guest, start, block->len_bytes) : 0;
+        uint64_t cache_end = cache == start ? next_hole(&block->cache, start, block->len_bytes) : 0;
+        end = guest_end > cache_end ? guest_end : cache_end;
+        end = (end + block->page_size - 1) / block->page_size * block->page_size;
         start -= start % block->page_size;
     }
     *first = start;
-    *n_bytes = block->len_bytes - start < window ? block->len_bytes - start : window;
+    *n_bytes = end - start < window ? end - start : window;
     return 1;
 }

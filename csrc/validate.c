@@ -2,8 +2,10 @@
 /* validate.c -- every invariant, checked and told with the first that is broken. */
 #include "internal.h"
 
+#include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 static const char *const bitmap_names[CC_BITMAPS] = {"PVM bitmap", "SVM bitmap", "flush set"};
 
@@ -47,6 +49,24 @@ static int validate_record(struct colocache *cc)
     return cc_commit_check_device_state(cc, &record);
 }
 
+/* same_page -- 1 the same in guest RAM and cache, 0 not, or -errno.  A sparse image is read through its descriptor: through the mapping
+ * a hole would be allocated, which on a full machine is a SIGBUS. */
+static int same_page(const struct cc_block *block, uint64_t pfn)
+{
+    if (!block->sparse)
+        return memcmp(cc_guest_page(block, pfn), cc_cache_page(block, pfn), block->page_size) == 0;
+    char guest[CC_PAGE], cache[CC_PAGE];
+    for (uint64_t at = pfn << block->page_shift; at < (pfn + 1) << block->page_shift; at += CC_PAGE) {
+        errno = EIO; /* what a short read is */
+        if (pread(block->guest.fd, guest, CC_PAGE, (off_t)(block->guest.offset + at)) != CC_PAGE ||
+            pread(block->cache.fd, cache, CC_PAGE, (off_t)(block->cache.offset + at)) != CC_PAGE)
+            return cc_fail_errno("reading a page of a sparse image");
+        if (memcmp(guest, cache, CC_PAGE) != 0)
+            return 0;
+    }
+    return 1;
+}
+
 /* compare_pages -- a page that nobody wrote since the last seal is the same in guest RAM and cache; a page that is sealed
  * and not flushed yet may differ */
 static int compare_pages(struct colocache *cc)
@@ -63,7 +83,10 @@ static int compare_pages(struct colocache *cc)
                 uint64_t dirty = block->bitmaps[COLOCACHE_BITMAP_PVM].words[pfn / 64] | block->bitmaps[COLOCACHE_BITMAP_SVM].words[pfn / 64];
                 if (!record.committed)
                     dirty |= block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET].words[pfn / 64];
-                if (!(dirty >> (pfn % 64) & 1) && memcmp(cc_guest_page(block, pfn), cc_cache_page(block, pfn), block->page_size) != 0)
+                int same = dirty >> (pfn % 64) & 1 ? 1 : same_page(block, pfn);
+                if (same < 0)
+                    return same;
+                if (!same)
                     return cc_fail(COLOCACHE_E_CORRUPT, "block %s: page %llu differs between guest RAM and cache, but is in no bitmap",
                                    block->name, (unsigned long long)pfn);
             }
