@@ -29,6 +29,7 @@ unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
 bool failure_happened, counting;
+static bool owner_unnamed;
 uint64_t kvm_log_words;
 struct kvm_ring_entry kvm_ring[256];
 
@@ -49,7 +50,7 @@ static const int errors[N_CALLS][8] = {
     [PTHREAD_CREATE] = {EAGAIN, EPERM},
     [CALLOC] = {ENOMEM},
     [POSIX_MEMALIGN] = {ENOMEM},
-    [PREAD] = {EIO, SHORT},
+    [PREAD] = {EIO},
     [LSEEK] = {EINVAL, EIO},
     [SYSCALL] = {ENOSYS, EPERM, EMFILE},
     [SCHED_GETAFFINITY] = {EINVAL, EPERM},
@@ -62,8 +63,8 @@ const int *errors_of(enum call call)
 
 bool is_absorbed(enum call call, int error)
 {
-    if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || call == PREAD)
-        return true; /* nothing to undo; other entropy; one thread; all counts as data; the owner stays unnamed */
+    if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || (call == PREAD && owner_unnamed))
+        return true; /* nothing to undo; other entropy; one thread; all counts as data */
     return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG));
 }
 
@@ -101,9 +102,19 @@ WRAP(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attr, void *
      PTHREAD_CREATE, failure.error)
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
-WRAP(ssize_t, pread, (int fd, void *buffer, size_t n, off_t offset), (fd, buffer, n, offset), PREAD, failure.error == SHORT ? 3 : -1)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
+
+/* the pid of an owner that can't be read leaves it unnamed; a page that can't be read is an error */
+ssize_t __real_pread(int fd, void *buffer, size_t n, off_t offset);
+ssize_t __wrap_pread(int fd, void *buffer, size_t n, off_t offset);
+ssize_t __wrap_pread(int fd, void *buffer, size_t n, off_t offset)
+{
+    if (!happens(PREAD))
+        return __real_pread(fd, buffer, n, offset);
+    owner_unnamed = n == sizeof(int64_t);
+    return -1;
+}
 
 /* munmap fails for want of a map entry; what was mapped stays: nothing the library could do, so the test takes it back */
 int __real_munmap(void *addr, size_t n);

@@ -52,6 +52,7 @@ build() { # DIR FLAGS...
     program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_threads "$@" -- crash_threads.c
+    program "$dir" fail_memory "$@" -- fail_memory.c
     wraps=
     for name in $wrapped; do
         wraps="$wraps -Wl,--wrap=$name"
@@ -75,6 +76,7 @@ run)
     "$dir/crash_damage"
     "$dir/crash_threads"
     "$dir/fail"
+    "$dir/fail_memory"
     ;;
 *)
     echo "usage: run_faults.sh [build DIR | build-sanitized DIR | wrapped]" >&2

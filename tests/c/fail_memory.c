@@ -1,0 +1,142 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * fail_memory.c -- too little memory is told as E_NO_MEMORY where memory is asked for, never as a SIGBUS in a flush.
+ *
+ * A tmpfs of 512 KiB in a mount namespace of its own, and huge pages that this machine does not have.  Prints one line of JSON; a part that can't
+ * be had here is named in "skipped".
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <unistd.h>
+
+#include "colocache.h"
+
+enum { PAGE = 4096, ROOM = 512 << 10, HUGE_PAGE = 2 << 20 };
+
+static int n_checks;
+
+static void check(int ok, const char *what)
+{
+    n_checks++;
+    if (!ok) {
+        fprintf(stderr, "%s: %s (errno %s)\n", what, colocache_last_error(), strerror(errno));
+        exit(1);
+    }
+}
+
+static int no_memory(int rc)
+{
+    return rc == COLOCACHE_E_NO_MEMORY && strlen(colocache_last_error()) > 20;
+}
+
+static const struct colocache_options options = {.struct_size = sizeof options, .n_threads = 1, .device_state_max_bytes = 1 << 20};
+
+static int file(const char *name, off_t bytes)
+{
+    int fd = open(name, O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+    check(fd >= 0 && ftruncate(fd, bytes) == 0, "a file on the small file system");
+    return fd;
+}
+
+static struct colocache_images images(const char *name, int guest, int cache, uint64_t bytes, uint32_t sparse)
+{
+    return (struct colocache_images){.struct_size = sizeof(struct colocache_images), .name = name, .len_bytes = bytes, .page_size = PAGE,
+                                     .sparse = sparse, .guest_fd = guest, .cache_fd = cache};
+}
+
+/* small_tmpfs -- in its directory already */
+static void small_tmpfs(void)
+{
+    struct colocache *cc;
+    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = 1, .n_pages = COLOCACHE_ANY_COUNT};
+    static uint8_t page[PAGE];
+    void *state;
+
+    int control = file("control", 0), filler = file("filler", 0);
+    check(posix_fallocate(filler, 0, ROOM - (64 << 10)) == 0, "filling the file system");
+    check(no_memory(colocache_create(control, &options, &cc)), "create with 64 KiB of room");
+    check(lseek(control, 0, SEEK_END) == 0, "a region that could not be made is empty again");
+    check(ftruncate(filler, 0) == 0, "making room");
+    check(colocache_create(control, &options, &cc) == 0, "create with room");
+
+    int guest = file("guest", ROOM), cache = file("cache", ROOM);
+    struct colocache_images dense = images("dense", guest, cache, ROOM, 0), sparse = images("sparse", guest, cache, ROOM, 1);
+    check(no_memory(colocache_add_block(cc, &dense, NULL)), "a block larger than the file system");
+    check(ftruncate(guest, 0) == 0 && ftruncate(cache, 0) == 0 && ftruncate(guest, ROOM) == 0 && ftruncate(cache, ROOM) == 0,
+          "giving the images' memory back");
+    check(colocache_add_block(cc, &sparse, NULL) == 0, "the same block, sparse");
+    check(no_memory(colocache_device_state_begin(cc, 1, 1 << 20, &state)), "a device state larger than the file system");
+    check(ftruncate(filler, ROOM) == 0, "");
+    int rc = 0;
+    uint64_t n = 0;
+    for (; n < ROOM / PAGE && rc == 0; n++) {
+        memset(page, (int)n + 1, PAGE);
+        rc = colocache_receive_page(cc, 1, 0, n, page, PAGE);
+    }
+    check(no_memory(rc), "receiving until the file system is full");
+    check(n > 10 && no_memory(colocache_receive_zero(cc, 1, 0, n, 4)), "zero pages into a full file system");
+    check(colocache_device_state_begin(cc, 1, 0, &state) == 0, "a device state of no bytes");
+    check(colocache_seal(cc, &args, NULL) == 0 && colocache_flush(cc, NULL) == 0 && colocache_loaded(cc, 1) == 0, "what came is an epoch");
+    check(colocache_mark_dirty(cc, 0, ROOM / PAGE - 3, 2) == 0, "mark_dirty of a hole");
+    check(colocache_device_state_begin(cc, 2, 0, &state) == 0, "epoch 2");
+    args.epoch = 2;
+    check(no_memory(colocache_seal(cc, &args, NULL)), "a seal whose flush would need more than there is");
+    check(colocache_validate(cc, 1) == 0, "validate after it");
+    colocache_close(cc);
+}
+
+static const char *in_small_tmpfs(void)
+{
+    char directory[] = "/tmp/colocache-test-XXXXXX", limit[32];
+    int flags = geteuid() == 0 ? CLONE_NEWNS : CLONE_NEWNS | CLONE_NEWUSER;
+    if (unshare(flags) != 0 || mount(NULL, "/", NULL, MS_REC | MS_PRIVATE, NULL) != 0 || !mkdtemp(directory))
+        return "tmpfs: no mount namespace for this user";
+    snprintf(limit, sizeof limit, "size=%d", ROOM);
+    if (mount("tmpfs", directory, "tmpfs", 0, limit) != 0) {
+        rmdir(directory);
+        return "tmpfs: mounting one is not allowed";
+    }
+    check(chdir(directory) == 0, "chdir");
+    small_tmpfs();
+    check(chdir("/") == 0 && umount2(directory, MNT_DETACH) == 0 && rmdir(directory) == 0, "cleaning up");
+    return NULL;
+}
+
+static const char *huge_pages(void)
+{
+    unsigned long free_pages = 0;
+    FILE *info = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "r");
+    if (!info || fscanf(info, "%lu", &free_pages) != 1)
+        return "huge pages: this kernel has none of 2 MiB";
+    fclose(info);
+    uint64_t bytes = (free_pages + 64) * HUGE_PAGE; /* more than there are, whoever else takes or gives back some */
+    int guest = memfd_create("guest", MFD_HUGETLB | MFD_CLOEXEC), cache = memfd_create("cache", MFD_HUGETLB | MFD_CLOEXEC);
+    if (guest < 0 || cache < 0 || ftruncate(guest, (off_t)bytes) != 0 || ftruncate(cache, (off_t)bytes) != 0)
+        return "huge pages: no memfd of them";
+    struct colocache *cc;
+    int control = memfd_create("control", MFD_CLOEXEC);
+    struct colocache_images both = images("huge", guest, cache, bytes, 0);
+    check(colocache_create(control, &options, &cc) == 0, "create");
+    check(no_memory(colocache_add_block(cc, &both, NULL)), "a block of more huge pages than there are");
+    colocache_close(cc);
+    return NULL;
+}
+
+int main(void)
+{
+    const char *skipped[] = {huge_pages(), in_small_tmpfs()};
+    printf("{\"checks\": %d, \"skipped\": [", n_checks);
+    for (int i = 0, n = 0; i < 2; i++) {
+        if (skipped[i])
+            printf("%s\"%s\"", n++ ? ", " : "", skipped[i]);
+    }
+    printf("]}\n");
+    return 0;
+}
