@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -18,14 +19,19 @@ from colocache.teach.recording import Chapter, Lesson, LessonFormatError, Step, 
 from colocache.teach.shape import Shape
 
 
-@pytest.fixture(scope="module", params=[64, 100, 256])
+@functools.cache
+def recorded(n_pages: int) -> Lesson:
+    return record(CHAPTERS, n_pages)
+
+
+@pytest.fixture(params=[64, 250])  # a square, and a guest whose last row and last word are not full
 def lesson(request: pytest.FixtureRequest) -> Lesson:
-    return record(CHAPTERS, request.param)
+    return recorded(request.param)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small() -> Lesson:
-    return record(CHAPTERS)
+    return recorded(64)
 
 
 def pages(bits: str) -> set[int]:

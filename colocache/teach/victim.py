@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class Victim:
         fds = (*memory.fds, sock, wake_write, self._list)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "colocache.teach.victim"],
+            start_new_session=True,  # Ctrl-C is the parent's, who ends the child
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds, text=True,
         )  # fmt: skip
         os.close(wake_write)
@@ -55,6 +57,8 @@ class Victim:
 
     def _hear(self) -> Any:
         assert self._process.stdout is not None  # noqa: S101 a pipe was asked for
+        if not select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]:
+            raise VictimError(f"the lesson's child process did not answer for {WAIT_SECONDS:g} s")
         line = self._process.stdout.readline()
         if not line:
             raise VictimError(f"the lesson's child process ended with {self._process.wait()} before it answered")
@@ -87,7 +91,9 @@ class Victim:
     def stop_at(self, name: str, *args: Any) -> None:
         """Let the child do something in whose middle it stands still, and wait until it does."""
         self._say({"call": name, "args": args})
-        if not os.read(self._wake, 1):  # end of file: it died or it went all the way
+        assert self._process.stdout is not None  # noqa: S101 a pipe was asked for
+        heard = select.select([self._wake, self._process.stdout.fileno()], [], [], WAIT_SECONDS)[0]
+        if self._wake not in heard or not os.read(self._wake, 1):  # it went all the way, it died, or nothing happened
             raise VictimError("the lesson's child process did not stop where it was told to")
 
     def kill(self) -> int:
@@ -157,8 +163,15 @@ class _Child(Secondary):
         signal.pause()
 
 
+def die_with_parent() -> None:
+    """A child that stands still in mid-flush would never see its parent go: let the kernel end it then."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
 def main() -> None:
     """Read what to do from stdin until it ends."""
+    die_with_parent()
     start = json.loads(sys.stdin.readline())
     memory = Memory.from_manifest(start["manifest"])
     cache = Cache.create(memory, threads=1, device_state_max=4096)
