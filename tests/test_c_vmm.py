@@ -35,7 +35,9 @@ def started(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def run_pair(vmm: Path, socket: Path, *, kill_at: int, moment: str = "running") -> tuple[int, list[dict[str, Any]], str]:
+def run_pair(
+    vmm: Path, socket: Path, *, kill_at: int, moment: str = "running"
+) -> tuple[int, list[dict[str, Any]], str]:
     """Exit status, events and stderr of the C secondary; its primary is killed by SIGKILL.
 
     moment: "running", from outside after checkpoint number kill_at; "receiving", when half of its pages have been sent;
