@@ -104,6 +104,7 @@ def test_what_is_marked_while_the_epoch_in_flight_is_in_doubt_is_not_forgotten(p
 
 def test_a_link_that_stalls_is_noticed_by_both(pair: Pair) -> None:
     """Nothing is closed, nothing comes: as with a stopped peer or a dead switch."""
+    pair.timing = replace(QUICK, peer_timeout=0.6, reconnect_limit=1.0)
     stalled = threading.Event()
     pair.link.rule = while_set(stalled, "stall")
     primary, secondary = pair.start()
@@ -119,7 +120,7 @@ def test_a_link_that_stalls_is_noticed_by_both(pair: Pair) -> None:
 
 
 def test_a_secondary_that_died_and_attached_goes_on_with_unacknowledged_pages(pair: Pair) -> None:
-    pair.timing = replace(QUICK, reconnect_limit=10.0)
+    pair.timing = replace(QUICK, reconnect_limit=30.0)
     primary, secondary = pair.start(interval=3600)
     pair.events_s.wait("checkpoint", 1)
     pair.primary.request_checkpoint()
@@ -142,7 +143,7 @@ def test_a_secondary_that_died_and_attached_goes_on_with_unacknowledged_pages(pa
 
 
 def test_a_secondary_that_died_in_the_initial_copy_gets_a_new_one(pair: Pair) -> None:
-    pair.timing = replace(QUICK, reconnect_limit=10.0)
+    pair.timing = replace(QUICK, reconnect_limit=30.0)
     pair.link.rule = once(MessageType.CHECKPOINT_REQUEST, "stall")
     _, secondary = pair.start(interval=0.1)
     pair.events_p.wait("initial")

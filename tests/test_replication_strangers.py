@@ -261,13 +261,13 @@ def test_a_port_scanner_and_a_silent_caller_are_ignored(pair: Pair) -> None:
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.binary(min_size=1, max_size=300), st.booleans())
 def test_no_bytes_at_all_harm_a_secondary(
     make_memory: Callable[..., Memory], tmp_path: Path, noise: bytes, greeted: bool
 ) -> None:
-    timing = replace(QUICK, peer_timeout=0.15, reconnect_limit=0.05, connect_limit=0.3)
+    timing = replace(QUICK, peer_timeout=0.5, reconnect_limit=10.0, connect_limit=10.0)
     with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing) as pair:
         pair.make_secondary()
         running = pair.run_secondary()
@@ -281,9 +281,10 @@ def test_no_bytes_at_all_harm_a_secondary(
                 peer.socket.sendall(noise)
                 while peer.socket.recv(1 << 16):
                     pass
-        with pytest.raises(ColocacheError) as caught:
-            running.join()
-        assert "\n" not in str(caught.value)
+        pair.stop_s.set()  # it may still listen for a better peer
+        with contextlib.suppress(ColocacheError):
+            assert running.join().checkpoints == 0
+        assert "\n" not in str(running.error)
         assert all(not np.any(view) for view in pair.guest_ram())
         pair.cache.validate()
     pair.memory.unlink()

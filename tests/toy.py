@@ -35,7 +35,7 @@ PAGE = 4096
 TOY_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", 300 * PAGE))
 TOY_PAGES = 313
 HEADER = struct.Struct("<IHHQQIIQ")
-QUICK = Timing(peer_timeout=0.6, reconnect_limit=2.0, connect_limit=10.0, checkpoint_timeout=10.0, run_on=0.05)
+QUICK = Timing(peer_timeout=2.0, reconnect_limit=10.0, connect_limit=20.0, checkpoint_timeout=20.0, run_on=0.05)
 
 
 class ToyMachine:
