@@ -2,6 +2,8 @@
 /* checkpoint.c, flush_set.c, flush_copy.c: each transition of the phase and each code it can give, and guest RAM after each flush. */
 #include "rig.h"
 
+#include "internal.h"
+
 static const uint64_t blocks[] = {100, 4097, 1};
 
 static void flush_makes_guest_ram_the_epoch(void)
@@ -245,6 +247,37 @@ static void preflush_leaves_less_for_the_first_epoch(void)
     rig_close(&rig);
 }
 
+static struct rig *arriving; /* the copy under the test's eyes: page 77 comes again just when it has been copied */
+
+static void copy_and_let_the_page_come_again(void *dst, const void *src, uint64_t n_bytes, const void *next_src, const void *next_dst)
+{
+    (void)next_src, (void)next_dst;
+    memcpy(dst, src, n_bytes);
+    if (arriving && (uint8_t *)dst == cc_guest_page(&arriving->cc->blocks[1], 77)) {
+        rig_receive(arriving, 1, 1, 77, 2);
+        rig_receive(arriving, 1, 1, 79, 2); /* in the same word, and not copied before */
+        arriving = NULL;
+    }
+}
+
+static void a_page_that_comes_while_preflush_copies_it_is_copied_again(void)
+{
+    struct rig rig;
+    uint64_t n;
+    rig_open(&rig, 2, blocks, 4096, false);
+    rig_receive(&rig, 1, 1, 77, 1);
+    arriving = &rig;
+    rig.cc->copy.run = copy_and_let_the_page_come_again;
+    CHECK_RC(0, colocache_preflush(rig.cc, &n));
+    CHECK_EQ(1, n);
+    CHECK(arriving == NULL);
+    rig_check_bitmap(&rig, 1, COLOCACHE_BITMAP_PVM, rig.blocks[1].pvm); /* bits are taken before the copy, never after it */
+    rig_checkpoint(&rig, 1, 0);
+    rig_check(&rig, true);
+    CHECK(memcmp(rig.blocks[1].guest, rig.blocks[1].cache, 4097 * 4096) == 0);
+    rig_close(&rig);
+}
+
 static void every_copy_variant_and_thread_count_flushes_the_same(void)
 {
     for (uint32_t variant = COLOCACHE_COPY_LIBC; variant <= COLOCACHE_COPY_NEON; variant++) {
@@ -283,6 +316,7 @@ int main(void)
     RUN(calls_in_the_wrong_order_change_nothing);
     RUN(abort_keeps_bits_and_cache);
     RUN(preflush_leaves_less_for_the_first_epoch);
+    RUN(a_page_that_comes_while_preflush_copies_it_is_copied_again);
     RUN(every_copy_variant_and_thread_count_flushes_the_same);
     return DONE();
 }
