@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
 import re
 import select
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -53,10 +56,15 @@ class Terminal:
     """The command on a terminal of its own."""
 
     def __init__(self, *args: str, rows: int = 45, columns: int = 120) -> None:
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            os.environ.update(TERM="xterm-256color", LINES=str(rows), COLUMNS=str(columns))
-            os.execv(COMMAND[0], [*COMMAND, *args])  # noqa: S606
+        self.fd, theirs = pty.openpty()
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+        env = {name: value for name, value in os.environ.items() if name not in ("LINES", "COLUMNS", "NO_COLOR")}
+        self.process = subprocess.Popen(
+            [*COMMAND, *args], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+            env={**env, "TERM": "xterm-256color"},
+        )  # fmt: skip
+        os.close(theirs)
+        self.pid = self.process.pid
         self.seen = ""
 
     def until(self, *words: str) -> None:
@@ -83,7 +91,7 @@ class Terminal:
                 break
             self.seen += more.decode(errors="replace")
         os.close(self.fd)
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self.process.wait(WAIT_SECONDS)
 
 
 def left_by(pid: int) -> list[str]:
