@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "bitmap.h"
 #include "page_copy.h"
 #include "pool.h"
 
@@ -108,6 +109,71 @@ uint64_t baseline_qemu_flush(uint64_t *bitmap, uint64_t n_pages, void *guest, co
         at = end;
     }
     return copied;
+}
+
+/* baseline_qemu_clear -- the same walk and bit-by-bit clear without the copies: what the union of a flush is compared with */
+uint64_t baseline_qemu_clear(uint64_t *bitmap, uint64_t n_pages)
+{
+    uint64_t cleared = 0, at = 0;
+    while ((at = find_bit(bitmap, n_pages, at, 0)) < n_pages) {
+        uint64_t end = find_bit(bitmap, n_pages, at, ~0ull);
+        for (uint64_t pfn = at; pfn < end; pfn++)
+            cc_drop_bits(&bitmap[pfn / 64], 1ull << (pfn % 64));
+        cleared += end - at;
+        at = end;
+    }
+    return cleared;
+}
+
+struct baseline_bitmap {
+    struct cc_bitmap bitmap;
+};
+
+/* baseline_bitmap_create -- the engine's own bitmap over words and a summary (one bit per word) of the caller's; NULL without memory */
+struct baseline_bitmap *baseline_bitmap_create(uint64_t *words, uint64_t *summary, uint64_t n_bits)
+{
+    struct baseline_bitmap *made = calloc(1, sizeof *made);
+    if (made) {
+        cc_bitmap_init(&made->bitmap, words, summary, n_bits);
+        cc_bitmap_rebuild_summary(&made->bitmap);
+    }
+    return made;
+}
+
+void baseline_bitmap_destroy(struct baseline_bitmap *bitmap)
+{
+    free(bitmap);
+}
+
+/* baseline_bitmap_runs -- find every run, as the flush does; how many there are, and their pages in *n_pages_out */
+uint64_t baseline_bitmap_runs(const struct baseline_bitmap *bitmap, uint64_t *n_pages_out)
+{
+    struct cc_bit_run runs[256];
+    uint64_t at = 0, n_runs = 0, n_pages = 0;
+    uint32_t n;
+    while ((n = cc_bitmap_runs(&bitmap->bitmap, &at, bitmap->bitmap.n_bits, runs, 256)) != 0) {
+        for (uint32_t i = 0; i < n; i++)
+            n_pages += runs[i].n;
+        n_runs += n;
+    }
+    *n_pages_out = n_pages;
+    return n_runs;
+}
+
+/* baseline_bitmap_rebuild -- after the caller wrote the words */
+void baseline_bitmap_rebuild(struct baseline_bitmap *bitmap)
+{
+    cc_bitmap_rebuild_summary(&bitmap->bitmap);
+}
+
+/* baseline_bitmap_move -- what a seal does to the bitmaps: flush set := pvm | svm with its counts, then both are cleared; pages of the union */
+uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline_bitmap *pvm, struct baseline_bitmap *svm)
+{
+    struct cc_union_counts counts = {0};
+    cc_bitmap_union_into(&flush_set->bitmap, &pvm->bitmap, &svm->bitmap, &counts);
+    cc_bitmap_clear_all(&pvm->bitmap);
+    cc_bitmap_clear_all(&svm->bitmap);
+    return counts.both_or_either;
 }
 
 /* baseline_touch -- read and write one word per cache line: pushes everything else out of the CPU's caches */
