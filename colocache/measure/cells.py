@@ -7,7 +7,6 @@ memory and checking are outside.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter_ns
@@ -69,14 +68,16 @@ class Sample:
 
 
 def fits(cell: Cell, n_pages: int) -> bool:
-    """Can a guest of this size have such a share in such runs? Else the cell would be another one's twin."""
+    """Can a guest of this size have such a share in such runs, apart from each other? Else the cell would be another's twin."""
     if cell.pattern != "synthetic":
         return True
-    if cell.run_pages > n_pages:
+    if cell.share >= 1:
+        return cell.run_pages == max(RUNS)  # one run, whatever was asked for
+    if cell.run_pages > n_pages or cell.share > cell.run_pages / (cell.run_pages + 1):
         return False
     wanted = cell.share * n_pages
     runs = max(1, round(wanted / cell.run_pages))
-    return abs(runs * cell.run_pages - wanted) <= 0.25 * wanted and (cell.share < 1 or cell.run_pages == max(RUNS))
+    return abs(runs * cell.run_pages - wanted) <= 0.25 * wanted
 
 
 def measure(rig: Rig, cell: Cell, number: int) -> Sample:
@@ -331,12 +332,3 @@ MEASURES: dict[str, Callable[[Rig, Cell, Pattern], Sample]] = {
     "receive": measure_receive,
     "checkpoint": measure_checkpoint,
 }
-
-
-def grid(case: str, shares: tuple[float, ...], runs: tuple[int, ...], n_pages: int) -> list[Cell]:
-    """Every cell of a case that a guest of this size can have."""
-    cells = [Cell(case, share, run) for share, run in itertools.product(shares, runs)]
-    fitting = [cell for cell in cells if fits(cell, n_pages)]
-    if fitting or not cells:
-        return fitting
-    return [Cell(case, max(shares), min(runs))]

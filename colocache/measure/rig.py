@@ -108,6 +108,12 @@ class Rig:
         self.cache.flush()
         self.cache.loaded()
 
+    def settle(self) -> None:
+        """After a wrong result: whatever is open is finished, and the plain memory is the cache's again."""
+        self.finish_epoch()
+        self.plain[:] = self.cached
+        self.note_cache()
+
     def note_cache(self) -> None:
         """Remember the looked-at words of the cache image: they are what a copy must bring."""
         words = self.cached.view(np.uint64)
@@ -172,7 +178,9 @@ class Rig:
     @staticmethod
     def _wrong(what: str, pfn: int, bits: npt.NDArray[np.bool_], count: int) -> WrongResultError:
         which = "dirty and was not copied whole" if bits[pfn] else "clean and was written"
-        return WrongResultError(f"{what} left {count} of the looked-at pages wrong, the first is {pfn}, which is {which}")
+        return WrongResultError(
+            f"{what} left {count} of the looked-at pages wrong, the first is {pfn}, which is {which}"
+        )
 
     def __enter__(self) -> Rig:
         return self

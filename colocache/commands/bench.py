@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache bench`: what a flush costs on this machine, beside its peak copy bandwidth and QEMU's way."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from colocache.commands.options import BACKINGS, foreseen, parse_size, print_json
+
+if TYPE_CHECKING:
+    from colocache.measure.session import Progress
+
+
+class Sizes(click.ParamType):
+    """A size, as an option that may be given several times."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002
+        """Bytes."""
+        return value if isinstance(value, int) else parse_size(value)
+
+
+@click.command()
+@click.option("--quick", is_flag=True, help="Few cells, under 30 seconds.")
+@click.option("--full", is_flag=True, help="Every case at every share, run length and number of threads; takes long.")
+@click.option("--warm", is_flag=True, help="Measure each cell also with whatever is left in the CPU's caches.")
+@click.option(
+    "--ram", "ram", type=Sizes(), multiple=True, help="Guest RAM; may be given several times.",
+    show_default="256M, or four times the L3 caches",
+)  # fmt: skip
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=None, help="Rounds of each cell.", show_default="5; 3 with --quick"
+)
+@click.option(
+    "--backing", "backings", type=click.Choice(BACKINGS[1:]), multiple=True, help="May be given several times.",
+    show_default="every one this machine has",
+)  # fmt: skip
+@click.option(
+    "--threads", type=click.IntRange(1, 256), multiple=True, help="Threads of the flush; may be given several times.",
+    show_default="1, 2, 4 … all cores",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@click.option(
+    "--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows to FILE.", metavar="FILE"
+)
+@click.option(
+    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw PNG and SVG plots into DIR.", metavar="DIR"
+)
+@click.option(
+    "--compare", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=2, metavar="A.json B.json",
+    help="Measure nothing: set two reports side by side.",
+)  # fmt: skip
+@foreseen
+def bench(
+    quick: bool,
+    full: bool,
+    warm: bool,
+    ram: tuple[int, ...],
+    rounds: int | None,
+    backings: tuple[str, ...],
+    threads: tuple[int, ...],
+    as_json: bool,
+    csv_file: Path | None,
+    plots: Path | None,
+    compare: tuple[Path, Path] | None,
+) -> None:
+    """Measure what a flush costs on this machine.
+
+    Every result is checked and set beside the machine's own peak copy bandwidth and QEMU's way of flushing, measured
+    in the same rounds on the same memory. Huge pages that the run reserves (as root) are given back at its end.
+    Exit status 0: every timed copy brought the right bytes, and no others.
+    """
+    from rich.console import Console
+
+    from colocache.measure import host as machine
+    from colocache.measure import plots as drawing
+    from colocache.measure import report
+    from colocache.measure.session import Plan, Session
+
+    # A table in a pipe keeps its columns; on a terminal it takes the width there is.
+    console = Console(width=None if Console().is_terminal else 160)
+    if compare:
+        found = report.compare(report.read_json(compare[0]), report.read_json(compare[1]), console)
+        if as_json:
+            print_json(found)
+        return
+    if quick and full:
+        raise click.UsageError("--quick and --full exclude each other")
+    if plots:
+        drawing.pyplot()  # before minutes of measuring
+    if csv_file and not csv_file.parent.is_dir():
+        raise click.UsageError(f"there is no directory {csv_file.parent}")
+    host = machine.examine()
+    plan = Plan(ram, backings, tuple(sorted(set(threads))), rounds or 0, warm, quick, full)
+    with ends_in_order(), progress_bar() as progress:
+        result = Session(plan, host, progress).run()
+    report.show(result, console)
+    if csv_file:
+        report.write_csv(result, csv_file)
+        click.echo(f"rows written to {csv_file}", err=True)
+    if plots:
+        for path in drawing.draw(result, plots):
+            click.echo(f"drawn: {path}", err=True)
+    if as_json:
+        print_json(report.to_json(result))
+    if any(row.wrong for row in result.rows):
+        sys.exit(1)
+
+
+@contextlib.contextmanager
+def ends_in_order() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does: what was borrowed is given back."""
+
+    def stop(_signum: int, _frame: object) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr if that is a terminal, else nothing."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda _done, _total, _label: None
+        return
+    columns = (BarColumn(30), TaskProgressColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+    # Drawn only between cells: a thread of its own would disturb what is timed.
+    with Progress(*columns, console=console, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("warming up", total=None)
+
+        def show(done: int, total: int, label: str) -> None:
+            bar.update(task, completed=done - 1, total=total, description=label)
+            bar.refresh()
+
+        yield show
