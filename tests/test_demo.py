@@ -208,11 +208,12 @@ def test_the_tally_adds_each_checkpoint_once_and_only_the_secondarys_pages() -> 
         "bytes": 6 * 4096, "stages": {"copy_ms": 0.5}, "pause_ms": 2.0, "verified_pages": 10, "wrong_pages": 1,
     }  # fmt: skip
     tally.add(checkpoint)
-    tally.add({**checkpoint, "pause_ms": 4.0})
+    tally.add({**checkpoint, "pause_ms": 4.0, "stages": {"copy_ms": 1.0}})
     tally.add({"event": "checkpoint", "side": "primary", "pause_ms": 7.0})
     report = tally.report(None)
     assert (report["checkpoints"], report["flushed_pages"], report["wrong_pages"]) == (2, 12, 2)
     assert report["pause_ms"] == {"p50": 2.0, "p99": 4.0, "max": 4.0}
     assert report["pvm_pause_ms"]["max"] == 7.0
-    assert report["flush_gb_per_s"] == round(12 * 4096 / 1e6, 3)
+    assert report["stages_ms"] == {"copy": {"p50": 0.5, "p99": 1.0, "max": 1.0}}
+    assert report["flush_gb_per_s"] == round(12 * 4096 / 1.5e6, 3)
     assert report["failover"] is None

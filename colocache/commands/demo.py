@@ -104,6 +104,9 @@ def _in_words(report: dict[str, Any]) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
     detect = failover["detect_ms"]
+    stages = ", ".join(
+        f"{name} {one['p50']:.2f}/{one['p99']:.2f}/{one['max']:.2f}" for name, one in report["stages_ms"].items()
+    )
     verdict = "FAILED: the secondary's memory was wrong"
     if not report["wrong_pages"]:
         verdict = "OK: the secondary took over and every page was right"
@@ -116,6 +119,7 @@ def _in_words(report: dict[str, Any]) -> str:
         f"{report['flush_gb_per_s']:.1f} GB/s\n"
         f"secondary's pause {pause['p50']:.2f} ms (p50), {pause['p99']:.2f} (p99), {pause['max']:.2f} (max); "
         f"primary's {primary['p50']:.2f}, {primary['p99']:.2f}, {primary['max']:.2f}\n"
+        f"stages of the secondary's in ms, p50/p99/max: {stages}\n"
         f"primary killed ({report['kill_primary_at']}): {failover['cause']}; {noticed}"
         f"took over at epoch {failover['epoch']} within {failover['promote_ms']:.2f} ms of the decision, "
         f"ran on for {failover['steps_run_on']:,} steps\n"

@@ -40,6 +40,7 @@ class Tally:
     verified_pages: int = 0
     wrong_pages: int = 0
     pauses: list[float] = field(default_factory=list)
+    stages: dict[str, list[float]] = field(default_factory=dict)
     primary_pauses: list[float] = field(default_factory=list)
     lost: dict[str, Any] | None = None
     promoted: dict[str, Any] | None = None
@@ -62,6 +63,8 @@ class Tally:
             self.flushed_bytes += event["bytes"]
             self.copy_ms += event["stages"]["copy_ms"]
             self.pauses.append(event["pause_ms"])
+            for stage, value in event["stages"].items():
+                self.stages.setdefault(stage.removesuffix("_ms"), []).append(value)
         if "wrong_pages" in event and name in ("checkpoint", "restored", "takeover", "ran_on"):
             self.verified_pages += event["verified_pages"]
             self.wrong_pages += event["wrong_pages"]
@@ -83,6 +86,7 @@ class Tally:
             "flushed_pages": self.flushed_pages,
             "pause_ms": summary_of(self.pauses),
             "pvm_pause_ms": summary_of(self.primary_pauses),
+            "stages_ms": {stage: summary_of(values) for stage, values in self.stages.items()},
             "flush_gb_per_s": round(self.flush_gb_per_s, 3),
             "failover": self._failover(killed_ns),
             "verified_pages": self.verified_pages,
