@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from colocache.measure.session import Progress
 
 
-class Sizes(click.ParamType):
+class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A size, as an option that may be given several times."""
 
     name = "SIZE"

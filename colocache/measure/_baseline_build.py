@@ -29,7 +29,8 @@ struct baseline_bitmap *baseline_bitmap_create(uint64_t *words, uint64_t *summar
 void baseline_bitmap_destroy(struct baseline_bitmap *bitmap);
 uint64_t baseline_bitmap_runs(const struct baseline_bitmap *bitmap, uint64_t *n_pages_out);
 void baseline_bitmap_rebuild(struct baseline_bitmap *bitmap);
-uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline_bitmap *pvm, struct baseline_bitmap *svm);
+uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline_bitmap *pvm,
+                              struct baseline_bitmap *svm);
 void baseline_touch(void *memory, uint64_t n_bytes);
 """
 

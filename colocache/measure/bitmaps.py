@@ -74,9 +74,11 @@ def dense(rounds: int, touch: baseline.Eviction, *, warm: bool, step: Callable[[
 
 @contextmanager
 def _sparse(ram_bytes: int) -> Iterator[Cache]:
-    with Memory.create(blocks=[BlockSpec(BLOCK, ram_bytes)], backing="shm", reserve=False) as memory:
-        with Cache.create(memory) as cache:
-            yield cache
+    with (
+        Memory.create(blocks=[BlockSpec(BLOCK, ram_bytes)], backing="shm", reserve=False) as memory,
+        Cache.create(memory) as cache,
+    ):
+        yield cache
 
 
 def _checkpoint(cache: Cache, epoch: int) -> tuple[int, int, int]:

@@ -68,7 +68,7 @@ class Sample:
 
 
 def fits(cell: Cell, n_pages: int) -> bool:
-    """Can a guest of this size have such a share in such runs, apart from each other? Else the cell would be another's twin."""
+    """Can a guest of this size have such a share in such runs, apart from each other? Else it is another's twin."""
     if cell.pattern != "synthetic":
         return True
     if cell.share >= 1:
@@ -88,7 +88,7 @@ def measure(rig: Rig, cell: Cell, number: int) -> Sample:
 
 
 def peak(rig: Rig, pool: Pool | None = None) -> int:
-    """Nanoseconds of the best sequential pass over the two images: memcpy and each page copy, with the flush's threads."""
+    """Nanoseconds of the best sequential pass over the two images: memcpy and each page copy, all threads."""
     pool = pool or rig.pool
     best = 0
     for variant in copy_variants():

@@ -47,7 +47,8 @@ class Host:
         nodes = f"{self.numa_nodes} NUMA node{'s' if self.numa_nodes != 1 else ''}"
         cache = f"{self.l3_bytes >> 20} MiB L3" if self.l3_bytes else "L3 unknown"
         return (
-            f"{self.cpu} ({self.machine}{', virtual' if self.hypervisor else ''}), {self.cores} cores, {nodes}, {cache}, "
+            f"{self.cpu} ({self.machine}{', virtual' if self.hypervisor else ''}), {self.cores} cores, "
+            f"{nodes}, {cache}, "
             f"{self.ram_bytes / 2**30:.1f} GiB RAM ({self.available_bytes / 2**30:.1f} available), "
             f"{self.huge_pages} huge pages of 2 MiB ({self.huge_pages_free} free), shared-memory THP {self.thp_shmem}, "
             f"Linux {self.kernel}, copies with {', '.join(self.copy_variants)}"

@@ -20,9 +20,9 @@ from colocache.measure.session import PAUSE_BYTES, Result
 
 QUIET, NOISY = 0.10, 0.30  # spread of the peak
 CSV_FIELDS = (
-    "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "pattern", "warm", "n_pages", "n_runs",
-    "n_bytes", "rounds", "seconds_p10", "seconds_p50", "seconds_p90", "gb_per_s", "of_peak", "baseline", "baseline_ratio",
-    "numpy_ratio", "error",
+    "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "pattern", "warm", "n_pages",
+    "n_runs", "n_bytes", "rounds", "seconds_p10", "seconds_p50", "seconds_p90", "gb_per_s", "of_peak", "baseline",
+    "baseline_ratio", "numpy_ratio", "error",
 )  # fmt: skip
 ROW_FIELDS = (
     "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "seconds", "gb_per_s", "of_peak",
@@ -103,7 +103,9 @@ def _time(seconds: float) -> str:
 
 
 def _share(value: float) -> str:
-    return f"{value:.0%}" if value >= 0.095 else f"{value:.1%}" if value >= 0.0009 else f"{value:.1g}" if value else "0"
+    if value >= 0.095 or not value:
+        return f"{value:.0%}"
+    return f"{value:.1%}" if value >= 0.0009 else f"{100 * value:.1g}%"
 
 
 def _ratio(value: float | None, unit: str = "") -> str:
@@ -157,8 +159,9 @@ def table(rows: Sequence[Row], case: str) -> Table:
     """All rows of one case."""
     made = Table(title=TITLES[case], title_justify="left", show_edge=False, pad_edge=False)
     for name, justify in (
-        ("backing", "left"), ("RAM", "right"), ("threads", "right"), ("dirty", "right"), ("pattern", "left"), ("time p50", "right"),
-        ("p10 … p90", "right"), ("GB/s", "right"), ("of peak", "right"), (f"× {AGAINST[case]}", "right"), ("", "left"),
+        ("backing", "left"), ("RAM", "right"), ("threads", "right"), ("dirty", "right"), ("pattern", "left"),
+        ("time p50", "right"), ("p10 … p90", "right"), ("GB/s", "right"), ("of peak", "right"),
+        (f"× {AGAINST[case]}", "right"), ("", "left"),
     ):  # fmt: skip
         made.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
     for row in sorted((row for row in rows if row.case == case), key=_order):
@@ -186,7 +189,8 @@ def summary(result: Result) -> list[str]:
         if row.case == "pause" and row.threads == most and near and not row.warm and not row.error:
             times = "" if row.baseline_ratio is None else f", {row.baseline_ratio:.2f} times as fast as QEMU's way"
             lines.append(
-                f"Pause for 100 MB dirty in runs of {row.run_pages:.0f} on {row.backing}: {row.seconds.p50 * 1e3:.1f} ms "
+                f"Pause for 100 MB dirty in runs of {row.run_pages:.0f} on {row.backing}: "
+                f"{row.seconds.p50 * 1e3:.1f} ms "
                 f"({row.gb_per_s:.1f} GB/s{times})."
             )
     lines += [_large(row) for row in result.rows if row.pattern in ("scattered", "nothing dirty")]
@@ -198,7 +202,12 @@ def summary(result: Result) -> list[str]:
     wrong = [row for row in result.rows if row.wrong]
     lines += [f"WRONG RESULT in {row}: {row.error}." for row in wrong]
     errors = [row for row in result.rows if row.error and not row.wrong]
-    lines += [f"Not to be believed, {row}: {row.error}." for row in errors]
+    if errors:
+        cells = "; ".join(f"{row} ({row.of_peak or 0.0:.2f})" for row in errors)
+        lines.append(
+            f"Not to be believed, {len(errors)} of {len(result.rows)} cells, a measuring error each, as nothing copies "
+            f"faster than the peak, here 1: {cells}."
+        )
     lines += [f"Note: {note}." for note in result.notes]
     lines.append(noise_sentence(result.noise))
     return lines
@@ -232,7 +241,7 @@ def show(result: Result, console: Console) -> None:
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two rows of two machines the same cell; shares to three digits, as a page more or less is no matter."""
+    """What makes two rows of two machines the same cell; shares to two digits: a page more or less is no matter."""
     pattern = row.get("pattern", "synthetic")
     return (
         CASES.index(row["case"]) if row["case"] in CASES else len(CASES), row["case"], row["backing"], pattern,

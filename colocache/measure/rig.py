@@ -102,11 +102,15 @@ class Rig:
 
     def finish_epoch(self) -> None:
         """Seal, flush and load what is open, outside any timed part."""
+        self.seal()
+        self.cache.flush()
+        self.cache.loaded()
+
+    def seal(self) -> None:
+        """Seal what is open, outside any timed part."""
         self.cache.device_state_buffer(self.epoch + 1, 0)
         self.cache.seal(self.epoch + 1)
         self.epoch += 1
-        self.cache.flush()
-        self.cache.loaded()
 
     def settle(self) -> None:
         """After a wrong result: whatever is open is finished, and the plain memory is the cache's again."""
@@ -150,7 +154,7 @@ class Rig:
         self.cache.sync_words(BLOCK, pattern.words)
 
     def poison(self, pattern: Pattern) -> None:
-        """Spoil guest RAM: the looked-at words of every page, and some pages whole, get other bytes than the cache's."""
+        """Spoil guest RAM: the looked-at words of every page, and some pages whole, differ from the cache's."""
         words = self.guest.view(np.uint64)
         for column, expected in zip(COLUMNS, self._expected, strict=True):
             words[:, column] = ~expected

@@ -17,7 +17,7 @@ BASELINES = ("qemu", "socket", "numpy")  # the first that there is gives baselin
 
 @dataclass(frozen=True)
 class Row:
-    """A cell, measured. The first eleven fields are those of `bench --json`; ratios are medians over rounds of one round's."""
+    """A cell, measured. The first eleven fields are those of `bench --json`; ratios are medians of each round's own."""
 
     case: str
     backing: str
@@ -94,8 +94,8 @@ class Row:
         """A cell whose result was wrong: it has no figures."""
         none = Spread(0.0, 0.0, 0.0)
         return cls(
-            cell.case, backing, "copy", ram_bytes, cell.share, cell.run_pages, threads, none, 0.0, None, None, None, None,
-            None, cell.pattern, cell.warm, 0, 0, 0, 0, {}, sentence,
+            cell.case, backing, "copy", ram_bytes, cell.share, cell.run_pages, threads, none, 0.0, None, None, None,
+            None, None, cell.pattern, cell.warm, 0, 0, 0, 0, {}, sentence,
         )  # fmt: skip
 
     @property

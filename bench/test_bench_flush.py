@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flush, beside the peak copy, QEMU's way and a numpy loop, all onto the same guest image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from colocache.measure import baseline
+from colocache.measure.host import copy_variants
+from colocache.measure.patterns import Pattern
+
+CASE = "flush"
+
+
+def test_ours(bench: Any) -> None:
+    rig = bench.rig
+
+    def prepare(pattern: Pattern) -> tuple[Any, ...]:
+        rig.poison(pattern)
+        rig.arm(pattern)
+        rig.seal()
+        return ()
+
+    def check(pattern: Pattern) -> None:
+        rig.cache.loaded()
+        rig.check(pattern, "our flush")
+
+    bench.run("ours", prepare, rig.cache.flush, check)
+
+
+def test_qemu(bench: Any) -> None:
+    rig = bench.rig
+
+    def prepare(pattern: Pattern) -> tuple[Any, ...]:
+        rig.poison(pattern)
+        return pattern.words.copy(), rig.n_pages, rig.guest_addr, rig.plain_addr
+
+    bench.run("qemu", prepare, baseline.qemu_flush, lambda pattern: rig.check(pattern, "QEMU's way"))
+
+
+def test_numpy(bench: Any) -> None:
+    rig = bench.rig
+
+    def prepare(pattern: Pattern) -> tuple[Any, ...]:
+        rig.poison(pattern)
+        return pattern.words.copy(), rig.n_pages, rig.guest, rig.plain
+
+    bench.run("numpy", prepare, baseline.numpy_flush, lambda pattern: rig.check(pattern, "the numpy loop"))
+
+
+@pytest.mark.parametrize("variant", copy_variants())
+def test_peak(bench: Any, variant: str) -> None:
+    """The whole image in one sequential pass: its time is of all bytes, in extra_info."""
+    rig = bench.rig
+    arguments = (rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant)
+    bench.run(f"peak {variant}", lambda _: arguments, rig.pool.sequential, n_bytes=rig.ram_bytes)
+    whole = rig.guest[:: max(1, rig.n_pages // 64)]
+    assert (whole == rig.cached[:: max(1, rig.n_pages // 64)]).all()
