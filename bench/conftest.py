@@ -52,7 +52,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "rig_of" in metafunc.fixturenames:
         most = examine().cores
         counts = thread_counts(most) if full else (most,)
-        kinds = [(backing, n) for backing in ("hugetlb", "thp", "shm") for n in counts]
+        thp = () if bk.thp_mode() in ("never", "deny") else ("thp",)
+        kinds = [(backing, n) for backing in ("hugetlb", *thp, "shm") for n in counts]
         metafunc.parametrize(
             "rig_of", kinds, ids=lambda kind: f"{kind[0]}-{kind[1]}thr", indirect=True, scope="session"
         )
