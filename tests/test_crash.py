@@ -42,7 +42,9 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_together(*commands: list[str]) -> list[dict[str, Any]]:
     """Run programs at the same time, one a core; their JSON lines, or the first breach."""
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands]
+    running = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for command in commands
+    ]
     ends = [process.communicate() for process in running]
     for process, (_, errors) in zip(running, ends, strict=True):
         assert process.returncode == 0, errors
@@ -71,7 +73,7 @@ def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys:
     assert result["kills"] == 300
     assert result["replays"] > 250
     with capsys.disabled():
-        print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages compared, seed {result['seed']}")
+        print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages, seed {result['seed']}")
 
 
 def test_damage_is_refused_and_nothing_is_written(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
