@@ -129,6 +129,8 @@ static void device_state_has_any_length_up_to_its_bound(void)
     rig_device_state(&rig, 9, 5000);
     CHECK_RC(0, colocache_abort(rig.cc, 9, "test"));
     rig_check_device_state(&rig, 8, 10000);
+    rig_device_state(&rig, 10, 5000); /* of the same parity as the sealed one: the area is the other one all the same */
+    rig_check_device_state(&rig, 8, 10000);
     rig_check(&rig, true);
     rig_close(&rig);
 }
