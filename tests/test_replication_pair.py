@@ -229,7 +229,7 @@ def test_a_primary_that_comes_after_the_takeover_stands_still(pair: Pair) -> Non
     assert not pair.pvm.running
 
 
-@pytest.mark.parametrize("moment", ["idle", "flush", "load"])
+@pytest.mark.parametrize("moment", ["idle", "state", "seal", "flush", "load"])
 def test_the_operator_may_ask_for_the_takeover_at_any_moment(pair: Pair, moment: str) -> None:
     pair.make_secondary()
     pair.make_primary(interval=0.1)
@@ -245,6 +245,12 @@ def test_the_operator_may_ask_for_the_takeover_at_any_moment(pair: Pair, moment:
     if moment == "idle":
         pair.primary.options = replace(pair.primary.options, interval=3600)
         ask()
+    elif moment == "state":  # all pages of the epoch have come
+        room = pair.cache.device_state_buffer
+        pair.cache.device_state_buffer = lambda *given: (room(*given), ask())[0]  # type: ignore[method-assign]
+    elif moment == "seal":
+        seal = pair.cache.seal
+        pair.cache.seal = lambda *given, **named: (ask(), seal(*given, **named))[1]  # type: ignore[method-assign]
     elif moment == "flush":
         flush = pair.cache.flush
         pair.cache.flush = lambda: (ask(), flush())[1]  # type: ignore[method-assign]
@@ -254,7 +260,7 @@ def test_the_operator_may_ask_for_the_takeover_at_any_moment(pair: Pair, moment:
     assert followed.took_over
     assert followed.wrong_pages == 0
     if moment != "idle":
-        assert answers == [False], "while an epoch is sealed it is finished first"
+        assert answers == [moment in ("state", "seal")], "while an epoch is sealed it is finished first"
     assert pair.events_s.all("takeover")[0]["epoch"] == followed.epoch
     no_page_wrong(pair)
 

@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from colocache import Cache, FlushResult, SealResult
-from colocache.errors import ColocacheError, EpochError, LogLostError, SealedError
+from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
 from colocache.replication.errors import SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
@@ -59,11 +59,12 @@ class Svm:
         self.machine.resume()
         self.running = True
 
-    def restart(self) -> None:
+    def restart(self) -> LoadReport:
         """In a process that attached: become the sealed epoch again. Raises SecondaryLostError if it does not load."""
         report = self._load(self.cache.status().sealed_epoch)
         self._count(report)
         self.can_run = True
+        return report
 
     def verify(self) -> tuple[int, int]:
         """Compare all of RAM with the guest's history, standing: pages, wrong pages. Leaves it standing."""
@@ -82,8 +83,8 @@ class Svm:
             return 0
         try:
             self.cache.abort(status.receiving_epoch, reason[:200])
-        except (EpochError, SealedError):
-            return 0  # it was given up before, by a seal that failed
+        except (EpochError, SealedError, FailedOverError):
+            return 0  # it was given up before, by a seal that failed or by the operator's failover
         return status.receiving_epoch
 
     def seal(self, epoch: int, n_pages: int) -> Sealed:
