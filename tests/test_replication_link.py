@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, no_page_wrong, once, pair_of, while_set
 
-from colocache import ColocacheError
+from colocache import ColocacheError, NoStateError
+from colocache.replication.failover import Loss, Verdict
 from colocache.replication.messages import MessageType
 
 
@@ -140,6 +141,41 @@ def test_a_secondary_that_died_and_attached_goes_on_with_unacknowledged_pages(pa
     no_page_wrong(pair)
     pair.stop_p.set()
     primary.join()
+
+
+def test_without_a_state_a_secondary_waits_for_its_primary_and_never_asks_the_arbiter(
+    make_memory, tmp_path: Path
+) -> None:
+    """It died while pages arrived: the cache is newer than its epoch. A yes would stop the primary, and nobody ran."""
+    asked: list[Loss] = []
+
+    class Asked:
+        def decide(self, loss: Loss) -> Verdict:
+            asked.append(loss)
+            return Verdict(True, "yes")
+
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=QUICK, arbiter=Asked()) as pair:
+        _, secondary = pair.start(interval=0.1)
+        pair.events_s.wait("checkpoint", 2)
+
+        def die(*_: object, **__: object) -> None:
+            pair.stop_p.set()
+            raise ColocacheError("killed")
+
+        pair.cache.seal = die  # type: ignore[method-assign]
+        with pytest.raises(ColocacheError, match="killed"):
+            secondary.join()
+        pair.link.close()
+        pair.cache.close()
+        asked.clear()  # the primary may have asked
+        pair.timing = replace(QUICK, reconnect_limit=0.05, connect_limit=0.5)
+        pair.make_secondary(attach=True)
+        assert pair.cache.recovery is not None
+        assert pair.cache.recovery.action.name == "NO_RESTART"
+        with pytest.raises(NoStateError, match=r"within 0\.5 s, and there is no state to take over from"):
+            pair.secondary.run()
+        assert [loss for loss in asked if loss.role == "secondary"] == []
+        assert not pair.events_s.all("promoted")
 
 
 def test_a_secondary_that_died_in_the_initial_copy_gets_a_new_one(pair: Pair) -> None:

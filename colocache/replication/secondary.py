@@ -113,7 +113,7 @@ class Secondary:
         cause = "the primary did not come back" if sealed else ""
         heard = time.monotonic()
         noticed = heard
-        deadline = noticed + (self.timing.reconnect_limit if sealed else self.timing.connect_limit)
+        deadline = noticed + (self._reconnect_limit if sealed else self.timing.connect_limit)
         while True:
             channel = self._accept(deadline)
             if self._failover_asked.is_set():
@@ -125,6 +125,13 @@ class Secondary:
                     limit = self.timing.reconnect_limit if cause else self.timing.connect_limit
                     after = f" after this: {cause}" if cause else ""
                     raise PeerLostError(f"no primary came within {limit:g} s{after}")
+                if not self.svm.can_run:
+                    # The arbiter's yes would make the primary stand still, and nobody would run.
+                    raise NoStateError(
+                        f"no primary came within {self._reconnect_limit:g} s, and there is no state to take over from: "
+                        f"the machine that ran from epoch {self.cache.status().sealed_epoch} is gone",
+                        hint="start a fresh secondary",
+                    )
                 taken = self._ask_and_take_over(cause, heard, noticed)
                 if taken is not None:
                     return taken
@@ -145,9 +152,15 @@ class Secondary:
                         return self._take_over("the operator asked for it", channel.last_heard, time.monotonic())
                     cause, heard, noticed = str(error), channel.last_heard, time.monotonic()
                     self._lost(cause, heard, noticed)
-                    deadline = noticed + self.timing.reconnect_limit
+                    deadline = noticed + self._reconnect_limit
                 finally:
                     self._channel = None
+
+    @property
+    def _reconnect_limit(self) -> float:
+        """Seconds that a lost primary has. One that alone can make this side whole has as long as at the start."""
+        broken = self.cache.status().sealed_epoch and not self.svm.can_run
+        return self.timing.connect_limit if broken else self.timing.reconnect_limit
 
     def _come_back(self) -> None:
         """In a process that attached: do what the recovery found."""
@@ -163,8 +176,16 @@ class Secondary:
             pages=recovery.n_pages,
         )
         if recovery.action.name in ("REPLAYED", "RESTART"):
-            self.svm.restart()
+            report = self.svm.restart()
             self.svm.resume()
+            self.events.emit(
+                "resumed",
+                f"runs again from epoch {recovery.epoch}; {report.epoch_hashes_checked} pages verified, "
+                f"{len(report.wrong_pages)} wrong",
+                epoch=recovery.epoch,
+                verified_pages=report.epoch_hashes_checked,
+                wrong_pages=len(report.wrong_pages),
+            )
 
     def _follow(self, channel: Channel) -> str:
         self._channel = channel
@@ -191,7 +212,7 @@ class Secondary:
         self.svm.resume()
         self.events.emit(
             "lost",
-            f"the primary is lost: {cause}; waiting {self.timing.reconnect_limit:g} s for it",
+            f"the primary is lost: {cause}; waiting {self._reconnect_limit:g} s for it",
             cause=cause,
             detect_ms=round((noticed - heard) * 1e3, 3),
         )
