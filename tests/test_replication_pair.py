@@ -307,9 +307,13 @@ def test_a_new_primary_is_refused_by_a_secondary_that_holds_anothers_epoch(pair:
     pair.timing = replace(QUICK, reconnect_limit=30.0)
     primary, _ = pair.start(interval=0.1)
     pair.events_s.wait("checkpoint", 2)
+    down = threading.Event()
+    down.set()
+    pair.link.rule = while_set(down, "cut")  # nor may it end in order, which would end the secondary too
     pair.link.cut()
     pair.stop_p.set()
     primary.join()
+    down.clear()
     pair.stop_p = threading.Event()
     pair.make_primary()
     with pytest.raises(RefusedError, match="of another primary: start a fresh one"):
