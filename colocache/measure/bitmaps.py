@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from time import perf_counter_ns
 
 import numpy as np
@@ -81,8 +83,18 @@ def _sparse(ram_bytes: int) -> Iterator[Cache]:
         yield cache
 
 
-def _checkpoint(cache: Cache, epoch: int) -> tuple[int, int, int]:
-    """Seal, flush and loaded: nanoseconds of the seal's union and clear, of the flush, and of all three calls."""
+@dataclass(frozen=True)
+class Times:
+    """Of one checkpoint, in nanoseconds: inside the seal, and of seal, flush and loaded together."""
+
+    union_ns: int
+    clear_ns: int
+    whole_ns: int
+    flush_pages: int
+
+
+def _checkpoint(cache: Cache, epoch: int) -> Times:
+    """Seal, flush and loaded, by one C call each."""
     args, sealed = struct("colocache_seal_args", epoch=epoch), struct("colocache_seal_result")
     args.n_pages = lib.COLOCACHE_ANY_COUNT
     flushed = struct("colocache_flush_result")
@@ -90,12 +102,11 @@ def _checkpoint(cache: Cache, epoch: int) -> tuple[int, int, int]:
     with cache._handle as cc:
         start = perf_counter_ns()
         codes = [lib.colocache_seal(cc, args, sealed)]
-        middle = perf_counter_ns()
         codes += [lib.colocache_flush(cc, flushed), lib.colocache_loaded(cc, 1)]
-        end = perf_counter_ns()
+        whole = perf_counter_ns() - start
     for code in codes:
         check(code)
-    return int(sealed.union_ns + sealed.clear_ns), end - middle, end - start
+    return Times(sealed.union_ns, sealed.clear_ns, whole, flushed.n_pages)
 
 
 def sparse(rounds: int, touch: baseline.Eviction, *, warm: bool, step: Callable[[str], None]) -> Row:
@@ -105,37 +116,46 @@ def sparse(rounds: int, touch: baseline.Eviction, *, warm: bool, step: Callable[
     pfns = np.sort(rng.choice(n_pages // 2, SPARSE_PAGES, replace=False)) * 2
     data = rng.integers(0, 256, (SPARSE_PAGES // 2, PAGE), np.uint8)
     received, marked = pfns[::2], pfns[1::2]
-    samples = []
+    times, samples = [], []
+
+    def cool() -> None:
+        if not warm:
+            touch.touch()
+
     with _sparse(SPARSE_BYTES) as cache, baseline.Bitmap(n_pages) as copy:
         for epoch in range(1, rounds + 2):
             cache.receive_pages(epoch, BLOCK, received, data)
             for pfn in marked.tolist():
                 cache.mark_dirty(BLOCK, pfn)
-            if not warm:
-                touch.touch()
+            cool()
             with undisturbed():
-                union, _, whole = _checkpoint(cache, epoch)
-            copy.fill(cache.blocks[BLOCK].flush_set)
-            if not warm:
-                touch.touch()
-            start = perf_counter_ns()
-            runs = copy.find_runs()
-            scan = perf_counter_ns() - start
-            if (runs, copy.found_pages) != (SPARSE_PAGES, SPARSE_PAGES):
+                times.append(_checkpoint(cache, epoch))
+        copy.fill(cache.blocks[BLOCK].flush_set)
+        del times[0]  # it allocated the pages
+        for one in times:
+            cool()
+            with undisturbed():
+                start = perf_counter_ns()
+                runs = copy.find_runs()
+                scan = perf_counter_ns() - start
+                bitmap, log = np.zeros_like(copy.words), copy.words.copy()
+                start = perf_counter_ns()
+                baseline.qemu_union(bitmap, log)
+                baseline.qemu_clear(bitmap, n_pages)
+                qemu = perf_counter_ns() - start
+            if (runs, copy.found_pages, one.flush_pages) != (SPARSE_PAGES,) * 3:
                 raise WrongResultError(
-                    f"{SPARSE_PAGES} pages of a 1 TiB guest became {copy.found_pages} in {runs} runs"
+                    f"of {SPARSE_PAGES} pages of a 1 TiB guest {one.flush_pages} were flushed, {runs} runs found"
                 )
-            one, log = np.zeros_like(copy.words), copy.words.copy()
-            start = perf_counter_ns()
-            baseline.qemu_union(one, log)
-            baseline.qemu_clear(one, n_pages)
-            qemu = perf_counter_ns() - start
-            more = {"scan_ns": float(scan), "checkpoint_ns": float(whole)}
+            more = {
+                "union_ns": float(one.union_ns),
+                "clear_ns": float(one.clear_ns),
+                "scan_ns": float(scan),
+                "checkpoint_ns": float(one.whole_ns),
+            }
+            ours = one.union_ns + one.clear_ns
+            samples.append(Sample(ours, SPARSE_PAGES, runs, SPARSE_PAGES * 24, n_pages, qemu_ns=qemu, more=more))
             step(str(cell))
-            if epoch > 1:  # the first allocates the pages
-                samples.append(
-                    Sample(union, SPARSE_PAGES, runs, SPARSE_PAGES * 8 * 3, n_pages, qemu_ns=qemu, more=more)
-                )
     return Row.of(cell, samples, backing="shm", threads=1)
 
 
@@ -149,15 +169,8 @@ def idle(ram_bytes: int, rounds: int, touch: baseline.Eviction, *, warm: bool, s
             if not warm:
                 touch.touch()
             with undisturbed():
-                _, _, whole = _checkpoint(cache, epoch)
+                whole = _checkpoint(cache, epoch).whole_ns
             if epoch > 1:
                 samples.append(Sample(whole, 0, 0, 0, n_pages))
         step(str(cell))
-    return Row.of(cell, samples, backing="shm", threads=cache_threads())
-
-
-def cache_threads() -> int:
-    """Threads that a flush has by itself."""
-    import os
-
-    return len(os.sched_getaffinity(0))
+    return Row.of(cell, samples, backing="shm", threads=len(os.sched_getaffinity(0)))

@@ -294,7 +294,8 @@ def compare(a: dict[str, Any], b: dict[str, Any], console: Console) -> dict[str,
     for key in both:
         one, two = rows_a[key], rows_b[key]
         faster = two["gb_per_s"] / one["gb_per_s"] if one["gb_per_s"] else one["seconds"]["p50"] / two["seconds"]["p50"]
-        pattern = key[3] if key[3] != "synthetic" else f"runs of {key[5]}"
+        whole = "one run" if one["dirty_ratio"] >= 1 else f"runs of {key[5]}"
+        pattern = key[3] if key[3] != "synthetic" else whole
         cells.add_row(
             one["case"], one["backing"], _share(one["dirty_ratio"]), pattern, _time(one["seconds"]["p50"]),
             _time(two["seconds"]["p50"]), _ratio(one["gb_per_s"]), _ratio(two["gb_per_s"]), f"{faster:.2f}×",
