@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pair of real machines as the soak sees it: two processes, and events of which each must be in place.
+
+A takeover, a restart and each checkpoint check every page against the guest's history in the processes themselves; here
+it is seen that they did, and that none was wrong.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import time
+from pathlib import Path
+
+from soak_process import BrokenError, Event, Process
+
+from colocache.vmm.machine import blocks_for
+
+QUIET_SECONDS_MAX = 90.0  # nothing of what must come came: something hangs
+PATIENT = 300.0  # a reconnect limit that no busy machine reaches
+RAM_BYTES = 64 << 20
+WORKING_SET_BYTES = RAM_BYTES // 8
+
+
+class Counts(dict[str, int]):
+    """Numbers by name."""
+
+    def add(self, name: str, n: int = 1) -> None:
+        """n more of these."""
+        self[name] = self.get(name, 0) + n
+
+
+class Watched:
+    """A primary and a secondary on 64 MiB. Everything either says is looked at."""
+
+    def __init__(self, name: str, folder: Path, guest: str, backing: str, interval: float, counts: Counts) -> None:
+        self.name, self.counts = name, counts
+        self.persistent = False  # the memory outlives its keeper
+        self._ways = ["--guest", guest, "--backing", backing]
+        self._interval = interval
+        self._folder = folder
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._seen: list[Event] = []
+        self._mark = 0  # events before this one are of before the kill
+        self._allowed: set[str] = set()
+        self._address = f"unix:{folder / name}.socket"
+        specs = blocks_for(RAM_BYTES)
+        self._n_pages = sum(spec.n_pages for spec in specs)
+        self._dirty_pages_max = WORKING_SET_BYTES // 4096 + specs[0].n_pages
+        self._stack = contextlib.ExitStack()
+
+    # ---- its processes ----
+
+    def close(self) -> None:
+        """Nothing of it runs any more."""
+        self._stack.close()
+
+    def settle(self) -> None:
+        """Look at what was said last, after all have ended."""
+        for process in (self._primary, self._secondary):
+            process.wait()
+        for said in self._drain():
+            self._look_at(said)
+
+    def _start(self, side: str, *args: str) -> Process:
+        common = [
+            "--events", "--pair", self.name, *self._ways, "--ram", str(RAM_BYTES),
+            "--working-set", str(WORKING_SET_BYTES), "--peer-timeout", "20",
+            "--run-on", "0.2",
+        ]  # fmt: skip
+        process = Process(side, [*common, *args], self._folder / f"{self.name}.{side}.log", self._inbox)
+        self._stack.callback(process.close)
+        return process
+
+    def _start_secondary(self, *args: str, limit: float = PATIENT) -> None:
+        after = time.monotonic_ns()
+        self._secondary = self._start(
+            "secondary", "--listen", self._address, "--name", self.name, "--reconnect-limit", str(limit), *args
+        )
+        self.persistent = self._wait("secondary", "start", after)["persistent"]
+        self._wait("secondary", "listening", after)
+
+    def _start_primary(self, limit: float = PATIENT) -> None:
+        self._primary = self._start(
+            "primary", "--connect", self._address, "--interval", str(self._interval), "--verify", "all",
+            "--reconnect-limit", str(limit),
+        )  # fmt: skip
+
+    # ---- its events ----
+
+    def _drain(self) -> list[Event]:
+        new = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                new.append(self._inbox.get_nowait())
+        return new
+
+    def _look_at(self, event: Event) -> None:
+        """What must hold for every event."""
+        self._seen.append(event)
+        side, name, pages = event["side"], event["event"], event.get("verified_pages", 0)
+        if event.get("wrong_pages"):
+            self.counts.add("wrong pages", event["wrong_pages"])
+            raise BrokenError(f"{event['wrong_pages']} wrong pages: {event}")
+        if name == "end" and side == "secondary":
+            return  # its sum is of pages counted before
+        if pages not in (0, self._n_pages) or ((side, name) == ("secondary", "checkpoint") and not pages):
+            raise BrokenError(f"{pages} of {self._n_pages} pages were verified: {event}")
+        self.counts.add("pages verified", pages)
+        if name in ("error", "refused", "flush_error", "alone", "takeover", "aborted") and name not in self._allowed:
+            raise BrokenError(f"the {side} must not say this now: {event}")
+
+    def _pull(self, timeout: float) -> bool:
+        """Take one event, if one comes in time."""
+        try:
+            event = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        self._look_at(event)
+        return True
+
+    def _find(self, side: str, names: tuple[str, ...], after: int) -> Event | None:
+        for event in self._seen[self._mark :]:
+            if event["side"] == side and event["event"] in names and event["t"] > after:
+                return event
+        return None
+
+    def _wait(self, side: str, name: str, after: int) -> Event:
+        """The first event `name` of `side` later than `after` (ns). BrokenError if it does not come."""
+        found = self._wait_or_end(side, (name,), after)
+        if found is None:
+            process = self._secondary if side == "secondary" else self._primary
+            raise BrokenError(f"the {side} ended with status {process.wait()} where {name!r} must come")
+        return found
+
+    def _wait_or_end(self, side: str, names: tuple[str, ...], after: int) -> Event | None:
+        """The first of these events; None if the process ended without."""
+        deadline = time.monotonic() + QUIET_SECONDS_MAX
+        while (found := self._find(side, names, after)) is None:
+            if self._pull(0.1):
+                continue
+            process = getattr(self, f"_{side}", None)
+            if process is not None and process.ended.is_set() and self._inbox.empty():
+                return None
+            if time.monotonic() > deadline:
+                raise BrokenError(f"no {' or '.join(names)} of the {side} within {QUIET_SECONDS_MAX:g} s")
+        return found
