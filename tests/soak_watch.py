@@ -19,7 +19,7 @@ from colocache.vmm.machine import blocks_for
 QUIET_SECONDS_MAX = 90.0  # nothing of what must come came: something hangs
 PATIENT = 300.0  # a reconnect limit that no busy machine reaches
 RAM_BYTES = 64 << 20
-WORKING_SET_BYTES = RAM_BYTES // 8
+WORKING_SET_BYTES = RAM_BYTES // 2  # so much that many pages are written by one side only
 
 
 class Counts(dict[str, int]):
