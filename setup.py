@@ -64,6 +64,14 @@ def need_compiler() -> None:
         )
 
 
+def replace_file(source: str, target: str) -> str:
+    """Copies by way of a new file: programs that have the old one mapped keep it."""
+    made = f"{target}.new"
+    shutil.copy2(source, made)
+    Path(made).replace(target)
+    return target
+
+
 def tree(*suffixes: str) -> list[Path]:
     return sorted(path for path in CSRC.rglob("*") if path.suffix in suffixes)
 
@@ -91,7 +99,7 @@ class BuildEngine(build_ext):
         if self.in_source:
             # An editable install runs from the source tree: what the modules load must lie beside them there.
             for made in (lib, include):
-                shutil.copytree(made, ROOT / "colocache" / made.name, dirs_exist_ok=True)
+                shutil.copytree(made, ROOT / "colocache" / made.name, dirs_exist_ok=True, copy_function=replace_file)
 
     def flags(self) -> list[str]:
         flags = list(CFLAGS)
@@ -110,7 +118,9 @@ class BuildEngine(build_ext):
         if script.is_file():
             link.append(f"-Wl,--version-script={script}")
         link += [flag for flag in flags if flag.startswith("-fsanitize")]
-        self.compiler.link_shared_object(objects, str(lib / SONAME), extra_postargs=link, build_temp=self.build_temp)
+        made = lib / f"{SONAME}.new"
+        self.compiler.link_shared_object(objects, str(made), extra_postargs=link, build_temp=self.build_temp)
+        made.replace(lib / SONAME)  # never written in place: a process that runs on the old one would die of SIGBUS
         (lib / "libcolocache.so").write_text(f"/* GNU ld script */\nINPUT({SONAME})\n", encoding="utf-8")
         template = (CSRC / "colocache.pc.in").read_text(encoding="utf-8")
         (lib / "pkgconfig").mkdir(exist_ok=True)

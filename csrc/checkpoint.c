@@ -129,29 +129,13 @@ static int check_complete(struct colocache *cc, const struct colocache_seal_args
                        open ? "the open one is " : "none is open, the newest used is ",
                        (unsigned long long)(open ? open : cc_observe(&cc->control->receiving)));
     if (cc->staging.epoch != args->epoch)
-        return cc_fail(COLOCACHE_E_INCOMPLETE, "epoch %llu has no device state: call device_state_begin, with length 0 if there is none",
+        return cc_fail(COLOCACHE_E_INCOMPLETE,
+                       "epoch %llu is aborted, it has no device state: call device_state_begin, with length 0 if there is none",
                        (unsigned long long)args->epoch);
     uint64_t received = cc_observe(&cc->received_pages);
     if (args->n_pages != COLOCACHE_ANY_COUNT && args->n_pages != received)
-        return cc_fail(COLOCACHE_E_INCOMPLETE, "epoch %llu: %llu pages were sent, %llu came", (unsigned long long)args->epoch,
+        return cc_fail(COLOCACHE_E_INCOMPLETE, "epoch %llu is aborted: %llu pages were sent, %llu came", (unsigned long long)args->epoch,
                        (unsigned long long)args->n_pages, (unsigned long long)received);
-    return 0;
-}
-
-/* allocate_flush_set -- sparse images: what the flush will touch must be there before the commit point */
-static int allocate_flush_set(struct colocache *cc)
-{
-    for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        struct cc_block *block = &cc->blocks[i];
-        uint64_t first = 0, n = 0;
-        if (!block->sparse)
-            continue;
-        while (cc_bitmap_next_run(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], first + n, block->n_pages, &first, &n)) {
-            int rc = cc_block_allocate(block, first, n);
-            if (rc)
-                return rc;
-        }
-    }
     return 0;
 }
 
@@ -207,7 +191,7 @@ static int seal_open_epoch(struct colocache *cc, const struct colocache_seal_arg
     if (rc == 0)
         rc = cc_flush_set_unite(cc, out, &flush_checksum);
     if (rc == 0)
-        rc = allocate_flush_set(cc);
+        rc = cc_flush_set_allocate(cc);
     CC_CRASH_POINT("seal: flush sets are there");
     uint64_t t2 = cc_now_ns(), t3 = t2;
     if (rc == 0)

@@ -59,6 +59,11 @@ int cc_reserve(int fd, uint64_t offset, uint64_t n_bytes, const char *what)
  * may be shared with other processes, whose living on would keep the lock after our death */
 static int own_description(int fd)
 {
+    struct stat st;
+    if (fstat(fd, &st) != 0)
+        return cc_fail(-errno, "control_fd is %d, which is no open descriptor", fd);
+    if (!S_ISREG(st.st_mode)) /* POSIX shared memory and memfds are regular files too */
+        return cc_fail(COLOCACHE_E_ARGUMENT, "descriptor %d is no regular or shared-memory file: it can't be a control region", fd);
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     int own = open(path, O_RDWR | O_CLOEXEC);
@@ -194,6 +199,8 @@ static int map_head(struct colocache *cc, int control_fd, bool create, uint64_t 
         if (rc)
             return rc;
     } else {
+        if (st.st_size == 0)
+            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region is empty: create it, there is nothing to attach to");
         if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
             return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
         void *page = NULL;

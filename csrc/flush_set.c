@@ -50,3 +50,27 @@ uint64_t cc_flush_set_checksum(struct colocache *cc)
         sum += cc_checksum_term(cc_bitmap_checksum(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]), i);
     return cc_checksum_finish(sum);
 }
+
+/* cc_flush_set_allocate -- sparse images: what the flush will touch must be there before the commit point, and before a replay.  Most of it is known to be;
+ * what is known lies as scattered as the pages, so it is fetched some runs ahead. */
+int cc_flush_set_allocate(struct colocache *cc)
+{
+    struct cc_bit_run runs[CC_RUNS_MIN * 4];
+    for (uint32_t b = 0; b < cc->n_blocks; b++) {
+        struct cc_block *block = &cc->blocks[b];
+        uint64_t from = 0;
+        uint32_t n;
+        if (!block->sparse)
+            continue;
+        while ((n = cc_bitmap_runs(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &from, block->n_pages, runs, CC_RUNS_MIN * 4)) != 0) {
+            for (uint32_t i = 0; i < n; i++)
+                __builtin_prefetch(&block->allocated[runs[i].first / 64]);
+            for (uint32_t i = 0; i < n; i++) {
+                int rc = cc_block_allocate(block, runs[i].first, runs[i].n);
+                if (rc)
+                    return rc;
+            }
+        }
+    }
+    return 0;
+}

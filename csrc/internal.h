@@ -113,6 +113,16 @@ void cc_control_free(struct colocache *cc);
 int cc_control_check(const struct cc_control *control, uint64_t file_bytes); /* magic, version, stamp, sizes, reserved */
 void cc_control_new_history(struct cc_control *control);
 
+/* image.c */
+int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_bytes, struct cc_image_identity *identity,
+                      uint64_t *granule);
+int cc_image_open(struct cc_image *image, int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, void *addr);
+void cc_image_close(struct cc_image *image);
+int cc_image_reserve(int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, const char *name);
+int cc_block_check_shared(const struct cc_block *block, const struct colocache_images *images);
+int cc_block_allocate(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);      /* sparse: both images */
+int cc_block_next_data(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes);
+
 /* block.c */
 int cc_block_add(struct colocache *cc, const struct colocache_images *images);
 int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images);
@@ -121,8 +131,6 @@ int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes
 void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages);
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out);            /* E_BLOCK */
 int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);   /* E_RANGE */
-int cc_block_allocate(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);      /* sparse: both images */
-int cc_block_next_data(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes);
 
 static inline uint8_t *cc_guest_page(const struct cc_block *block, uint64_t pfn)
 {
@@ -142,6 +150,7 @@ void cc_receive_done(struct colocache *cc, struct cc_block *block, uint64_t firs
 /* flush_set.c */
 int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, uint64_t *checksum_out);
 uint64_t cc_flush_set_checksum(struct colocache *cc);
+int cc_flush_set_allocate(struct colocache *cc);
 
 /* commit.c */
 int cc_commit_read(const struct cc_control *control, struct cc_record *out); /* 1 there is one, 0 none yet, E_CORRUPT */

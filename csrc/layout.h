@@ -24,6 +24,13 @@
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
+#define CC_BLOCK_BYTES_MAX (1ull << 50) /* 1 PiB: offsets plus lengths stay far below 2^63 */
+
+static inline uint64_t cc_round_to_page(uint64_t n)
+{
+    return (n + CC_PAGE - 1) / CC_PAGE * CC_PAGE;
+}
+
 enum cc_strategy { CC_STRATEGY_COPY = 1 };
 
 /* What the commit word names: an epoch that is sealed, and whether its flush is complete. */

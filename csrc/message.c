@@ -55,8 +55,9 @@ int cc_message_get(const void *header, struct cc_message *out)
 
 int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64_t body_len_bytes, uint32_t a, uint32_t b)
 {
-    if (!header || type > UINT16_MAX)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "message type is %u, the largest is 65535", type);
+    if (!header || type > UINT16_MAX || type == COLOCACHE_MSG_PAGES)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "a header for message type %u can't be filled: types go to 65535, and %d is PAGES", type,
+                       COLOCACHE_MSG_PAGES);
     struct cc_message message = {.type = type, .a = a, .b = b, .epoch = epoch, .body_len_bytes = body_len_bytes};
     cc_message_put(header, &message);
     message.checksum = cc_message_checksum(header, NULL, 0);

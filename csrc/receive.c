@@ -21,7 +21,7 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
     if (open == 0) {
         uint64_t newest = cc_observe(&cc->control->receiving);
         if (epoch <= newest || epoch == UINT64_MAX) {
-            rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, and numbers are never used again",
+            rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
                          (unsigned long long)epoch, (unsigned long long)newest);
         } else {
             cc_stats_opened(cc);

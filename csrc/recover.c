@@ -88,18 +88,11 @@ static int replay(struct colocache *cc, struct cc_record *record, struct colocac
     if (found != record->flush_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
                        (unsigned long long)record->epoch, (unsigned long long)found, (unsigned long long)record->flush_checksum);
-    for (uint32_t i = 0; i < cc->n_blocks; i++) { /* sparse: this process doesn't know yet what is allocated */
-        struct cc_block *block = &cc->blocks[i];
-        uint64_t first = 0, n = 0;
-        while (block->sparse &&
-               cc_bitmap_next_run(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], first + n, block->n_pages, &first, &n)) {
-            int rc = cc_block_allocate(block, first, n);
-            if (rc)
-                return rc;
-        }
-    }
+    int rc = cc_flush_set_allocate(cc); /* sparse: this process doesn't know yet what is there */
+    if (rc)
+        return rc;
     struct colocache_flush_result result = {0};
-    int rc = cc_finish_flush(cc, record, &result);
+    rc = cc_finish_flush(cc, record, &result);
     report->action = COLOCACHE_RECOVERED_REPLAYED;
     report->n_pages = result.n_pages;
     snprintf(report->sentence, sizeof report->sentence,

@@ -25,6 +25,7 @@ struct sender_block {
 
 struct colocache_sender {
     uint32_t n_blocks;
+    uint32_t sent; /* pages went out: the blocks stay as they are */
     struct sender_block blocks[COLOCACHE_BLOCKS_MAX];
 };
 
@@ -51,6 +52,8 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
 {
     if (!sender || !name || !*name || strnlen(name, COLOCACHE_NAME_BYTES) >= COLOCACHE_NAME_BYTES || !addr)
         return cc_fail(COLOCACHE_E_ARGUMENT, "a sender's block needs a name of 1 to %d bytes and an address", COLOCACHE_NAME_BYTES - 1);
+    if (cc_observe32(&sender->sent))
+        return cc_fail(COLOCACHE_E_ORDER, "block %s: blocks are added before the first page is sent", name);
     if (sender->n_blocks == COLOCACHE_BLOCKS_MAX)
         return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, the most there can be", COLOCACHE_BLOCKS_MAX);
     for (uint32_t i = 0; i < sender->n_blocks; i++) {
@@ -264,8 +267,13 @@ static int send_block(struct colocache_sender *sender, uint32_t index, int fd, i
 int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe,
                           uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out)
 {
-    if (!sender || n_stripes == 0 || stripe >= n_stripes)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "stripe %u of %u, or no sender", stripe, n_stripes);
+    if (!sender)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the sender is NULL");
+    if (n_stripes == 0 || stripe >= n_stripes)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "there is no stripe %u of %u: stripes count from 0", stripe, n_stripes);
+    if (epoch == 0 || epoch == UINT64_MAX)
+        return cc_fail(COLOCACHE_E_EPOCH, "pages can't be sent with epoch %llu: epochs begin at 1", (unsigned long long)epoch);
+    cc_publish32(&sender->sent, 1);
     struct outgoing packet; /* 32 KiB of stack */
     packet.n_runs = packet.n_pages = packet.n_data_pages = 0;
     struct colocache_send_result result = {0};

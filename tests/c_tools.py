@@ -30,7 +30,12 @@ def tool(*names: str) -> str:
 def run(command: Sequence[str | os.PathLike[str]], **more: object) -> str:
     """stdout of a command that must succeed."""
     done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=120, check=False, **more  # type: ignore[call-overload]
+        [str(part) for part in command],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        **more,  # type: ignore[call-overload]
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     stdout: str = done.stdout

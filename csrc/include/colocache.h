@@ -22,20 +22,21 @@
  *     colocache_receive_*         pages of the epoch, from any number of threads
  *     colocache_device_state_begin, then write the bytes
  *     [you stop the SVM's vCPUs and device threads; the receiving calls have come back]
- *     colocache_sync_dirty_log    get, OR into the SVM bitmap, clear
+ *     colocache_sync_dirty_log    get, OR into the SVM bitmap, clear (or colocache_sync_words, for a log of your own)
  *     colocache_seal              the commit point; only after it may the primary be told RECEIVED
  *     colocache_flush             guest RAM becomes the epoch; committed
  *     [you load the device state: colocache_device_state]
  *     colocache_loaded            tells how that went; 1 means: do not go on as a secondary, take over now
- *     [the SVM's vCPUs run; the primary is told LOADED]
+ *     [the SVM's vCPUs run, after the first epoch for the first time; the primary is told LOADED]
  *  and at the end
  *     colocache_failover          may this machine take over, and from what?
  *     colocache_source_close, colocache_close
  *
- *  An epoch that will not be completed: colocache_abort, and the SVM runs on as it was.  Its pages and bits stay and are
- *  part of the next epoch that is sealed; the primary sends again what it has no RECEIVED for.
+ *  An epoch that will not be completed: colocache_abort, and the SVM runs on as it was, if it ever ran.  Its pages and bits stay and
+ *  are part of the next epoch that is sealed; the primary sends again what it has no RECEIVED for.
  *  The connection is lost: colocache_abort the open epoch, wait as long as you like for the primary to come back, then
- *  colocache_failover: 0, and this VM is the machine the world sees, from where it stands.
+ *  colocache_failover: 0, and this VM is the machine the world sees, from where it stands; if it was stopped, it runs.
+ *  The connection is lost after a seal (RECEIVED can't be written): flush, load, loaded as always, then the same.
  *
  * ---- The life of a primary, in calls ----
  *
@@ -47,7 +48,12 @@
  *     [the secondary says that its VM stands; you stop the PVM's vCPUs and device threads]
  *     colocache_sender_sync_dirty_log, colocache_sender_send    the rest; then the device state, and how many pages were sent
  *     [RECEIVED comes] colocache_sender_received, release the output withheld; [LOADED comes] the PVM runs
- *  After an aborted epoch, or a reconnection at which the peer has not sealed the epoch in flight: colocache_sender_resend.
+ *  After an aborted epoch: colocache_sender_resend.  While the connection is lost the PVM may run on; its log keeps.
+ *  At a reconnection the secondary tells its history_id and sealed_epoch (colocache_get_status) and the primary compares.  The same history
+ *  and the epoch in flight sealed: colocache_sender_received.  The same history and the epoch acknowledged last:
+ *  colocache_sender_resend.  Anything else (a new region, nothing sealed): colocache_sender_mark_all, as resend would leave out
+ *  every page acknowledged before and nobody would notice.  While the fate of an epoch in flight is unknown take nothing from the log:
+ *  "it is sealed" would clear what is not in it.
  *  Nobody but you sends messages other than PAGES; colocache_message_header makes headers for them.
  *
  * ---- Memory you bring ----
@@ -57,12 +63,14 @@
  *     again through /proc/self/fd, so /proc must be mounted;
  *   - per block two images: each a range of a file (memfd, POSIX shared memory, hugetlbfs), zero-filled, disjoint, beginning at a
  *     multiple of the file's granularity (4096, or its huge page size) and long enough for the block rounded up to it.
+ *     That they are zero is not checked: a page that is not, and never comes, is a wrong page for ever.  So load no firmware into
+ *     guest RAM beforehand; it comes from the primary like everything else.
  *  Reserve an image before you add it: posix_fallocate on the file (a hugetlb mapping reserves by itself).  A page that can't be
  *  allocated later is a SIGBUS in whoever touches it.  With `sparse` set the library allocates both pages itself before it
  *  writes or flushes them and says COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them.
  *  To survive your process, descriptors must be held by somebody else too, or the files must have names.
  *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or you give guest_addr, your own
- *  shared mapping of the same file.  A block by address alone (both descriptors -1) can be private memory; it
+ *  MAP_SHARED mapping of guest_fd at guest_offset (checked where /proc tells).  A block by address alone (both descriptors -1) can be private memory; it
  *  dies with the process.
  *
  * ---- What you must hold still, and when ----
@@ -124,7 +132,7 @@
  *  numbers, of this thread.  After an error the object is as before the call, unless said otherwise; what a function lists are the codes
  *  that say something about your call, COLOCACHE_E_ARGUMENT (NULL, struct_size) and -errno can come from any.
  *  Every out-parameter that is a pointer to a result struct or a count may be NULL if you don't want it, unless looking is all
- *  the call does.
+ *  the call does (get_*, inspect, device_state, message_parse).  Options may be NULL for the defaults.
  *
  * ---- Ownership ----
  *
@@ -137,7 +145,8 @@
  * ---- Structs and versions ----
  *
  *  Structs that may grow begin with struct_size, which the caller sets to sizeof: a newer library then knows which fields an
- *  older caller has.  Zero the rest (`= {.struct_size = sizeof s}`): fields of value 0 mean the default.  Structs without it never
+ *  older caller has.  Zero the rest (`= {.struct_size = sizeof s}`): fields of value 0 mean the default, but descriptors are
+ *  -1 where there is none.  Structs without it never
  *  change.  The library's SONAME is libcolocache.so.0; as long as it is the same, programs need not be rebuilt.
  *  The control region has a layout of its own: a build that lays it out in another way refuses it (COLOCACHE_E_LAYOUT).
  *
@@ -153,14 +162,15 @@
  *
  * ---- After a death: colocache_attach instead of create and add_block ----
  *
- *  The next process gives the same files (checked by device and inode) and is told what it has, in a struct colocache_recovery.  There
+ *  An empty control region is for create, any other for attach.  The next process gives the same files (checked by device and inode) and is told what it has, in a struct colocache_recovery.  There
  *  is no colocache_loaded to call; a handle whose VM does not come up is closed.
  *   - NOTHING      no epoch was sealed: as new, but epoch numbers that were used stay used;
  *   - REPLAYED, RESTART   guest RAM and device state are exactly `epoch`: load the device state into a fresh VM and run it;
  *   - NO_RESTART   pages of a newer epoch had come already and the VM that ran is gone: no VM runs, colocache_failover refuses,
  *                  every page counts as written by the SVM, and the next epoch that is sealed makes the secondary whole.
- *  A machine that had taken over before it died is nobody's secondary any more: COLOCACHE_E_FAILED_OVER.
- *  In each other case the conversation goes on as after a lost connection; the primary compares sealed epochs and calls resend or received.
+ *  A machine that had taken over before it died is nobody's secondary any more: COLOCACHE_E_FAILED_OVER.  Make new files and a new region.
+ *  In each other case the conversation goes on as after a lost connection: tell history_id and sealed_epoch of the status (not the
+ *  report's epoch).  A VM that restarts has a fresh dirty log, discarded before it runs; what the load of its state writes is marked.
  *
  * ---- The promise ----
  *
@@ -329,7 +339,7 @@ int colocache_close(struct colocache *cc);
 
 struct colocache_status {
     uint64_t struct_size;
-    uint8_t history_id[16];            /* random, made with the initial copy */
+    uint8_t history_id[16];            /* random; new with each create and each attach that found nothing sealed */
     uint32_t phase;                    /* enum colocache_phase; inspect: SEALING = sealed, not committed */
     uint32_t n_blocks;
     uint64_t sealed_epoch;             /* newest sealed epoch, 0 = none */
@@ -408,7 +418,8 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
  * length against a bound of yours, then read it.  timeout_ms: longest wait without a byte, -1 = for ever.
  * *n_pages_out counts pages taken, also on error.  A damaged or wrong packet (E_PACKET, E_EPOCH, E_BLOCK, E_RANGE,
  * E_TOO_LARGE) writes nothing.  E_PEER_LOST, E_TIMEOUT; pages of a packet that broke off keep their bits, so nothing is wrong, but the
- * epoch's count is short and it must be aborted.  After any error the connection is out of step: close it.
+ * epoch's count is short and it must be aborted.  After any error, E_TIMEOUT included, the connection is out of step: close it; a peer
+ * that is alive sends something (a PING of yours) more often than timeout_ms.
  * epoch 0: take the epoch of the packets as it comes. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out);
 
@@ -477,7 +488,8 @@ int colocache_source_close(struct colocache_source *source);
 struct colocache_seal_args {
     uint64_t struct_size;
     uint64_t epoch;
-    uint64_t n_pages;                  /* pages the peer says it sent for this epoch; COLOCACHE_ANY_COUNT = unchecked */
+    uint64_t n_pages;                  /* pages the peer sent with this epoch's number, zero pages and repeats included, all its sends
+                                          together; COLOCACHE_ANY_COUNT = unchecked */
     int (*check)(void *check_context, const void *device_state, uint64_t len_bytes); /* not 0 = veto; NULL = accept */
     void *check_context;
 };
@@ -549,19 +561,25 @@ struct colocache_send_result {
  * threads on several sockets; mark_dirty in any thread; the rest in one thread at a time. */
 int colocache_sender_create(struct colocache_sender **out);
 int colocache_sender_close(struct colocache_sender *sender);
+/* *block_out as on the secondary: the order of the calls is what pairs the blocks.  E_ORDER once pages were sent. */
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes,
                                uint32_t page_size, uint32_t *block_out);
 /* Take the log into unacked and pending.  The log is write-protected or cleared before this returns, so before any page
  * of it is read. */
 int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colocache_source *source);
+/* Words of your own log, as in colocache_sync_words.  While the PVM runs take them from it atomically: exchange each word with 0 into
+ * a copy and hand over the copy.  A log that is cleared after this call loses what the PVM set in between. */
 int colocache_sender_sync_words(struct colocache_sender *sender, uint32_t block, uint64_t first_pfn, uint64_t n_pages,
                                 const uint64_t *words);
+/* Pages written by user space on the primary's side; after the write. */
 int colocache_sender_mark_dirty(struct colocache_sender *sender, uint32_t block, uint64_t first_pfn, uint64_t n_pages);
 /* All of RAM is pending and unacked: the initial copy, or a log that was lost. */
 int colocache_sender_mark_all(struct colocache_sender *sender);
 /* Send pending pages as PAGES packets of `epoch` on the stream socket `fd`, gathered from guest RAM, zero pages as flags.
  * Stops after max_pages (0 = all).  With several streams, thread i of n sends the pages of stripe i, so that a page
- * always travels on the same connection and its versions stay in order.  timeout_ms as above.  E_PEER_LOST, E_TIMEOUT. */
+ * always travels on the same connection and its versions stay in order; stripes count from 0.  When an epoch's pages are out, send a
+ * message of yours on each stream: it is what lets that stream's colocache_receive_stream return.  timeout_ms as above.
+ * E_PEER_LOST, E_TIMEOUT, E_EPOCH (0). */
 int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe,
                           uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out);
 /* RECEIVED came (or the peer said at reconnection that it sealed): nothing is unacknowledged any more. */
@@ -576,7 +594,7 @@ int colocache_sender_count(struct colocache_sender *sender, uint64_t *pending_ou
  * that of the header XOR that of the runs.  All other types are yours; types 0 to 6 and 257 to 260 have a meaning between
  * `colocache primary` and `colocache secondary`.
  *
- * Fill the header of a message without pages: type (at most 65535), epoch, body length, two words of its own. */
+ * Fill the header of a message without pages: type (at most 65535, not that of PAGES), epoch, body length, two words of its own. */
 int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64_t body_len_bytes, uint32_t a, uint32_t b);
 /* Check the checksum, magic and version of 40 header bytes and take them apart.  E_PACKET. */
 int colocache_message_parse(const void *header, uint32_t *type_out, uint64_t *epoch_out, uint64_t *body_len_bytes_out,

@@ -235,6 +235,30 @@ static void block_by_address_alone_works_and_cannot_be_attached(void)
     end();
 }
 
+static void guest_addr_must_be_a_shared_mapping_of_the_image(void)
+{
+    begin();
+    struct colocache_images images = rig_images(&one);
+    uint64_t n_bytes = rig_len(&one), size = control_size();
+    void *private_one = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE, one.guest_fd, 0);
+    void *anonymous = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(private_one != MAP_FAILED && anonymous != MAP_FAILED);
+    images.guest_addr = private_one;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.guest_addr = anonymous;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.guest_addr = one.cache; /* another file's */
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    CHECK_EQ(size, control_size());
+    images.guest_addr = one.guest;
+    CHECK_RC(0, colocache_add_block(cc, &images, NULL));
+    for (uint64_t i = 0; i < n_bytes; i++)
+        CHECK(one.guest[i] == 0 && one.cache[i] == 0); /* the probes are gone */
+    munmap(private_one, n_bytes);
+    munmap(anonymous, n_bytes);
+    end();
+}
+
 static void attach_takes_no_other_images(void)
 {
     struct rig rig;
@@ -291,6 +315,7 @@ int main(void)
     RUN(blocks_come_before_pages);
     RUN(info_and_bitmaps_of_a_block);
     RUN(block_by_address_alone_works_and_cannot_be_attached);
+    RUN(guest_addr_must_be_a_shared_mapping_of_the_image);
     RUN(attach_takes_no_other_images);
     return DONE();
 }

@@ -89,7 +89,14 @@ static void create_wants_an_empty_file(void)
     rig_die(&rig);
     CHECK_RC(COLOCACHE_E_EXISTS, colocache_create(rig.control_fd, NULL, &second));
     CHECK_RC(0, rig_attach(&rig)); /* and did nothing to it */
-    CHECK(colocache_create(-1, NULL, &second) < 0 && second == NULL);
+    CHECK_RC(-EBADF, colocache_create(-1, NULL, &second));
+    CHECK(second == NULL && strstr(colocache_last_error(), "control_fd is -1") != NULL);
+    int null_fd = open("/dev/null", O_RDWR | O_CLOEXEC), empty = rig_memfd("empty", 0);
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_create(null_fd, NULL, &second));
+    CHECK_RC(COLOCACHE_E_NOT_COLOCACHE, colocache_attach(empty, NULL, NULL, 0, NULL, &second));
+    CHECK(strstr(colocache_last_error(), "empty") != NULL);
+    close(null_fd);
+    close(empty);
     rig_close(&rig);
 }
 

@@ -328,6 +328,7 @@ static void a_senders_arguments_are_checked(void)
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_sync_dirty_log(primary.sender, NULL));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 0, 0, 0, NULL));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 3, 3, 0, NULL));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_sender_send(primary.sender, pair[0], 0, 0, 0, 1, 0, NULL));
     CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_add_block(primary.sender, "boot", primary.ram[0], 4096, 4096, &index));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_add_block(primary.sender, "", primary.ram[0], 4096, 4096, &index));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_add_block(primary.sender, "x", NULL, 4096, 4096, &index));
@@ -336,6 +337,8 @@ static void a_senders_arguments_are_checked(void)
     CHECK_RC(COLOCACHE_E_LENGTH, colocache_sender_add_block(primary.sender, "x", primary.ram[0], 4096, 1024, &index));
     CHECK_EQ(9, index);
     counts_are_the_oracles();
+    CHECK_RC(0, colocache_sender_send(primary.sender, pair[0], 0, 1, 0, 1, 0, NULL)); /* nothing is pending */
+    CHECK_RC(COLOCACHE_E_ORDER, colocache_sender_add_block(primary.sender, "late", primary.ram[0], 4096, 4096, &index));
     end();
 }
 

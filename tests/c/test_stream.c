@@ -306,6 +306,7 @@ static void headers_survive_the_trip_and_damage_is_seen(void)
         header[bit / 8] ^= (uint8_t)(1u << (bit % 8));
     }
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(header, 65536, 1, 1, 1, 1));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(header, COLOCACHE_MSG_PAGES, 1, 1, 1, 1));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(NULL, 1, 1, 1, 1, 1));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_parse(NULL, &type, &epoch, &body, &a, &b));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_parse(header, NULL, &epoch, &body, &a, &b));
