@@ -168,7 +168,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one, printed")
     parser.add_argument("--backing", action="append", choices=("shm", "hugetlb", "thp"), help="shm and hugetlb")
     parser.add_argument("--guest", action="append", choices=("kvm", "process"), help="both")
-    parser.add_argument("--pairs", type=int, default=2, help="at a time (default: %(default)s)")
+    parser.add_argument("--pairs", type=int, default=3, help="at a time (default: %(default)s)")
     parser.add_argument("--report-every", type=float, default=30, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.kills <= 0 and options.seconds <= 0:

@@ -80,6 +80,8 @@ class Pair(Watched):
         if plan.end == "primary, too early":
             if self._claim():
                 self._kill_primary_early()
+            else:
+                self._end_in_order()
             return
         if plan.middle and self.rng.random() < 0.3 and self._claim():
             self.moment = "before epoch 1"
