@@ -48,6 +48,8 @@ hellos = st.builds(
     lost=st.booleans(),
     machine=names,
     blocks=st.lists(blocks, min_size=1, max_size=8, unique_by=lambda block: block.name).map(tuple),
+    streams=st.integers(1, 16),
+    session=st.none() | st.binary(min_size=16, max_size=16),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -195,13 +197,13 @@ def test_message_numbers_are_qemus_and_ours_from_0x100() -> None:
         "VMSTATE_RECEIVED",
         "VMSTATE_LOADED",
     ]
-    assert [MessageType(0x100 + n).name for n in range(5)] == ["PAGES", "HELLO", "ABORT", "PING", "PONG"]
+    assert [MessageType(0x100 + n).name for n in range(6)] == ["PAGES", "HELLO", "ABORT", "PING", "PONG", "STREAM"]
     assert name_of(77) == "message 0x4d"
 
 
 def test_only_three_messages_have_a_body_and_each_a_bound() -> None:
     with_body = {kind for kind in MessageType if body_bytes_max(kind, 100)}
-    assert with_body == {MessageType.HELLO, MessageType.ABORT, MessageType.VMSTATE_SIZE}
+    assert with_body == {MessageType.HELLO, MessageType.ABORT, MessageType.VMSTATE_SIZE, MessageType.STREAM}
     assert body_bytes_max(MessageType.VMSTATE_SIZE, 100) == 100
 
 

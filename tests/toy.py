@@ -80,7 +80,8 @@ class ToyMachine:
         self.resumes += 1
         # Each machine writes its own pages as soon as it runs: they are wrong after the next checkpoint unless flushed.
         for step in range(20):
-            self.write(1, (self.resumes * 7 + step * 11 + self._own * 3) % 300, self._own + step + self.resumes)
+            pfn = (self.resumes * 7 + step * 11 + self._own * 3) % 300 * (len(self.views[1]) // 300)
+            self.write(1, pfn, self._own + step + self.resumes)
 
     def pause(self) -> None:
         self.running = False
@@ -162,7 +163,8 @@ class Recorder(Events):
 
 
 class Link:
-    """A wire that reads along: `rule(direction, type, epoch)` says "pass", "cut" (before it), "pass-cut" or "stall"."""
+    """A wire that reads along: `rule(direction, type, epoch)` says "pass", "cut" (before it), "half-cut" (inside
+    it), "pass-cut" or "stall". In a rule `here.stream` is the index of the connection's stream."""
 
     def __init__(self, folder: Path, target: Address) -> None:
         self.address = Address.parse(f"unix:{folder}/link")
@@ -170,6 +172,7 @@ class Link:
         self._target = target
         self.rule: Rule = lambda *_: "pass"
         self.log: list[tuple[str, MessageType, int, int]] = []  # direction, type, epoch, pages
+        self.here = threading.local()
         self._open: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
         self._closed = threading.Event()
@@ -195,18 +198,22 @@ class Link:
             self._start(self._forward, "S→P", far, near)
 
     def _forward(self, direction: str, source: socket.socket, target: socket.socket) -> None:
+        self.here.stream = 0
         with contextlib.suppress(OSError, ValueError):
             while True:
                 header = self._read(source, HEADER.size)
-                _, _, kind, epoch, length, _, n_runs, _ = HEADER.unpack(header)
+                _, _, kind, epoch, length, first, n_runs, _ = HEADER.unpack(header)
                 body = self._read(source, length)
                 n_pages = 0
                 if kind == MessageType.PAGES:
                     n_pages = sum(struct.unpack_from("<QII", body, 16 * run)[1] for run in range(n_runs))
+                if kind == MessageType.STREAM:
+                    self.here.stream = first
                 verdict = self.rule(direction, MessageType(kind), epoch)
                 if verdict == "stall":
                     self._closed.wait()
-                if verdict == "cut":
+                if verdict in ("cut", "half-cut"):
+                    target.sendall((header + body)[: (len(header) + length) // 2 if verdict == "half-cut" else 0])
                     break
                 self.log.append((direction, MessageType(kind), epoch, n_pages))
                 target.sendall(header + body)
@@ -218,13 +225,10 @@ class Link:
 
     @staticmethod
     def _read(source: socket.socket, n: int) -> bytes:
-        data = bytearray()
-        while len(data) < n:
-            more = source.recv(n - len(data))
-            if not more:
-                raise ValueError("closed")
-            data += more
-        return bytes(data)
+        data = source.recv(n, socket.MSG_WAITALL) if n else b""
+        if len(data) < n:
+            raise ValueError("closed")
+        return data
 
     def pages(self, direction: str = "P→S") -> int:
         """Pages that went over the wire."""
@@ -277,7 +281,7 @@ class Pair:
 
     def __init__(self, memory: Memory, folder: Path, *, timing: Timing = QUICK, arbiter: Arbiter | None = None) -> None:
         self._stack = contextlib.ExitStack()
-        self.memory, self.timing, self.arbiter = memory, timing, arbiter
+        self.memory, self.timing, self.arbiter, self.streams = memory, timing, arbiter, 1
         self.blocks = hello_blocks(image.spec for image in memory.images)
         self.listener, self.address = Address.parse(f"unix:{folder}/s").listen()
         self._stack.callback(self.address.remove)
@@ -299,7 +303,7 @@ class Pair:
             listener=self.listener,
             blocks=self.blocks,
             machine_name="toy",
-            options=SecondaryOptions(pair=pair, timing=self.timing, ask_at_dirty_pages=ask_at),
+            options=SecondaryOptions(pair=pair, timing=self.timing, ask_at_dirty_pages=ask_at, streams=self.streams),
             events=self.events_s,
             stop=self.stop_s,
             arbiter=self.arbiter,
@@ -308,7 +312,7 @@ class Pair:
 
     def make_primary(self, **options: Any) -> Primary:
         """A primary with a sender of its own."""
-        images = [self._stack.enter_context(RamImage.create(spec, "shm")) for spec in TOY_BLOCKS]
+        images = [self._stack.enter_context(RamImage.create(image.spec, "shm")) for image in self.memory.images]
         self.sender = self._stack.enter_context(Sender())
         for image in images:
             self.sender.add_block(image.spec.name, image.addr, image.spec.len_bytes)
@@ -317,7 +321,7 @@ class Pair:
             self.primary.mark_dirty(block, first_pfn, n_pages)
 
         self.pvm = ToyMachine(rams_of_images(images), mark_dirty, own=1)
-        given = {"pair": "toy", "timing": self.timing, "interval": 0.05, **options}
+        given = {"pair": "toy", "timing": self.timing, "interval": 0.05, "streams": self.streams, **options}
         self.primary = Primary(
             address=self.link.address,
             machine=self.pvm,  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from colocache.commands.options import BACKINGS, FLUSHES, GUESTS, foreseen, print_json, size_option
+from colocache.commands.options import BACKINGS, FLUSHES, GUESTS, foreseen, print_json, size_option, streams_option
 
 KILL_POINTS = ("running", "receiving", "sealed", "random")
 
@@ -50,6 +50,7 @@ KILL_POINTS = ("running", "receiving", "sealed", "random")
     help="Seconds that the secondary waits for a lost primary.",
 )  # fmt: skip
 @click.option("--transport", type=click.Choice(("unix", "tcp")), default="unix", show_default=True, help="Socket.")
+@streams_option
 @click.option("--seed", type=int, default=None, help="For --kill-primary-at random: the same moment again.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
 @foreseen
@@ -83,6 +84,7 @@ def demo(as_json: bool, **given: Any) -> None:
             reconnect_limit=given["reconnect_limit"],
             transport=given["transport"],
             seed=given["seed"],
+            streams=given["streams"],
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:

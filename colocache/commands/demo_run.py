@@ -56,6 +56,7 @@ class DemoOptions:
     peer_timeout: float = 2.0
     transport: str = "unix"
     seed: int | None = None
+    streams: int = 1
 
 
 class Side:
@@ -198,7 +199,7 @@ class DemoRun:
         return [
             "--events", "--pair", self._name, "--guest", o.guest, "--ram", str(o.ram_bytes), "--backing", o.backing,
             "--working-set", str(o.working_set_bytes), "--steps-per-second", str(o.steps_per_second),
-            "--run-on", str(o.run_on), "--peer-timeout", str(o.peer_timeout),
+            "--run-on", str(o.run_on), "--peer-timeout", str(o.peer_timeout), "--streams", str(o.streams),
         ]  # fmt: skip
 
     def _secondary_args(self, address: str) -> list[str]:

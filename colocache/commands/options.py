@@ -68,6 +68,14 @@ pair_option = click.option(
     "--pair", default="colocache", show_default=True, help="Name of the pair; both sides must give the same."
 )
 
+streams_option = click.option(
+    "--streams",
+    type=click.IntRange(1, 16),
+    default=1,
+    show_default=True,
+    help="Connections that carry pages at once; both sides must give the same.",
+)
+
 timing_options = options(
     click.option(
         "--peer-timeout",

@@ -18,6 +18,7 @@ from colocache.commands.options import (
     print_json,
     report_options,
     size_option,
+    streams_option,
     timing_options,
 )
 
@@ -41,6 +42,7 @@ from colocache.commands.options import (
     show_default=True,
     help="Checkpoints that carry a hash per page for the secondary to compare.",
 )
+@streams_option
 @timing_options
 @click.option(
     "--reconnect-limit",
@@ -99,6 +101,7 @@ def primary(**given: Any) -> None:
         hash_at=given["hash_at"],
         die_at=given["die_at"],
         die_at_checkpoint=given["die_at_checkpoint"],
+        streams=given["streams"],
     )
     events = Events("primary", machine_readable=given["events"])
     kind, why = guest_kind_available(given["guest"])

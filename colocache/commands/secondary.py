@@ -21,6 +21,7 @@ from colocache.commands.options import (
     pair_option,
     report_options,
     size_option,
+    streams_option,
     timing_options,
 )
 
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     help="Memory dirtied here that makes the secondary ask for a checkpoint; 0 = never.",
 )
 @size_option("--device-state-max", default="64M", show_default=True, help="Bound on a device state.")
+@streams_option
 @timing_options
 @click.option(
     "--reconnect-limit",
@@ -149,6 +151,7 @@ def _config(given: dict[str, Any], kind: str) -> Any:
             run_on=given["run_on"],
         ),
         ask_at_dirty_pages=-(-given["dirty_limit"] // 4096),
+        streams=given["streams"],
     )
 
     def make(memory: Memory, listener_fd: int) -> ChildConfig:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from colocache.errors import ArgumentError, SystemCallError
 
+BACKLOG = 32  # a primary brings all its streams at once
 UNIX_PATH_BYTES_MAX = 107  # sockaddr_un has room for 108 with the final zero
 
 
@@ -69,13 +70,13 @@ class Address:
                 made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
                     made.bind(self.path)
-                    made.listen(4)
+                    made.listen(BACKLOG)
                 except BaseException:
                     made.close()
                     raise
                 return made, self
             family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-            made = socket.create_server((self.host, self.port), family=family, backlog=4)
+            made = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
             return made, Address(self.host, made.getsockname()[1], "")
         except OSError as error:
             raise SystemCallError(

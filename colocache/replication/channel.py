@@ -49,6 +49,22 @@ class Message:
         return f"{self.type.name}({self.epoch})"
 
 
+def parse_message(header: bytes, device_state_max: int = 0) -> Message:
+    """A message without its body, whose length is within its bound. ProtocolError."""
+    try:
+        fields = parse_header(header)
+    except PacketError as error:
+        raise ProtocolError(f"what came is no message of colocache: {error}") from error
+    try:
+        kind = MessageType(fields.type)
+    except ValueError:
+        raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
+    bound = body_bytes_max(kind, device_state_max)
+    if kind is not MessageType.PAGES and fields.body_len > bound:
+        raise ProtocolError(f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed")
+    return Message(kind, fields.epoch, fields.body_len, fields.a, fields.b)
+
+
 class Channel:
     """Messages over a connected stream socket, which it owns. Context manager; closing it twice is allowed.
 
@@ -67,6 +83,7 @@ class Channel:
         self._broken = False  # half a message went out: nothing may follow it
         self.last_heard = time.monotonic()
         self.last_sent = time.monotonic()
+        self.streams: tuple[Channel, ...] = ()  # further connections of the session: they end with this one
 
     def __enter__(self) -> Channel:
         return self
@@ -84,22 +101,27 @@ class Channel:
         with self._send_lock:
             self._send_all([memoryview(header), memoryview(body)] if body else [memoryview(header)])
 
-    def send_pages(self, sender: Sender, *, epoch: int, timeout: float, max_pages: int = 0) -> SendResult:
+    def send_pages(
+        self, sender: Sender, *, epoch: int, timeout: float, max_pages: int = 0, stripe: int = 0, n_stripes: int = 1
+    ) -> SendResult:
         """Send pending pages of `epoch`; `timeout` is the longest wait without a byte taken by the peer."""
         with self._send_lock:
             self._check_open()
             try:
-                return sender.send(self._fd, epoch=epoch, timeout=timeout, max_pages=max_pages)
+                return sender.send(
+                    self._fd, epoch=epoch, timeout=timeout, stripe=stripe, n_stripes=n_stripes, max_pages=max_pages
+                )
             except BaseException:
                 self._broken = True
                 raise
             finally:
                 self.last_sent = time.monotonic()
 
-    def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0) -> None:
+    def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0, n_pages: int = 0) -> None:
         """Tell the peer what is given up and why. Never raises: a peer that is gone needs no telling."""
         with contextlib.suppress(PeerLostError, TimedOutError):
-            self.send(MessageType.ABORT, epoch=epoch, a=int(kind), body=encode_reason(reason))
+            count = min(n_pages, 0xFFFFFFFF)
+            self.send(MessageType.ABORT, epoch=epoch, a=int(kind), b=count, body=encode_reason(reason))
 
     def _send_all(self, parts: list[memoryview]) -> None:
         self._check_open()
@@ -154,6 +176,13 @@ class Channel:
             return message, n_pages
         return self._with_body(message), n_pages
 
+    def wait_for_word(self) -> None:
+        """Until the next byte or the end of the connection, however long that takes."""
+        self._check_open()
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN | select.POLLRDHUP)
+        poll.poll()
+
     def receive_into(self, room: memoryview) -> None:
         """Fill `room` with the next bytes."""
         done = 0
@@ -177,20 +206,7 @@ class Channel:
         return bytes(room)
 
     def _parse(self, header: bytes) -> Message:
-        try:
-            fields = parse_header(header)
-        except PacketError as error:
-            raise ProtocolError(f"what came is no message of colocache: {error}") from error
-        try:
-            kind = MessageType(fields.type)
-        except ValueError:
-            raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
-        bound = body_bytes_max(kind, self._device_state_max)
-        if kind is not MessageType.PAGES and fields.body_len > bound:
-            raise ProtocolError(
-                f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed"
-            )
-        return Message(kind, fields.epoch, fields.body_len, fields.a, fields.b)
+        return parse_message(header, self._device_state_max)
 
     def _with_body(self, message: Message) -> Message:
         if not message.body_len:
@@ -232,6 +248,17 @@ class Channel:
         """Break the connection; whoever sends or receives on it, in whatever thread, is told at once. Any thread."""
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+        for stream in self.streams:
+            stream.shut_down()
+
+    def stop_reading(self) -> None:
+        """Whoever receives on it is told that nothing more comes; a last word can still be sent. Any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RD)
+
+    def fileno(self) -> int:
+        """For a poll."""
+        return self._fd
 
     def linger(self) -> None:
         """After a last message: let the peer read it. Closing with unread bytes in the socket would reset the
@@ -259,3 +286,5 @@ class Channel:
         # Whoever still sends has been woken by the shutdown; the descriptor must not be reused under them.
         with self._send_lock:
             self._socket.close()
+        for stream in self.streams:
+            stream.close()

@@ -16,9 +16,12 @@ VMSTATE_RECEIVED      S→P        epoch N is sealed
 VMSTATE_LOADED        S→P        epoch N runs; b:a = nanoseconds the secondary spent comparing hashes
 PAGES                 P→S        made and taken apart by the C library, never here
 HELLO                 both       body: JSON, see `Hello`
-ABORT                 both       epoch or 0; a = `AbortKind`; body: the reason as UTF-8
+ABORT                 both       epoch or 0; a = `AbortKind`; body: the reason as UTF-8; from P for an epoch: b = pages
+                                 sent for it (at most 2^32-1); with several streams S answers it with the same
 PING, PONG            P→S, S→P   "I live": sent when nothing else was for a while; PING(N) in a checkpoint:
                                  b:a = nanoseconds the primary spent making hashes
+STREAM                P→S        the first message on a further connection: a = its index from 1, b = number of streams;
+                                 body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 """
 
@@ -38,6 +41,8 @@ REASON_BYTES_MAX = 1024
 BLOCKS_MAX = 256
 PAIR_BYTES_MAX = 64
 MACHINE_BYTES_MAX = 256
+STREAMS_MAX = 16
+STREAM_TOKEN_BYTES_MAX = 32 + PAIR_BYTES_MAX
 U64_MAX = (1 << 64) - 1
 
 
@@ -56,6 +61,7 @@ class MessageType(IntEnum):
     ABORT = 0x102
     PING = 0x103
     PONG = 0x104
+    STREAM = 0x105
 
 
 class AbortKind(IntEnum):
@@ -84,6 +90,8 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
         return REASON_BYTES_MAX
     if message is MessageType.VMSTATE_SIZE:
         return device_state_max
+    if message is MessageType.STREAM:
+        return STREAM_TOKEN_BYTES_MAX
     return 0
 
 
@@ -129,7 +137,8 @@ class Hello:
     `history` is the id made with the initial copy (16 bytes); a primary that has none yet says None. `sealed_epoch` is
     the newest epoch that this side knows to be sealed, `used_epoch` the newest number it has used or seen. `lost` from
     a primary: "I declared this history's secondary lost"; from a secondary: "I took over". `machine` says what kind of
-    machine it is; the two must be equal.
+    machine it is; the two must be equal, and so must `streams`, the number of connections that carry pages. `session`
+    (16 bytes) is made by the secondary for each connection and names it to its further streams.
     """
 
     role: str
@@ -141,6 +150,12 @@ class Hello:
     machine: str
     blocks: tuple[HelloBlock, ...]
     wire_version: int = WIRE_VERSION
+    streams: int = 1
+    session: bytes | None = None
+
+    def stream_token(self) -> bytes:
+        """Of a secondary's HELLO: what a further stream must show to belong to this session."""
+        return (self.session or b"") + (self.history or b"") + self.pair.encode()
 
     def encode(self) -> bytes:
         """The body of the message."""
@@ -155,6 +170,8 @@ class Hello:
                 "lost": self.lost,
                 "machine": self.machine,
                 "blocks": [[b.name, b.len_bytes, b.page_size] for b in self.blocks],
+                "streams": self.streams,
+                "session": self.session.hex() if self.session is not None else None,
             },
             separators=(",", ":"),
         ).encode()
@@ -181,12 +198,14 @@ class Hello:
             return cls(
                 role=_choice(fields, "role", ("primary", "secondary")),
                 pair=_text(fields, "pair", PAIR_BYTES_MAX),
-                history=_history(fields["history"]),
+                history=_id(fields, "history"),
                 sealed_epoch=_number(fields, "sealed_epoch"),
                 used_epoch=_number(fields, "used_epoch"),
                 lost=_boolean(fields, "lost"),
                 machine=_text(fields, "machine", MACHINE_BYTES_MAX),
                 blocks=_blocks(fields["blocks"]),
+                streams=_streams(fields),
+                session=_id(fields, "session"),
             )
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the peer's HELLO can't be read: {_one_line(error)}") from error
@@ -200,6 +219,8 @@ def check_pair(own: Hello, peer: Hello) -> str | None:
         return f"the peer belongs to pair {peer.pair!r}, this side to {own.pair!r}: give both the same --pair"
     if own.machine != peer.machine:
         return f"the peer's machine is {peer.machine!r}, this side's {own.machine!r}: start both with the same options"
+    if own.streams != peer.streams:
+        return f"the peer uses {peer.streams} streams, this side {own.streams}: give both the same --streams"
     if own.blocks != peer.blocks:
         for index, (mine, theirs) in enumerate(zip(own.blocks, peer.blocks, strict=False)):
             if mine != theirs:
@@ -208,7 +229,10 @@ def check_pair(own: Hello, peer: Hello) -> str | None:
     return None
 
 
-_FIELDS = {"wire_version", "role", "pair", "history", "sealed_epoch", "used_epoch", "lost", "machine", "blocks"}
+_FIELDS = {
+    "wire_version", "role", "pair", "history", "sealed_epoch", "used_epoch", "lost", "machine", "blocks", "streams",
+    "session",
+}  # fmt: skip
 
 
 def _one_line(error: Exception) -> str:
@@ -266,11 +290,19 @@ def _choice(fields: dict[str, Any], name: str, choices: tuple[str, ...]) -> str:
     return value
 
 
-def _history(value: object) -> bytes | None:
+def _streams(fields: dict[str, Any]) -> int:
+    streams = _number(fields, "streams")
+    if not 1 <= streams <= STREAMS_MAX:
+        raise ValueError(f"{streams} streams are not 1 to {STREAMS_MAX}")
+    return streams
+
+
+def _id(fields: dict[str, Any], name: str) -> bytes | None:
+    value = fields[name]
     if value is None:
         return None
     if not isinstance(value, str) or len(value) != 32 or not set(value) <= set("0123456789abcdef"):
-        raise ValueError("history is not 32 hexadecimal digits")
+        raise ValueError(f"{name} is not 32 hexadecimal digits")
     return bytes.fromhex(value)
 
 

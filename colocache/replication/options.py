@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from colocache.errors import ArgumentError
+from colocache.replication.messages import STREAMS_MAX
 
 VERIFY = ("all", "last", "none")
 DIE_AT = ("receiving", "sealed")
@@ -50,8 +51,10 @@ class PrimaryOptions:
     hash_at: int = 0  # verify "last": the checkpoint, counted from 1, that carries hashes; 0 = number `checkpoints`
     die_at: str = ""  # for the demo and tests: SIGKILL itself at this point ...
     die_at_checkpoint: int = 0  # ... of this checkpoint, counted from 1
+    streams: int = 1  # connections that carry pages at once
 
     def __post_init__(self) -> None:
+        _check_streams(self.streams)
         if not 0 <= self.interval <= 86400:
             raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")
         if self.verify not in VERIFY:
@@ -73,3 +76,12 @@ class SecondaryOptions:
     pair: str = "colocache"
     timing: Timing = Timing()
     ask_at_dirty_pages: int = 0  # ask the primary for a checkpoint when the SVM has dirtied so many; 0 = never
+    streams: int = 1  # connections that carry pages at once; the primary must want the same
+
+    def __post_init__(self) -> None:
+        _check_streams(self.streams)
+
+
+def _check_streams(streams: int) -> None:
+    if not 1 <= streams <= STREAMS_MAX:
+        raise ArgumentError(f"{streams} streams: give 1 to {STREAMS_MAX}")

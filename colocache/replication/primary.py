@@ -30,6 +30,7 @@ from colocache.replication.failover import Arbiter, Loss, SoloArbiter
 from colocache.replication.messages import AbortKind, Hello, HelloBlock, MessageType, check_pair, decode_reason
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.results import SentCheckpoint
+from colocache.replication.streams_out import open_streams
 from colocache.vmm.machine import Machine, VerifyReport
 
 RETRY_SECONDS = 0.1  # between two tries to connect
@@ -228,6 +229,7 @@ class Primary:
             lost=state.history is None and state.lost_history is not None,
             machine=self._machine_name,
             blocks=self._blocks,
+            streams=self.options.streams,
         )
         channel.send(MessageType.HELLO, body=own.encode())
         message = channel.receive()
@@ -237,8 +239,11 @@ class Primary:
             raise ProtocolError(f"the peer sent {message} where HELLO must come")
         peer = Hello.decode(message.body)
         self._check_peer(channel, own, peer)
+        open_streams(channel, self._address, peer, self.timing.checkpoint_timeout)
         fresh = self._settle(peer)
         ready = channel.receive()
+        if ready.type is MessageType.ABORT and ready.a == AbortKind.SESSION:
+            raise PeerLostError(f"the secondary ended the session before it began: {decode_reason(ready.body)}")
         if ready.type is not MessageType.CHECKPOINT_READY:
             raise ProtocolError(f"the secondary sent {ready} where CHECKPOINT_READY must come")
         self.events.emit(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from colocache.replication.errors import ProtocolError
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
 from colocache.replication.messages import AbortKind, MessageType, join_u64, split_u64
 from colocache.replication.results import SentCheckpoint
+from colocache.replication.streams_out import OutStreams
 
 if TYPE_CHECKING:
     from colocache.replication.primary import Primary
@@ -37,6 +39,7 @@ class PrimarySession:
         self._options = primary.options
         self._timing = primary.timing
         self._channel = channel
+        self._streams = OutStreams(channel)
         self._inbox = Inbox(channel)
         self._sent = _Sent()  # for the open epoch
         self._save_failures = 0
@@ -80,6 +83,7 @@ class PrimarySession:
     def close(self) -> None:
         """End the reading thread and the connection."""
         self._inbox.stop()
+        self._streams.close()
         self._channel.close()
 
     # ---- pages ----
@@ -91,20 +95,21 @@ class PrimarySession:
         except LogLostError:
             self._sender.mark_all()
 
-    def _send(self, max_pages: int = 0) -> SendResult:
+    def _send(self, max_pages: int = 0) -> int:
         # A secondary that flushes takes nothing for a while: that is back-pressure. Silence is the inbox's to notice.
-        result = self._channel.send_pages(
+        results = self._streams.send(
             self._sender, epoch=self._epoch, timeout=self._timing.checkpoint_timeout, max_pages=max_pages
         )
-        self._sent.add(result)
-        return result
+        for result in results:
+            self._sent.add(result)
+        return sum(result.n_pages for result in results)
 
     def _initial_copy(self) -> None:
         """All of RAM while the machine runs, then what it dirtied meanwhile, until little is left."""
         begin, total = time.monotonic(), 0
         for _ in range(INITIAL_PASSES):
             while self._sender.count()[0] and not self._primary.stop.is_set():
-                total += self._send(INITIAL_ROUND_PAGES).n_pages
+                total += self._send(INITIAL_ROUND_PAGES)
                 # receive_stream hands out the PING, and the secondary uses the moment to copy ahead.
                 self._channel.send(MessageType.PING)
                 self._inbox.check_idle()
@@ -202,7 +207,12 @@ class PrimarySession:
             self._save_failures += 1
             if self._save_failures >= SAVE_FAILURES_MAX:
                 raise
-            channel.abort(AbortKind.CHECKPOINT, f"the primary's device state can't be saved: {error}", epoch=epoch)
+            reason = f"the primary's device state can't be saved: {error}"
+            channel.abort(AbortKind.CHECKPOINT, reason, epoch=epoch, n_pages=self._sent.n_pages)
+            if len(self._streams) > 1:
+                # Pages of the next epoch must not overtake the ABORT on another stream: the secondary answers it.
+                with contextlib.suppress(CheckpointAbortedError):
+                    self._inbox.expect(MessageType.VMSTATE_RECEIVED, epoch, timeout)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
         hash_ns = time.monotonic_ns() - begin if with_hashes else 0
         if with_hashes:

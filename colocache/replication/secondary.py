@@ -6,6 +6,7 @@ One connection is a `SecondarySession`; this module decides between them.
 
 from __future__ import annotations
 
+import secrets
 import select
 import socket
 import threading
@@ -29,11 +30,13 @@ from colocache.replication.messages import AbortKind, Hello, HelloBlock, Message
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
 from colocache.replication.secondary_session import SecondarySession, StoppedError, TakeOverNowError
+from colocache.replication.streams_in import take_streams
 from colocache.replication.svm import Svm
 from colocache.replication.takeover import Takeover
 from colocache.vmm.machine import Machine
 
 SLICE_SECONDS = 0.1  # a wait that must notice a signal
+STREAMS_SHARE = 0.8  # of the peer timeout, for the further streams to come: the primary still listens then
 
 
 class DeclaredLostError(RefusedError):
@@ -251,6 +254,8 @@ class Secondary:
             lost=lost,
             machine=self._machine_name,
             blocks=self._blocks,
+            streams=self.options.streams,
+            session=secrets.token_bytes(16),
         )
 
     def _greet(self, channel: Channel) -> bool:
@@ -262,6 +267,9 @@ class Secondary:
         own = self._own_hello()
         try:
             message = channel.receive()
+            if message.type is MessageType.STREAM:
+                channel.abort(AbortKind.REFUSED, "the stream belongs to a session that is over")
+                return False  # of a primary that was lost before its streams were taken
             if message.type is not MessageType.HELLO:
                 raise ProtocolError(f"the peer sent {message} where HELLO must come")
             peer = Hello.decode(message.body)
@@ -277,6 +285,7 @@ class Secondary:
             self.events.emit("refused", f"sent a peer away: {error}", reason=str(error))
             return False
         channel.send(MessageType.HELLO, body=own.encode())
+        self._take_streams(channel, own)
         channel.send(MessageType.CHECKPOINT_READY)
         self.events.emit(
             "hello",
@@ -285,6 +294,18 @@ class Secondary:
             used_epoch=own.used_epoch,
         )
         return True
+
+    def _take_streams(self, channel: Channel, own: Hello) -> None:
+        def refused(reason: str) -> None:
+            self.events.emit("refused", f"sent a stream away: {reason}", reason=reason)
+
+        seconds = STREAMS_SHARE * self.timing.peer_timeout
+        try:
+            take_streams(channel, self._listener, own, seconds=seconds, refused=refused)
+        except (TimedOutError, ProtocolError) as error:
+            channel.abort(AbortKind.SESSION, str(error))
+            channel.linger()
+            raise
 
     def _check_peer(self, own: Hello, peer: Hello) -> None:
         reason = check_pair(own, peer)

@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable
 
-from colocache.errors import ColocacheError, IncompleteError, PeerLostError, TimedOutError, VetoError
+from colocache.errors import ColocacheError, EpochError, IncompleteError, PeerLostError, TimedOutError, VetoError
 from colocache.replication.channel import Channel, Message
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
 from colocache.replication.messages import AbortKind, MessageType, decode_reason, join_u64, split_u64
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
+from colocache.replication.streams_in import InStreams
 from colocache.replication.svm import Sealed, Svm
 
 
@@ -44,6 +45,7 @@ class SecondarySession:
         self._svm = svm
         self._cache = svm.cache
         self._channel = channel
+        self._streams = InStreams(channel, svm.cache)
         self._options = options
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
@@ -55,6 +57,19 @@ class SecondarySession:
 
     def run(self) -> str:
         """Until the primary says that it ends: its reason. PeerLostError, TimedOutError, ProtocolError, ..."""
+        # After the streams are joined no page comes any more: only then may the caller give up the open epoch.
+        with self._streams:
+            try:
+                return self._converse()
+            except PeerLostError as error:
+                # A stream that broke ended the control connection too, and knows better why.
+                failure = self._streams.failure
+                if failure is None or isinstance(failure, PeerLostError):
+                    raise failure or error from None
+                self._give_up(AbortKind.SESSION, str(failure))
+                raise failure from error
+
+    def _converse(self) -> str:
         try:
             return self._listen()
         except (PeerLostError, TimedOutError, SessionEndedError, SecondaryLostError, TakeOverNowError):
@@ -106,6 +121,7 @@ class SecondarySession:
         """The primary gives something up. Raises, unless it is only the epoch."""
         reason = decode_reason(message.body)
         if message.a == AbortKind.CHECKPOINT:
+            self._wait_for_pages(message.epoch, message.b)  # else its late pages would end the session
             epoch = self._svm.abort_open(reason)
             self._svm.events.emit("aborted", f"the primary gave up epoch {epoch}: {reason}", epoch=epoch, reason=reason)
             return
@@ -152,12 +168,19 @@ class SecondarySession:
         try:
             self._expect(MessageType.VMSTATE_SEND, epoch, pages=False)
             size = self._expect(MessageType.VMSTATE_SIZE, epoch, pages=True)
-        except CheckpointGivenUpError:
+        except CheckpointGivenUpError as error:
+            if self._streams:
+                # The primary waits for this: pages of the next epoch must not overtake its ABORT on another stream.
+                self._channel.abort(AbortKind.CHECKPOINT, str(error), epoch=epoch)
             self._svm.resume()
             return
-        room = self._cache.device_state_buffer(epoch, size.body_len)
+        try:
+            room = self._cache.device_state_buffer(epoch, size.body_len)
+        except EpochError as error:
+            raise ProtocolError(f"pages of another epoch came in the checkpoint: {error}") from error
         self._channel.receive_into(room)
         room.release()
+        self._wait_for_pages(epoch, join_u64(size.a, size.b))
         received = time.monotonic_ns()
         try:
             sealed = self._svm.seal(epoch, join_u64(size.a, size.b))
@@ -170,6 +193,10 @@ class SecondarySession:
             return
         # What the primary spent on hashes is no part of a checkpoint without them.
         self._finish(epoch, sealed, min(received, requested + self._peer_hash_ns), received)
+
+    def _wait_for_pages(self, epoch: int, n_pages: int) -> None:
+        timing = self._options.timing
+        self._streams.wait_for_pages(epoch, n_pages, quiet=timing.peer_timeout, limit=timing.checkpoint_timeout)
 
     def _finish(self, epoch: int, sealed: Sealed, requested: int, received: int) -> None:
         """The epoch is sealed: it is finished whatever becomes of the primary."""
@@ -193,9 +220,10 @@ class SecondarySession:
 
     def _initial_copy_done(self) -> None:
         seconds = time.monotonic() - self._began
+        n_pages = self._n_pages + self._streams.n_pages
         self._svm.events.emit(
             "initial",
-            f"the initial copy brought {self._n_pages} pages in {seconds:.2f} s",
-            pages=self._n_pages,
+            f"the initial copy brought {n_pages} pages in {seconds:.2f} s",
+            pages=n_pages,
             seconds=round(seconds, 4),
         )

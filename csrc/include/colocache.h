@@ -591,7 +591,7 @@ int colocache_sender_count(struct colocache_sender *sender, uint64_t *pending_ou
 /* A message is 40 header bytes -- u32 magic "COLO", u16 wire version, u16 type, u64 epoch, u64 body length, u32 a, u32 b, u64 checksum of the
  * 32 bytes before (colocache_checksum), all little-endian -- and a body.  In PAGES (type 256) a is the block, b the number of runs; the
  * body is that many runs {u64 first_pfn, u32 n_pages, u32 flags: 1 = zero pages} and the bytes of the runs that are not zero; its checksum is
- * that of the header XOR that of the runs.  All other types are yours; types 0 to 6 and 257 to 260 have a meaning between
+ * that of the header XOR that of the runs.  All other types are yours; types 0 to 6 and 257 to 261 have a meaning between
  * `colocache primary` and `colocache secondary`.
  *
  * Fill the header of a message without pages: type (at most 65535, not that of PAGES), epoch, body length, two words of its own. */
