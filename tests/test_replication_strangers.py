@@ -93,7 +93,7 @@ def packet(block: int, runs: list[tuple[int, int, int]], epoch: int = 1, data: b
 
     body = b"".join(struct.pack("<QII", *run) for run in runs)
     pages = data if data is not None else bytes(PAGE * sum(n for _, n, flags in runs if not flags))
-    head = struct.pack("<IHHQQII", *struct.unpack("<IHH", message_header(M.PAGES, 1, 0)[:8]), epoch,
+    head = struct.pack("<IHHQQII", *struct.unpack("<IH", message_header(M.PING, 1, 0)[:6]), M.PAGES, epoch,
                        len(body) + len(pages), block, len(runs))  # fmt: skip
     checksum = lib.colocache_checksum(ffi.from_buffer(head), len(head))
     if body:
