@@ -9,7 +9,6 @@ import json
 import socket
 import struct
 import threading
-import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -291,6 +290,7 @@ class Pair:
         self.stop_s, self.stop_p = threading.Event(), threading.Event()
         self.events_s, self.events_p = Recorder("secondary"), Recorder("primary")
         self.released: list[int | None] = []
+        self._running: list[Running] = []
 
     def make_secondary(self, *, attach: bool = False, pair: str = "toy", ask_at: int = 0) -> Secondary:
         """A secondary on fresh memory, or on what the one before left."""
@@ -343,10 +343,12 @@ class Pair:
         return self.run_primary(), self.run_secondary()
 
     def run_primary(self) -> Running:
-        return Running(self.primary.run)
+        self._running.append(Running(self.primary.run))
+        return self._running[-1]
 
     def run_secondary(self) -> Running:
-        return Running(self.secondary.run)
+        self._running.append(Running(self.secondary.run))
+        return self._running[-1]
 
     def guest_ram(self) -> list[npt.NDArray[np.uint8]]:
         """The secondary's guest RAM, as it is now."""
@@ -356,7 +358,8 @@ class Pair:
         self.stop_p.set()
         self.stop_s.set()
         self.link.cut()
-        time.sleep(0.05)
+        for running in self._running:
+            running.thread.join(20)  # before its memory is unmapped
         self._stack.close()
 
 
