@@ -85,3 +85,26 @@ def test_a_stopped_keeper_ends_its_child(
     begin = time.monotonic()
     assert keeper.run() == -signal.SIGTERM
     assert time.monotonic() - begin < 30
+
+
+def test_an_operators_word_is_not_lost_on_a_child_that_has_no_handlers_yet(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    code = (
+        "import signal, sys, time\n"
+        "from colocache.replication.signals import stop_on_signals\n"
+        f"open({str(tmp_path / 'born')!r}, 'w').close(); time.sleep(0.3)\n"
+        "with stop_on_signals({signal.SIGUSR2: lambda: sys.exit(0)}): time.sleep(30)\n"
+        "sys.exit(1)"
+    )
+    keeper = keeper_of(memory, listener, monkeypatch, code)
+
+    def operator() -> None:
+        while not (tmp_path / "born").exists():
+            time.sleep(0.01)
+        keeper.pass_on(signal.SIGUSR2)
+
+    thread = threading.Thread(target=operator)
+    thread.start()
+    assert keeper.run() == 0
+    thread.join()

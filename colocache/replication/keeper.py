@@ -85,10 +85,16 @@ class Keeper:
         fd = self._listener.fileno()
         config = self._config(self._memory, fd)
         command = python_command("colocache.replication.child", "main", config.encode())
-        # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
-        self._child = subprocess.Popen(
-            command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL, start_new_session=True
-        )
+        # The child is born with the operator's signals blocked and takes them when it has its handlers (stop_on_signals):
+        # one that comes before must wait, not kill it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
+        try:
+            # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
+            self._child = subprocess.Popen(
+                command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL, start_new_session=True
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
             while not self._stop.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):

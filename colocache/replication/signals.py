@@ -46,6 +46,7 @@ def stop_on_signals(actions: dict[int, Callable[[], object]] | None = None) -> I
             before[signum] = signal.signal(signum, on_stop)
         for number in actions or {}:
             before[signal.Signals(number)] = signal.signal(number, on_action)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, set(actions or {}))  # those that a keeper had us born with
         yield stop
     finally:
         for signum, handler in before.items():
