@@ -85,8 +85,8 @@ class Keeper:
         fd = self._listener.fileno()
         config = self._config(self._memory, fd)
         command = python_command("colocache.replication.child", "main", config.encode())
-        # The child is born with the operator's signals blocked and takes them when it has its handlers (stop_on_signals):
-        # one that comes before must wait, not kill it.
+        # The child is born with the operator's signals blocked and takes them when it has its handlers
+        # (stop_on_signals): one that comes before must wait, not kill it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
         try:
             # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
