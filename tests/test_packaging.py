@@ -81,6 +81,15 @@ def test_the_package_is_typed_and_complete() -> None:
         assert hasattr(colocache, name)
 
 
+def test_every_file_that_the_modules_read_is_installed(source_tree: Path) -> None:
+    """Data beside the modules: a new kind of file must be named in pyproject.toml."""
+    made = {source_tree / "colocache" / "lib", source_tree / "colocache" / "include"}
+    for path in (source_tree / "colocache").rglob("*"):
+        built = path.suffix in (".py", ".pyc", ".c", ".h", ".so", ".o") or made & set(path.parents)
+        if path.is_file() and not built:
+            assert (Path(colocache.__file__).parent / path.relative_to(source_tree / "colocache")).is_file(), path
+
+
 def test_the_installed_header_is_the_sources(source_tree: Path) -> None:
     installed = (colocache.include_dir() / "colocache.h").read_text()
     assert installed == (source_tree / "csrc" / "include" / "colocache.h").read_text()
