@@ -207,7 +207,9 @@ def test_the_arbiter_is_told_what_is_known(make_memory, tmp_path: Path) -> None:
         secondary.join()
     by_role = {loss.role: loss for loss in asked}
     assert set(by_role) == {"primary", "secondary"}
-    assert by_role["secondary"].epoch >= by_role["primary"].epoch >= 2
+    # A primary tells the newest number it has used: the secondary can't have sealed one that the arbiter wasn't told.
+    assert by_role["primary"].epoch >= by_role["secondary"].epoch >= 2
+    assert by_role["primary"].history == by_role["secondary"].history != ""
     assert SoloArbiter().decide(by_role["primary"]).yes
 
 

@@ -12,11 +12,17 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Loss:
-    """What the side that asks knows about the loss of its peer."""
+    """What the side that asks knows about the loss of its peer.
+
+    An arbiter that said yes to a primary with (history, epoch) must say no to a secondary of that history whose epoch
+    is not newer: it is the one that was declared lost. A secondary with a newer epoch is in step again. That is why
+    a primary gives the newest number it has used: the secondary may have sealed the epoch in flight.
+    """
 
     role: str  # of the side that asks: "primary" or "secondary"
     pair: str
-    epoch: int  # the newest epoch this side knows to be sealed
+    history: str  # of the secondary's region, in hexadecimal; "" if the primary was never paired
+    epoch: int  # of a secondary: the newest it has sealed; of a primary: the newest number it has used
     cause: str  # one sentence
     seconds: float  # since the peer was last heard
 

@@ -317,7 +317,8 @@ class Primary:
     def _alone(self, cause: str, seconds: float) -> PrimarySummary:
         """The secondary does not come back: ask the arbiter, and run on without it."""
         state = self.state
-        verdict = self._arbiter.decide(Loss("primary", self.options.pair, state.sealed_epoch, cause, seconds))
+        history = (state.history or b"").hex()
+        verdict = self._arbiter.decide(Loss("primary", self.options.pair, history, state.used_epoch, cause, seconds))
         if not verdict.yes:
             self.pause_machine()
             self.events.emit("refused", f"not going on alone: {verdict.sentence}", reason=verdict.sentence)

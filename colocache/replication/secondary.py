@@ -330,8 +330,10 @@ class Secondary:
 
     def _ask_and_take_over(self, cause: str, heard: float, noticed: float) -> SecondarySummary | None:
         """The primary did not come back in time. None: the arbiter says no, for now."""
-        epoch = self.cache.status().sealed_epoch
-        verdict = self._arbiter.decide(Loss("secondary", self.options.pair, epoch, cause, time.monotonic() - heard))
+        status = self.cache.status()
+        history, epoch = bytes(status.history_id).hex(), status.sealed_epoch
+        loss = Loss("secondary", self.options.pair, history, epoch, cause, time.monotonic() - heard)
+        verdict = self._arbiter.decide(loss)
         if not verdict.yes:
             self.events.emit("refused", f"not taking over: {verdict.sentence}", reason=verdict.sentence)
             if self._arbiter_said_no:
