@@ -1,0 +1,357 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Primary, secondary and its keeper as real processes: lost and found, signals, bad input."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import colocache
+from colocache.cli import cli
+from colocache.replication.spawn import python_command
+
+RAM = ("--ram", "16M", "--guest", "process", "--backing", "shm")
+
+
+class Process:
+    """A side as a real process, with its events."""
+
+    def __init__(self, side: str, *args: str) -> None:
+        self.events: list[dict[str, Any]] = []
+        self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        command = python_command("colocache.cli", "main", side, *RAM, *args, "--events")
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._queue.put(json.loads(line))
+        self._queue.put(None)
+
+    def until(self, event: str, count: int = 1, timeout: float = 30.0) -> dict[str, Any]:
+        """The count-th event of this name."""
+        deadline = time.monotonic() + timeout
+        while True:
+            found = [one for one in self.events if one["event"] == event]
+            if len(found) >= count:
+                return found[count - 1]
+            try:
+                one = self._queue.get(timeout=max(0.01, deadline - time.monotonic()))
+            except queue.Empty:
+                one = None
+            if one is None:
+                raise AssertionError(f"no {event} number {count}; there was {self.events}")
+            self.events.append(one)
+
+    def end(self, timeout: float = 30.0) -> tuple[int, str]:
+        """Exit status and stderr, after it has ended by itself."""
+        status = self.process.wait(timeout)
+        self._reader.join(5)
+        while not self._queue.empty():
+            one = self._queue.get()
+            if one is not None:
+                self.events.append(one)
+        assert self.process.stderr is not None
+        return status, self.process.stderr.read()
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(5)
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+    def child(self) -> int:
+        """Pid of the process that runs the secondary's machine."""
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+            if children:
+                assert len(children) == 1
+                return int(children[0])
+            time.sleep(0.01)  # the keeper has just begun to listen, or starts a new one
+        raise AssertionError("the keeper has no child")
+
+
+class Sides:
+    """Starts sides that meet on one socket, and ends them."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder, self.name = folder, name
+        self._stack = contextlib.ExitStack()
+
+    def _start(self, side: str, *args: str) -> Process:
+        made = Process(side, *args)
+        self._stack.callback(made.close)
+        return made
+
+    def secondary(self, *args: str) -> Process:
+        made = self._start("secondary", "--listen", f"unix:{self._folder}/s", "--name", self.name, *args)
+        made.until("listening")
+        return made
+
+    def primary(self, *args: str) -> Process:
+        return self._start("primary", "--connect", f"unix:{self._folder}/s", "--interval", "0.05", *args)
+
+    def close(self) -> None:
+        self._stack.close()
+
+
+@pytest.fixture
+def sides(tmp_path: Path, region_name: str) -> Iterator[Sides]:
+    made = Sides(tmp_path, region_name)
+    yield made
+    made.close()
+
+
+def wrong_pages(*sides: Process) -> int:
+    return sum(event.get("wrong_pages", 0) for side in sides for event in side.events)
+
+
+# ---- the two sides ----
+
+
+def test_a_pair_ends_in_order_with_status_0(sides: Sides) -> None:
+    secondary = sides.secondary()
+    primary = sides.primary("--checkpoints", "5")
+    assert primary.end()[0] == 0
+    assert secondary.end()[0] == 0
+    assert len([event for event in secondary.events if event["event"] == "checkpoint"]) == 5
+    assert wrong_pages(primary, secondary) == 0
+
+
+def test_json_is_the_last_line_of_stdout_and_words_go_to_stderr(tmp_path: Path) -> None:
+    meeting = f"unix:{tmp_path}/s"
+    listening = python_command("colocache.cli", "main", "secondary", *RAM, "--listen", meeting, "--json")
+    sending = python_command(
+        "colocache.cli", "main", "primary", *RAM, "--connect", meeting, "--checkpoints", "2", "--json"
+    )
+    with subprocess.Popen(listening, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as secondary:
+        primary = subprocess.run(sending, capture_output=True, text=True, timeout=60, check=False)
+        out, errors = secondary.communicate(timeout=60)
+    for said, words in ((primary.stdout, primary.stderr), (out, errors)):
+        assert len(said.splitlines()) == 1
+        report = json.loads(said)
+        assert (report["checkpoints"], report["wrong_pages"]) == (2, 0)
+        assert "epoch 2" in words
+
+
+def test_a_stopped_primary_is_noticed_and_replaced_and_stands_still_when_it_wakes(sides: Sides) -> None:
+    """SIGSTOP: the connection stays, nothing comes."""
+    secondary = sides.secondary("--peer-timeout", "0.5", "--reconnect-limit", "0.1", "--run-on", "3")
+    primary = sides.primary("--peer-timeout", "0.5")
+    secondary.until("checkpoint", 3)
+    primary.process.send_signal(signal.SIGSTOP)
+    assert "0.5 s" in secondary.until("lost")["cause"]
+    secondary.until("takeover")
+    primary.process.send_signal(signal.SIGCONT)
+    status, errors = primary.end()
+    assert status == 1
+    assert "this primary stands still" in errors
+    assert secondary.end()[0] == 0
+    assert wrong_pages(secondary) == 0
+
+
+def test_a_stopped_secondary_is_noticed_and_the_primary_goes_on_alone(sides: Sides) -> None:
+    secondary = sides.secondary()
+    primary = sides.primary("--peer-timeout", "0.5", "--reconnect-limit", "0.3", "--run-on", "0.2")
+    primary.until("checkpoint", 3)
+    child = secondary.child()
+    os.kill(child, signal.SIGSTOP)
+    try:
+        primary.until("lost")
+        primary.until("alone")
+        status, _ = primary.end()
+        assert status == 1, "a primary that lost its secondary does not claim that all went well"
+        assert primary.events[-1]["wrong_pages"] == 0
+    finally:
+        os.kill(child, signal.SIGCONT)
+
+
+def test_sigusr1_takes_a_checkpoint_at_once_on_either_side(sides: Sides) -> None:
+    secondary = sides.secondary()
+    primary = sides.primary("--interval", "3600")
+    secondary.until("checkpoint", 1)
+    primary.process.send_signal(signal.SIGUSR1)
+    secondary.until("checkpoint", 2)
+    secondary.process.send_signal(signal.SIGUSR1)
+    secondary.until("checkpoint", 3)
+    assert wrong_pages(secondary) == 0
+
+
+def test_sigusr2_is_the_operators_word_to_take_over(sides: Sides) -> None:
+    secondary = sides.secondary("--run-on", "2")
+    primary = sides.primary()
+    secondary.until("checkpoint", 2)
+    secondary.process.send_signal(signal.SIGUSR2)
+    assert secondary.until("takeover")["cause"] == "the operator asked for it"
+    status, errors = primary.end()
+    assert status == 1
+    assert "took over" in errors
+    assert secondary.end()[0] == 0
+
+
+def test_a_killed_machine_is_restarted_by_its_keeper_and_the_pair_goes_on(sides: Sides) -> None:
+    secondary = sides.secondary("--reconnect-limit", "20")
+    primary = sides.primary()
+    for kill in range(1, 4):
+        done = len([event for event in secondary.events if event["event"] == "checkpoint"])
+        secondary.until("checkpoint", done + 3)
+        os.kill(secondary.child(), signal.SIGKILL)
+        found = secondary.until("attached", kill)
+        assert found["action"] in ("REPLAYED", "RESTART", "NO_RESTART")
+        assert len(found["sentence"].splitlines()) == 1
+    done = len([event for event in secondary.events if event["event"] == "checkpoint"])
+    secondary.until("checkpoint", done + 3)
+    assert all(event["fresh"] is False for event in primary.events if event["event"] == "connected")
+    primary.process.send_signal(signal.SIGTERM)
+    assert primary.end()[0] == -signal.SIGTERM
+    assert secondary.end()[0] == 0
+    assert wrong_pages(primary, secondary) == 0
+
+
+def test_a_restarted_machine_takes_over_when_the_primary_is_gone_too(sides: Sides) -> None:
+    """Killed in step, so that no byte of the next epoch is in the cache; then, later, the primary dies."""
+    secondary = sides.secondary("--reconnect-limit", "3")
+    primary = sides.primary("--checkpoints", "4", "--hold", "--no-background")
+    primary.until("holding")
+    os.kill(secondary.child(), signal.SIGKILL)
+    assert secondary.until("attached")["action"] in ("RESTART", "REPLAYED")
+    secondary.until("hello", 2)
+    primary.process.kill()
+    assert secondary.until("takeover")["epoch"] == 4
+    assert secondary.end()[0] == 0
+    assert wrong_pages(secondary) == 0
+
+
+def test_a_keeper_gives_up_a_machine_that_is_killed_again_and_again(sides: Sides) -> None:
+    secondary = sides.secondary()
+    for kill in range(6):
+        if kill:
+            secondary.until("restarted", kill)
+        os.kill(secondary.child(), signal.SIGKILL)
+    status, _ = secondary.end()
+    assert status == 1
+    assert "giving up" in secondary.events[-1]["sentence"]
+
+
+def test_the_machine_dies_with_its_keeper(sides: Sides) -> None:
+    secondary = sides.secondary()
+    child = secondary.child()
+    secondary.process.kill()
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{child}").exists()
+    colocache.clean(sides.name)
+
+
+def test_what_a_killed_keeper_left_is_inspected_recovered_and_attached(sides: Sides) -> None:
+    secondary = sides.secondary()
+    primary = sides.primary("--checkpoints", "3", "--hold", "--no-background", "--reconnect-limit", "30")
+    primary.until("holding")
+    secondary.process.kill()
+    assert primary.until("lost")
+    time.sleep(0.2)
+    runner = CliRunner()
+    shown = runner.invoke(cli, ["inspect", sides.name, "--json"])
+    assert json.loads(shown.output.splitlines()[-1])["sealed_epoch"] == 3
+    recovered = runner.invoke(cli, ["recover", sides.name, "--json"])
+    assert recovered.exit_code == 0, recovered.output
+    report = json.loads(recovered.output.splitlines()[-1])
+    assert (report["action"], report["epoch"], report["restartable"]) == ("restart", 3, True)
+    assert recovered.output.splitlines()[0] == report["sentence"]
+    again = sides.secondary("--attach")
+    assert again.until("attached")["epoch"] == 3
+    assert again.until("hello")["sealed_epoch"] == 3
+    primary.process.send_signal(signal.SIGTERM)
+    primary.end()
+    assert again.end()[0] == 0
+    assert wrong_pages(again) == 0
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_side_in_order_with_the_usual_status(sides: Sides, signum: signal.Signals) -> None:
+    secondary = sides.secondary()
+    primary = sides.primary()
+    secondary.until("checkpoint", 2)
+    secondary.process.send_signal(signum)
+    status, errors = secondary.end()
+    assert status == -signum
+    assert "Traceback" not in errors
+    assert colocache.list_regions() == [] or sides.name not in [one.name for one in colocache.list_regions()]
+    primary.process.send_signal(signum)
+    status, errors = primary.end()
+    assert status == -signum
+    assert "Traceback" not in errors
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("side", "args", "what"),
+    [
+        ("secondary", ["--listen", "nowhere"], "is no address"),
+        ("secondary", ["--listen", "unix:/no/such/folder/s"], "can't listen on unix:/no/such/folder/s"),
+        ("secondary", ["--listen", "unix:{tmp}/s", "--attach"], "--attach needs --name"),
+        (
+            "secondary",
+            ["--listen", "unix:{tmp}/s", "--attach", "--name", "nix"],
+            "there is no POSIX shared memory /colocache.nix",
+        ),
+        ("secondary", ["--listen", "unix:{tmp}/s", "--name", "a/b"], "is no name of a region"),
+        ("secondary", ["--listen", "unix:{tmp}/s", "--connect-limit", "0.2"], "no primary came within 0.2 s"),
+        ("secondary", ["--listen", "unix:{tmp}/s", "--peer-timeout", "0"], "peer_timeout is 0 s"),
+        ("primary", ["--connect", "unix:{tmp}/nobody", "--connect-limit", "0.2"], "no secondary answers at"),
+        ("primary", ["--connect", "unix:{tmp}/nobody", "--interval", "-1"], "the interval is -1 s"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_status_not_0(tmp_path: Path, side: str, args: list[str], what: str) -> None:
+    command = python_command("colocache.cli", "main", side, *RAM, *[arg.format(tmp=tmp_path) for arg in args])
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode != 0
+    assert what in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_wrong_peer_ends_both_sides_with_one_sentence(sides: Sides) -> None:
+    secondary = sides.secondary("--pair", "mine")
+    primary = sides.primary("--pair", "yours")
+    status, errors = primary.end()
+    assert status == 1
+    assert "the secondary refuses this primary: the peer belongs to pair 'yours'" in errors
+    status, _ = secondary.end()
+    assert status == 1
+    assert (
+        "belongs to pair 'yours'" in next(event for event in secondary.events if event["event"] == "error")["sentence"]
+    )
+
+
+def test_two_sizes_of_ram_are_told_apart(sides: Sides) -> None:
+    secondary = sides.secondary("--ram", "32M")
+    primary = sides.primary()
+    assert "RAM block" in primary.end()[1]
+    assert secondary.end()[0] == 1
