@@ -9,7 +9,9 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import colocache
 from colocache import BlockSpec
 
 PAGE = 4096
@@ -20,6 +22,11 @@ BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", 1000 * PAGE))
 def ours(name: str) -> bool:
     """Made by this test process: names given by the fixtures, and the free names that Memory chooses."""
     return name.startswith((f"t{os.getpid()}-", f"{os.getpid()}-"))
+
+
+def files_of(name: str) -> list[Path]:
+    """The names that a region of memory has in file systems."""
+    return [path for region in colocache.list_regions() if region.name == name for path in region.files]
 
 
 @contextmanager
