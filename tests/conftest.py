@@ -14,7 +14,7 @@ import colocache
 from colocache import BlockSpec, Cache, Memory
 from colocache import backing as bk
 
-from support import BLOCKS, ours
+from support import BLOCKS, checkpoint, ours, page
 
 _numbers = itertools.count()
 
@@ -71,6 +71,15 @@ def cache(memory: Memory) -> Iterator[Cache]:
     """A new secondary with the blocks boot and pc.ram."""
     with Cache.create(memory, threads=2) as made:
         yield made
+
+
+@pytest.fixture
+def ready(cache: Cache) -> Cache:
+    """A cache whose epoch 1 is committed: pages 0 to 9 of pc.ram hold their number, the rest zero bytes."""
+    for pfn in range(10):
+        cache.receive(1, "pc.ram", pfn, page(pfn))
+    checkpoint(cache, 1)
+    return cache
 
 
 @pytest.fixture

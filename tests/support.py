@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import colocache
-from colocache import BlockSpec
+from colocache import BlockSpec, Cache
 
 PAGE = 4096
 # Lengths that are no multiple of 64 pages, one of them tiny, are the normal case.
@@ -27,6 +27,20 @@ def ours(name: str) -> bool:
 def files_of(name: str) -> list[Path]:
     """The names that a region of memory has in file systems."""
     return [path for region in colocache.list_regions() if region.name == name for path in region.files]
+
+
+def page(value: int) -> bytes:
+    """A page of one byte, again and again."""
+    return bytes([value]) * PAGE
+
+
+def checkpoint(cache: Cache, epoch: int, state: bytes = b"regs", **seal: object) -> colocache.SealResult:
+    """Device state, seal, flush, loaded."""
+    cache.device_state_buffer(epoch, len(state))[:] = state
+    result = cache.seal(epoch, **seal)  # type: ignore[arg-type]
+    cache.flush()
+    assert cache.loaded() is False
+    return result
 
 
 @contextmanager
