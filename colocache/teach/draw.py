@@ -21,7 +21,7 @@ PVM, SVM, BOTH = "bold white on rgb(31,107,176)", "bold white on rgb(181,80,11)"
 PVM_OLD, EMPTY, WRONG = "rgb(110,165,215)", "bright_black", "bold white on rgb(192,31,46)"
 LEGEND = (
     "P written by the PVM, S by the SVM, B by both; the number is the epoch that was on its way. "
-    "w waiting to be sent, u sent but not confirmed; p older than the newest. "
+    "In a bitmap 1 is a page noted; in unacked w is waiting to be sent, u sent but not confirmed. "
     "* changed in this step, > the text speaks of it, ! wrong."
 )
 

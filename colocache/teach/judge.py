@@ -74,7 +74,9 @@ def if_now(status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdic
     phase, sealed, committed = status["phase"], status["sealed"], status["committed"]
     due = sealed > committed
     torn = verdict.kind == "mixed" and not due
-    if not alive["svm"]:
+    if not alive["svm"] and due:
+        pvm = f"A new process could finish epoch {sealed} from shared memory and take over; until then nobody runs."
+    elif not alive["svm"]:
         pvm = "Nobody could take over: the secondary's process is dead."
     elif phase == "empty":
         pvm = "Nobody could take over: there is no state that could run."

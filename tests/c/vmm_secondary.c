@@ -346,7 +346,8 @@ static int greet(struct vmm *vmm)
     for (int i = 0; i < 16; i++)
         snprintf(history + 2 * i, 3, "%02x", status.history_id[i]);
     int n = snprintf(answer, sizeof answer, "{\"wire_version\":%d,\"role\":\"secondary\",\"pair\":\"%s\",\"history\":\"%s\",\"sealed_epoch\":0,"
-                     "\"used_epoch\":0,\"lost\":false,\"machine\":\"%s\",\"blocks\":[[\"boot\",%llu,4096],[\"pc.ram\",%llu,4096]]}",
+                     "\"used_epoch\":0,\"lost\":false,\"machine\":\"%s\",\"blocks\":[[\"boot\",%llu,4096],[\"pc.ram\",%llu,4096]],"
+                     "\"streams\":1,\"session\":null}",
                      COLOCACHE_WIRE_VERSION, pair, history, machine, n_bytes[0], n_bytes[1]);
     rc = send_message(vmm, HELLO, 0, 0, answer, (uint64_t)n);
     return rc ? rc : send_message(vmm, CHECKPOINT_READY, 0, 0, NULL, 0);

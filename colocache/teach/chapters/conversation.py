@@ -20,7 +20,7 @@ def conversation(play: Play) -> None:
         play.step(
             pair,
             "A checkpoint is asked for",
-            "The PVM pauses and takes its dirty log: every page is waiting to be sent (w) and unacked. "
+            "The PVM pauses and takes its dirty log: each of these pages is waiting to be sent (w) and unacked. "
             "The log was cleared, so from now on unacked is the only place that knows these pages.",
             actor="pvm",
             call="sender.sync_dirty_log(log)",

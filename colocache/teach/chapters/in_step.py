@@ -15,10 +15,19 @@ def in_step(play: Play) -> None:
     with play.new_pair() as pair:
         play.step(
             pair,
+            "Two machines, so that one may die",
+            "Two hosts run the same virtual machine: the primary (PVM), which the world talks to, and the secondary "
+            "(SVM), which stands ready to take over. They drift apart, so now and then the SVM is made equal to the PVM"
+            " again: that is a checkpoint, and the state at it an epoch, numbered 1, 2, 3. "
+            "What tells which pages a guest wrote is its hypervisor's dirty log.",
+        )
+        play.step(
+            pair,
             "Three copies of memory",
             "The PVM's host holds one copy of guest memory; the SVM's host holds two: guest RAM, on which the "
-            "SVM runs, "
-            "and the cache. All three are still empty, and so is every bitmap.",
+            "SVM runs, and the cache. All three are still empty, and so is every bitmap. "
+            "What the SVM's host holds lies in its shared memory: it outlives the SVM's process, so that a new one can "
+            "attach to it, but not the host.",
         )
         pair.pvm_writes(shape.all)
         play.step(

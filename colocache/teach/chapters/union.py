@@ -8,8 +8,8 @@ from colocache.teach.play import Play, chapter
     "union",
     "The union",
     question="Why two bitmaps, and why a full copy in the cache?",
-    answer="What either machine wrote may differ. Pages that only the SVM wrote were never sent; their right "
-    "bytes are in the cache, from older epochs.",
+    answer="What either machine wrote may differ. Pages that only the SVM wrote are not sent this time; their right "
+    "bytes came with an older epoch and are still in the cache, because it holds every page.",
 )
 def union(play: Play) -> None:
     shape = play.shape
