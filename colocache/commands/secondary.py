@@ -95,10 +95,11 @@ def secondary(**given: Any) -> None:
     }
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_on_signals(actions))
-        memory = _memory(given, stack)
+        # The address first: a region that was attached must not go because a port is in use.
         listener, address = Address.parse(given["listen"]).listen()
         stack.callback(address.remove)
         stack.enter_context(listener)
+        memory = _memory(given, stack)
         events.emit(
             "start",
             f"guest {kind} ({why}); memory {memory.backing}, region {memory.name} ({memory.why})",
@@ -111,8 +112,9 @@ def secondary(**given: Any) -> None:
         events.emit("listening", f"waiting for a primary at {address}", address=str(address), pid=os.getpid())
         keeper.append(Keeper(memory, listener, _config(given, kind), events, stop))
         status = keeper[0].run()
-        if keeper[0].load_failed and memory.persistent:
-            # The epoch is whole in memory; only this machine could not load it. A fresh one may.
+        failed = status != 0 and not stop.signum
+        if memory.persistent and (keeper[0].load_failed or (given["attach"] and failed)):
+            # What is sealed is whole in memory; only this machine could not go on with it. A fresh one may.
             events.emit(
                 "kept",
                 f"its memory stays as region {memory.name}: `colocache secondary --attach --name {memory.name}` loads "
@@ -134,7 +136,7 @@ def _memory(given: dict[str, Any], stack: contextlib.ExitStack) -> Memory:
         return stack.enter_context(Memory.create(given["name"], blocks_for(given["ram"]), backing=given["backing"]))
     memory = Memory.open(given["name"])
     stack.callback(memory.close)
-    stack.callback(memory.unlink)
+    stack.callback(memory.unlink)  # not when its machine failed: see `kept` above
     return memory
 
 

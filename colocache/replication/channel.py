@@ -22,6 +22,7 @@ from colocache.errors import (
     PacketError,
     PeerLostError,
     RangeError,
+    SystemCallError,
     TimedOutError,
     TooLargeError,
 )
@@ -111,6 +112,11 @@ class Channel:
                 return sender.send(
                     self._fd, epoch=epoch, timeout=timeout, stripe=stripe, n_stripes=n_stripes, max_pages=max_pages
                 )
+            except (
+                SystemCallError
+            ) as error:  # whatever the network's trouble is called, it ends a connection, not a machine
+                self._broken = True
+                raise PeerLostError(f"the connection broke while pages were sent: {error}") from error
             except BaseException:
                 self._broken = True
                 raise
@@ -170,6 +176,8 @@ class Channel:
             header, n_pages = cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
         except (PacketError, EpochError, BlockError, RangeError, LengthError, TooLargeError) as error:
             raise ProtocolError(f"a packet of the peer was refused before a byte of it was stored: {error}") from error
+        except SystemCallError as error:
+            raise PeerLostError(f"the connection broke while pages were received: {error}") from error
         self.last_heard = time.monotonic()
         message = self._parse(header)
         if message.type is MessageType.VMSTATE_SIZE:

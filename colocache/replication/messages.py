@@ -199,8 +199,8 @@ class Hello:
                 role=_choice(fields, "role", ("primary", "secondary")),
                 pair=_text(fields, "pair", PAIR_BYTES_MAX),
                 history=_id(fields, "history"),
-                sealed_epoch=_number(fields, "sealed_epoch"),
-                used_epoch=_number(fields, "used_epoch"),
+                sealed_epoch=_epoch_number(fields, "sealed_epoch"),
+                used_epoch=_epoch_number(fields, "used_epoch"),
                 lost=_boolean(fields, "lost"),
                 machine=_text(fields, "machine", MACHINE_BYTES_MAX),
                 blocks=_blocks(fields["blocks"]),
@@ -262,6 +262,14 @@ def _number(fields: dict[str, Any], name: str) -> int:
     value = fields.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= U64_MAX:
         raise ValueError(f"{name} is no number from 0 to 2^64-1")
+    return value
+
+
+def _epoch_number(fields: dict[str, Any], name: str) -> int:
+    """Below 2^63, so that a pair can't be driven to the end of its numbers by a HELLO."""
+    value = _number(fields, name)
+    if value >= 1 << 63:
+        raise ValueError(f"{name} is {value}, and no pair has ever come that far")
     return value
 
 

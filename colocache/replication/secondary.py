@@ -13,12 +13,14 @@ import threading
 import time
 from dataclasses import dataclass
 
-from colocache import Cache
+from colocache import Cache, Phase
 from colocache.errors import (
     ColocacheError,
     FailedOverError,
+    NoMemoryError,
     NoStateError,
     PeerLostError,
+    SystemCallError,
     TimedOutError,
 )
 from colocache.replication.address import prepare
@@ -37,6 +39,8 @@ from colocache.vmm.machine import Machine
 
 SLICE_SECONDS = 0.1  # a wait that must notice a signal
 STREAMS_SHARE = 0.8  # of the peer timeout, for the further streams to come: the primary still listens then
+
+LOST = (PeerLostError, TimedOutError, ProtocolError, SessionEndedError)
 
 
 class DeclaredLostError(RefusedError):
@@ -150,7 +154,11 @@ class Secondary:
                     return self._take_over("the operator asked for it", channel.last_heard, time.monotonic())
                 except StoppedError:
                     return self._summary("stopped", took_over=False)
-                except (PeerLostError, TimedOutError, ProtocolError, SessionEndedError) as error:
+                except (*LOST, NoMemoryError, SystemCallError) as error:
+                    # No memory for a device state, or a system call that failed: the epoch is given up like one whose
+                    # connection broke, because the machine that runs here is intact. Not so after the seal.
+                    if not isinstance(error, LOST) and self.cache.status().phase is Phase.SEALING:
+                        raise
                     if self._failover_asked.is_set():
                         return self._take_over("the operator asked for it", channel.last_heard, time.monotonic())
                     cause, heard, noticed = str(error), channel.last_heard, time.monotonic()

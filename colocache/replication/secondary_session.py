@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from colocache import Phase
 from colocache.errors import ColocacheError, EpochError, IncompleteError, PeerLostError, TimedOutError, VetoError
 from colocache.replication.channel import Channel, Message
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
@@ -124,6 +125,7 @@ class SecondarySession:
             self._wait_for_pages(message.epoch, message.b)  # else its late pages would end the session
             epoch = self._svm.abort_open(reason)
             self._svm.events.emit("aborted", f"the primary gave up epoch {epoch}: {reason}", epoch=epoch, reason=reason)
+            self._heed_failover(epoch)
             return
         if message.a == AbortKind.REFUSED:
             raise RefusedError(f"the primary refuses this secondary: {reason}")
@@ -131,11 +133,25 @@ class SecondarySession:
             raise SessionEndedError(f"the primary ended the session: {reason}")
         raise ProtocolError(f"the primary sent {message} of kind {message.a}: {reason}")
 
+    def _heed_failover(self, epoch: int) -> None:
+        """A failover that was asked for while `epoch` was about to be sealed is granted when it is given up."""
+        if self._cache.status().phase is Phase.FAILED_OVER:
+            raise TakeOverNowError(f"failover was asked for while epoch {epoch} was given up")
+
     # ---- the checkpoint ----
 
     def _expect(self, wanted: MessageType, epoch: int, *, pages: bool) -> Message:
-        """The next message but PING, which must be `wanted` for `epoch`; pages before it only if they may come."""
+        """The next message but PING, which must be `wanted` for `epoch`; pages before it only if they may come.
+
+        A primary that hangs but still gives signs of life must not hold this machine paused for ever.
+        """
+        limit = self._options.timing.checkpoint_timeout
+        until = time.monotonic() + limit
         while True:
+            if time.monotonic() > until:
+                raise TimedOutError(f"the primary lives but sent no {wanted.name}({epoch}) for {limit:g} s")
+            if self._stop.is_set():
+                raise StoppedError("the secondary was stopped by its operator")
             message, n_pages = self._channel.receive_past_pages(self._cache, epoch)
             self._n_pages += n_pages
             if n_pages and not pages:
@@ -189,6 +205,7 @@ class SecondarySession:
             reason = f"{error.sentence}: {cause}" if cause is not error else str(error)
             self._channel.send(MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=reason.encode()[:1024])
             self._svm.events.emit("aborted", f"epoch {epoch} is given up: {reason}", epoch=epoch, reason=reason)
+            self._heed_failover(epoch)
             self._svm.resume()
             return
         # What the primary spent on hashes is no part of a checkpoint without them.
