@@ -31,8 +31,8 @@ static inline void set_word(struct cc_bitmap *bitmap, uint64_t w, uint64_t bits)
         cc_set_bits(&bitmap->summary[w / 64], bit);
     uint64_t t = w / 64 >> bitmap->top_shift, top_bit = 1ull << (t % 64);
     if (!(cc_read_summary(&bitmap->top[t / 64]) & top_bit)) {
+        cc_set_bits(&bitmap->crown[t / 4096], 1ull << (t / 64 % 64)); /* first: who sees the top bit set relies on it */
         cc_set_bits(&bitmap->top[t / 64], top_bit);
-        cc_set_bits(&bitmap->crown[t / 4096], 1ull << (t / 64 % 64));
     }
 }
 

@@ -67,9 +67,15 @@ int colocache_dirty_log_lost(struct colocache *cc)
     if (!cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        int rc = mark(cc, i, 0, cc->blocks[i].n_pages, NULL);
-        if (rc)
-            return rc;
+        const struct cc_block *block = &cc->blocks[i];
+        uint64_t at = 0, first, n_bytes;
+        /* What is a hole in both images of a sparse block is zero in both: nobody wrote it, and it must not be allocated. */
+        while (cc_block_next_data(block, at, &first, &n_bytes)) {
+            int rc = mark(cc, i, first >> block->page_shift, n_bytes >> block->page_shift, NULL);
+            if (rc)
+                return rc;
+            at = first + n_bytes;
+        }
     }
     return 0;
 }

@@ -23,13 +23,14 @@ static void futex_wake_all(uint32_t *word)
 void cc_gate_enter(struct cc_gate *gate)
 {
     for (;;) {
-        uint32_t now = cc_add32(&gate->word, 1);
-        if (!(now & CC_GATE_CLOSED))
+        uint32_t now = cc_observe32(&gate->word);
+        if (now & CC_GATE_CLOSED) { /* looked at before it is touched: else waiters would wake each other for ever */
+            futex_wait(&gate->word, now);
+            continue;
+        }
+        if (!(cc_add32(&gate->word, 1) & CC_GATE_CLOSED))
             return;
         cc_gate_leave(gate); /* came too late: out again, so that the closer isn't kept waiting */
-        now = cc_observe32(&gate->word);
-        if (now & CC_GATE_CLOSED)
-            futex_wait(&gate->word, now);
     }
 }
 

@@ -132,7 +132,8 @@ static int move_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, b
             int rc = wait_for(fd, writing ? POLLOUT : POLLIN, timeout_ms);
             if (rc)
                 return rc;
-        } else if (errno == ECONNRESET || errno == EPIPE || errno == ETIMEDOUT) {
+        } else if (errno == ECONNRESET || errno == EPIPE || errno == ETIMEDOUT || errno == ECONNABORTED || errno == EHOSTUNREACH ||
+                   errno == ENETUNREACH || errno == ENETDOWN) {
             return cc_fail(COLOCACHE_E_PEER_LOST, "the connection is broken: %s", colocache_strerror(-errno));
         } else if (errno != EINTR) {
             return cc_fail_errno(writing ? "sendmsg" : "recvmsg");

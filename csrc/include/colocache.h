@@ -70,7 +70,7 @@
  *  writes or flushes them and says COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them.
  *  To survive your process, descriptors must be held by somebody else too, or the files must have names.
  *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or you give guest_addr, your own
- *  MAP_SHARED mapping of guest_fd at guest_offset (checked where /proc tells).  A block by address alone (both descriptors -1) can be private memory; it
+ *  MAP_SHARED mapping of guest_fd at guest_offset (checked when the block is added).  A block by address alone (both descriptors -1) can be private memory; it
  *  dies with the process.
  *
  * ---- What you must hold still, and when ----
