@@ -356,6 +356,8 @@ class Pair(Watched):
                 self.counts.add("nothing to take over from, and said so")
             else:
                 self._no_takeover(killed)
+                self._wait("secondary", "kept", killed)  # a primary that comes back could still make it whole
+                clean(self.name)
             return
         if not with_keeper:
             self._secondary.send(signal.SIGUSR2)
