@@ -170,11 +170,13 @@ static uint64_t next_word(const struct cc_bitmap *bitmap, uint64_t w)
 }
 
 /* cc_bitmap_runs -- the next runs in [*from, end), at most `room` (at least CC_RUNS_MIN); *from moves behind the last one.
+ * A run that has reached `most` pages by the end of a word ends there and is the last: the look at a long one is bounded.
  *
  * `edges` has a bit wherever a page differs from the page before it: run begins and run ends in turn, so that within a word
  * they are taken in pairs without a branch on what they are.  Words that are all clear between runs, or all set inside one,
  * have none. */
-static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room)
+static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most,
+                                                                      struct cc_bit_run *runs, uint32_t room)
 {
     if (*from >= end)
         return 0;
@@ -213,6 +215,11 @@ static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bi
             carry = 1;
         }
         w++;
+        if (carry && base + 64 - start >= most && base + 64 < end) {
+            runs[n++] = (struct cc_bit_run){start, base + 64 - start};
+            *from = base + 64;
+            return n;
+        }
     }
     if (carry)
         runs[n++] = (struct cc_bit_run){start, end - start};
@@ -222,19 +229,20 @@ static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bi
 
 #if defined(__x86_64__)
 __attribute__((target("popcnt,bmi"))) static uint32_t runs_bmi(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end,
-                                                               struct cc_bit_run *runs, uint32_t room)
+                                                               uint64_t most, struct cc_bit_run *runs, uint32_t room)
 {
-    return runs_of(bitmap, from, end, runs, room);
+    return runs_of(bitmap, from, end, most, runs, room);
 }
 #endif
 
-uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room)
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most, struct cc_bit_run *runs,
+                        uint32_t room)
 {
 #if defined(__x86_64__)
     if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi"))
-        return runs_bmi(bitmap, from, end, runs, room);
+        return runs_bmi(bitmap, from, end, most, runs, room);
 #endif
-    return runs_of(bitmap, from, end, runs, room);
+    return runs_of(bitmap, from, end, most, runs, room);
 }
 
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n)

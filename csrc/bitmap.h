@@ -68,7 +68,8 @@ uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);
 /* The run that begins at the first set bit in [from, end): first page and length (cut at end); false if none. */
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n);
 #define CC_RUNS_MIN 34u /* a word has at most 32 runs, one that came in and one that goes out */
-uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room);
+#define CC_RUNS_WHOLE (~0ull)
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most, struct cc_bit_run *runs, uint32_t room);
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
 /* The same from a sum that a union has computed on its way (cc_union_counts.sum). */
 uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum);

@@ -151,7 +151,7 @@ uint64_t baseline_bitmap_runs(const struct baseline_bitmap *bitmap, uint64_t *n_
     struct cc_bit_run runs[256];
     uint64_t at = 0, n_runs = 0, n_pages = 0;
     uint32_t n;
-    while ((n = cc_bitmap_runs(&bitmap->bitmap, &at, bitmap->bitmap.n_bits, runs, 256)) != 0) {
+    while ((n = cc_bitmap_runs(&bitmap->bitmap, &at, bitmap->bitmap.n_bits, CC_RUNS_WHOLE, runs, 256)) != 0) {
         for (uint32_t i = 0; i < n; i++)
             n_pages += runs[i].n;
         n_runs += n;
