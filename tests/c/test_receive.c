@@ -2,6 +2,10 @@
 /* receive.c and dirty_log.c's marks, against arrays: bytes to the cache only, one bit for each page, and nothing at all on error. */
 #include "rig.h"
 
+#include <signal.h>
+
+#include "internal.h"
+
 static const uint64_t odd_blocks[] = {100, 4097, 1};
 
 static void pages_go_to_the_cache_and_nowhere_else(void)
@@ -103,6 +107,34 @@ static void epochs_only_go_up(void)
     rig_close(&rig);
 }
 
+static struct rig *watched; /* whose `receiving` can't be written: the first store faults, and what the others can see then is noted */
+static uint64_t open_at_the_store;
+
+static void at_the_store(int signal)
+{
+    (void)signal;
+    open_at_the_store = watched->cc->open_epoch;
+    mprotect(watched->cc->control, 4096, PROT_READ | PROT_WRITE);
+}
+
+/* A second receiver that finds its epoch open writes its page at once.  If the word came later, a death in between would leave a page
+ * of the new epoch in a cache that attach takes for the old one. */
+static void the_receiving_word_is_stored_before_anybody_can_find_the_epoch_open(void)
+{
+    struct rig rig;
+    struct sigaction action = {.sa_handler = at_the_store}, before;
+    rig_open(&rig, 3, odd_blocks, 4096, false);
+    watched = &rig;
+    open_at_the_store = 99;
+    REQUIRE(sigaction(SIGSEGV, &action, &before) == 0 && mprotect(rig.cc->control, 4096, PROT_READ) == 0);
+    rig_receive(&rig, 7, 0, 5, 1);
+    REQUIRE(sigaction(SIGSEGV, &before, NULL) == 0);
+    CHECK_EQ(0, open_at_the_store);
+    CHECK_EQ(7, rig.control->receiving);
+    rig_check(&rig, false);
+    rig_close(&rig);
+}
+
 static void device_state_has_any_length_up_to_its_bound(void)
 {
     struct rig rig;
@@ -195,6 +227,7 @@ int main(void)
     RUN(many_pages_in_one_call);
     RUN(pages_out_of_range_write_nothing);
     RUN(epochs_only_go_up);
+    RUN(the_receiving_word_is_stored_before_anybody_can_find_the_epoch_open);
     RUN(device_state_has_any_length_up_to_its_bound);
     RUN(sparse_images_are_allocated_as_pages_come);
     RUN(pages_of_other_sizes);
