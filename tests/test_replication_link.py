@@ -71,6 +71,19 @@ def test_after_a_reconnection_only_unacknowledged_pages_are_sent_again(pair: Pai
     no_page_wrong(pair)
 
 
+def test_pages_that_got_lost_in_an_epoch_that_was_given_up_come_with_the_next(pair: Pair) -> None:
+    """The secondary counts too few and gives up the epoch; the connection lives, so no reconnection sends them."""
+    pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    pair.link.rule = once(MessageType.PAGES, "drop")
+    pair.primary.request_checkpoint()
+    assert "pages were sent, 0 came" in pair.events_p.wait("aborted")["reason"]
+    pair.primary.request_checkpoint()
+    pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+    assert pair.events_p.all("lost") == []
+
+
 def test_a_lost_received_is_recognised_and_output_is_released_once(pair: Pair) -> None:
     pair.link.rule = once(MessageType.VMSTATE_RECEIVED, "cut", after=2)
     primary, secondary = pair.start(checkpoints=4)

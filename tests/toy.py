@@ -162,8 +162,8 @@ class Recorder(Events):
 
 
 class Link:
-    """A wire that reads along: `rule(direction, type, epoch)` says "pass", "cut" (before it), "half-cut" (inside
-    it), "pass-cut" or "stall". In a rule `here.stream` is the index of the connection's stream."""
+    """A wire that reads along: `rule(direction, type, epoch)` says "pass", "drop", "cut" (before it), "half-cut"
+    (inside it), "pass-cut" or "stall". In a rule `here.stream` is the index of the connection's stream."""
 
     def __init__(self, folder: Path, target: Address) -> None:
         self.address = Address.parse(f"unix:{folder}/link")
@@ -214,6 +214,8 @@ class Link:
                 if verdict in ("cut", "half-cut"):
                     target.sendall((header + body)[: (len(header) + length) // 2 if verdict == "half-cut" else 0])
                     break
+                if verdict == "drop":
+                    continue
                 self.log.append((direction, MessageType(kind), epoch, n_pages))
                 target.sendall(header + body)
                 if verdict == "pass-cut":
