@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from toy import QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of, while_set
 
-from colocache import NoStateError, PeerLostError, Phase
+from colocache import LogLostError, NoStateError, PeerLostError, Phase
 from colocache.replication.errors import RefusedError, SecondaryLostError, TookOverError
 from colocache.replication.failover import Loss, RefusingArbiter, SoloArbiter, Verdict
 from colocache.replication.messages import MessageType
@@ -100,6 +100,26 @@ def test_many_dirty_pages_on_the_secondary_make_it_ask(pair: Pair) -> None:
     no_page_wrong(pair)
 
 
+@pytest.mark.parametrize("who", ["primary", "secondary"])
+def test_a_dirty_log_that_cannot_be_read_counts_as_all_ones(pair: Pair, who: str) -> None:
+    pair.start(interval=3600)
+    pair.events_p.wait("checkpoint", 1)  # both run on
+    machine = pair.pvm if who == "primary" else pair.svm
+    sync = machine.sync_dirty_log
+
+    def lost(_target: object) -> None:
+        machine.discard_dirty_log()
+        machine.sync_dirty_log = sync  # type: ignore[method-assign]
+        raise LogLostError("the log's owner died")
+
+    for pfn in range(200, 230):
+        machine.write(1, pfn, 77)
+    machine.sync_dirty_log = lost  # type: ignore[method-assign]
+    pair.primary.request_checkpoint()
+    pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+
+
 # ---- epochs that are given up ----
 
 
@@ -117,6 +137,8 @@ def test_a_veto_costs_the_epoch_and_nothing_else(pair: Pair) -> None:
     pair.events_s.wait("checkpoint", done + 2)
     no_page_wrong(pair)
     assert pair.svm.running or pair.svm.resumes > done
+    given_up = {event["epoch"] for event in pair.events_p.all("aborted")}
+    assert not given_up & set(pair.released), "output of an epoch that was never sealed"
 
 
 def test_a_primary_that_cannot_save_gives_up_the_epoch_and_goes_on(pair: Pair) -> None:
