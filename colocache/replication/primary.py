@@ -2,9 +2,8 @@
 """The primary's life: connect, pair, keep the secondary in step, reconnect after a loss, or go on alone.
 
 One connection is a `PrimarySession`; this module decides between them. What it must never get wrong is *unacked*: the
-pages taken from the dirty log since the last RECEIVED. While it is unknown whether the epoch in flight was sealed,
-nothing may be added to it, because "N is sealed" clears it whole. So the dirty log is only taken inside a session, and
-pages that user space marks in the meantime are held back here.
+pages taken from the dirty log since the last RECEIVED. While it is unknown whether the epoch in flight was sealed, user
+space may still mark pages: they are pending, and what is pending stays unacked when the sender is told "N is sealed".
 """
 
 from __future__ import annotations
@@ -96,8 +95,6 @@ class Primary:
         self._blocks = blocks
         self._machine_name = machine_name
         self._arbiter = arbiter or SoloArbiter()
-        self._marks_lock = threading.Lock()
-        self._held_marks: list[tuple[int, int, int]] | None = []  # a list: held back; None: straight to the sender
         self._running = False
         self._protocol_errors = 0
 
@@ -107,11 +104,7 @@ class Primary:
 
     def mark_dirty(self, block: int, first_pfn: int, n_pages: int) -> None:
         """The machine's user space wrote guest RAM. Any thread."""
-        with self._marks_lock:
-            if self._held_marks is not None:
-                self._held_marks.append((block, first_pfn, n_pages))
-            else:
-                self.sender.mark_dirty(block, first_pfn, n_pages)
+        self.sender.mark_dirty(block, first_pfn, n_pages)
 
     # ---- the virtual machine ----
 
@@ -189,10 +182,6 @@ class Primary:
         try:
             session.run(fresh)
         finally:
-            # From here on nobody knows whether the epoch in flight gets sealed: hold back what user space marks.
-            with self._marks_lock:
-                if self._held_marks is None:
-                    self._held_marks = []
             session.close()
 
     def checkpoint_done(self, result: SentCheckpoint) -> None:
@@ -306,10 +295,6 @@ class Primary:
             self.sender.resend()
         state.in_flight = 0
         state.used_epoch = max(state.used_epoch, peer.used_epoch, peer.sealed_epoch)
-        with self._marks_lock:
-            for block, first_pfn, n_pages in self._held_marks or []:
-                self.sender.mark_dirty(block, first_pfn, n_pages)
-            self._held_marks = None
         return fresh
 
     # ---- the end ----
