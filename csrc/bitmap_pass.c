@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 #include "bitmap_pass.h"
 
+#include <stddef.h>
+
 #include "checksum.h"
 
 static inline __attribute__((always_inline)) void unite(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s,
@@ -74,15 +76,58 @@ __attribute__((target("avx2,popcnt"))) static void unite_avx2(uint64_t *restrict
     counts->sum += add_lanes(sum);
     unite(f + i, p + i, s + i, n - i, index + i, counts);
 }
+
+/* Not _mm512_reduce_add_epi64: its lanes are signed in gcc's header, and the checksum's sum wraps. */
+__attribute__((target("avx512f"))) static inline uint64_t add_lanes_512(__m512i v)
+{
+    uint64_t lanes[8], sum = 0;
+    _mm512_storeu_si512(lanes, v);
+    for (unsigned i = 0; i < 8; i++)
+        sum += lanes[i];
+    return sum;
+}
+
+__attribute__((target("avx512f,avx512vpopcntdq,popcnt"))) static void unite_avx512(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s,
+                                                                                   uint64_t n, uint64_t index, struct cc_union_counts *counts)
+{
+    const uint64_t key = CC_CHECKSUM_KEY;
+    __m512i keys = _mm512_set_epi64((long long)((index + 8) * key), (long long)((index + 7) * key), (long long)((index + 6) * key),
+                                    (long long)((index + 5) * key), (long long)((index + 4) * key), (long long)((index + 3) * key),
+                                    (long long)((index + 2) * key), (long long)((index + 1) * key));
+    const __m512i eight_keys = _mm512_set1_epi64((long long)(8 * key));
+    __m512i sum = _mm512_setzero_si512(), in_p = sum, in_s = sum, in_f = sum;
+    uint64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m512i a = _mm512_loadu_si512(p + i), b = _mm512_loadu_si512(s + i), either = _mm512_or_si512(a, b);
+        _mm512_storeu_si512(f + i, either);
+        __m512i v = _mm512_xor_si512(either, keys); /* cc_checksum_term, eight at a time; zero words count nothing */
+        __m512i term = _mm512_add_epi64(_mm512_mul_epu32(v, _mm512_srli_epi64(v, 32)), v);
+        sum = _mm512_mask_add_epi64(sum, _mm512_test_epi64_mask(either, either), sum, term);
+        keys = _mm512_add_epi64(keys, eight_keys);
+        in_p = _mm512_add_epi64(in_p, _mm512_popcnt_epi64(a));
+        in_s = _mm512_add_epi64(in_s, _mm512_popcnt_epi64(b));
+        in_f = _mm512_add_epi64(in_f, _mm512_popcnt_epi64(either));
+    }
+    counts->pvm += add_lanes_512(in_p);
+    counts->svm += add_lanes_512(in_s);
+    counts->both_or_either += add_lanes_512(in_f);
+    counts->sum += add_lanes_512(sum);
+    unite(f + i, p + i, s + i, n - i, index + i, counts);
+}
 #endif
 
-cc_unite_fn cc_pick_unite(void)
+cc_unite_fn cc_unite_variant(unsigned n)
 {
+    cc_unite_fn had[4];
+    unsigned n_had = 0;
 #if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vpopcntdq"))
+        had[n_had++] = unite_avx512;
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("popcnt"))
-        return unite_avx2;
+        had[n_had++] = unite_avx2;
     if (__builtin_cpu_supports("popcnt"))
-        return unite_popcnt;
+        had[n_had++] = unite_popcnt;
 #endif
-    return cc_unite_plain;
+    had[n_had++] = cc_unite_plain;
+    return n < n_had ? had[n] : NULL;
 }

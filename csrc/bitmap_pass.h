@@ -19,7 +19,8 @@ struct cc_union_counts {
 typedef void (*cc_unite_fn)(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n, uint64_t index,
                             struct cc_union_counts *counts);
 
-cc_unite_fn cc_pick_unite(void);
+/* The n-th of those that this CPU can run, the best first; NULL past the last, which is plain C. */
+cc_unite_fn cc_unite_variant(unsigned n);
 void cc_unite_plain(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n, uint64_t index, struct cc_union_counts *counts);
 
 #endif

@@ -101,7 +101,7 @@ static void unite_top_word(struct union_sweep *sweep, uint64_t t)
 void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *pvm, const struct cc_bitmap *svm,
                           struct cc_union_counts *counts)
 {
-    struct union_sweep sweep = {.flush_set = flush_set, .pvm = pvm, .svm = svm, .counts = counts, .unite = cc_pick_unite()};
+    struct union_sweep sweep = {.flush_set = flush_set, .pvm = pvm, .svm = svm, .counts = counts, .unite = cc_unite_variant(0)};
     for (uint32_t c = 0; c < CC_CROWN_WORDS; c++) {
         uint64_t in_use = pvm->crown[c] | svm->crown[c];
         for (uint64_t left = in_use | flush_set->crown[c]; left; left &= left - 1)

@@ -55,6 +55,31 @@ static void runs_are_maximal_and_complete(void)
     }
 }
 
+static void every_variant_of_the_union_gives_the_same(void)
+{
+    enum { WORDS = 67 };
+    struct dice dice = {21};
+    uint64_t p[WORDS], s[WORDS], plain[WORDS], f[WORDS];
+    for (unsigned round = 0; round < 300; round++) {
+        for (unsigned i = 0; i < WORDS; i++) {
+            p[i] = below(&dice, 3) ? below(&dice, ~0ull) : 0;
+            s[i] = below(&dice, 3) ? below(&dice, ~0ull) << 7 : 0;
+        }
+        uint64_t from = below(&dice, WORDS), n = below(&dice, WORDS - from + 1), index = below(&dice, 1ull << 40);
+        struct cc_union_counts want = {1, 2, 3, 4};
+        cc_unite_plain(plain + from, p + from, s + from, n, index, &want);
+        cc_unite_fn unite;
+        for (unsigned v = 0; (unite = cc_unite_variant(v)) != NULL; v++) {
+            struct cc_union_counts got = {1, 2, 3, 4};
+            memset(f, 0xee, sizeof f);
+            unite(f + from, p + from, s + from, n, index, &got);
+            CHECK(memcmp(&got, &want, sizeof got) == 0);
+            CHECK(memcmp(f + from, plain + from, n * 8) == 0);
+            CHECK(from + n == WORDS || f[from + n] == 0xeeeeeeeeeeeeeeee);
+        }
+    }
+}
+
 static void runs_by_the_batch_are_the_same_runs(void)
 {
     struct dice dice = {9};
@@ -183,6 +208,7 @@ int main(void)
 {
     RUN(union_is_the_union_and_counts);
     RUN(runs_are_maximal_and_complete);
+    RUN(every_variant_of_the_union_gives_the_same);
     RUN(runs_by_the_batch_are_the_same_runs);
     RUN(runs_at_edges);
     RUN(a_huge_and_almost_clean_bitmap);
