@@ -175,6 +175,32 @@ def test_a_failed_load_ends_the_secondary_and_the_primary_goes_on_alone(pair: Pa
 # ---- taking over ----
 
 
+def test_a_takeover_asked_for_while_a_fresh_machine_loads_waits_for_the_load(pair: Pair) -> None:
+    """Granted before, it would be final: an epoch that did not load could never be attached to again."""
+    _, secondary = pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.svm.fail_load = "the device is broken"
+    with pytest.raises(SecondaryLostError):
+        secondary.join()
+    pair.primary.stop.set()
+    pair.link.close()
+    for broken in ("still broken", None):
+        pair.cache.close()
+        fresh = pair.make_secondary(attach=True)
+        answers: list[bool] = []
+        pair.svm.fail_load = broken
+        pair.svm.on_load = lambda: answers.append(fresh.request_failover())  # noqa: B023
+        running = pair.run_secondary()
+        if broken:
+            with pytest.raises(SecondaryLostError, match="still broken"):
+                running.join()
+            assert pair.cache.status().phase is Phase.LIVE
+    ended = running.join()
+    assert answers == [False]
+    assert (ended.took_over, ended.epoch) == (True, 3)
+    assert ended.end == "took over: the operator asked for it"
+
+
 def test_a_primary_that_does_not_come_back_is_replaced(pair: Pair) -> None:
     pair.timing = replace(QUICK, reconnect_limit=0.2)
     _, secondary = pair.start(interval=0.1)

@@ -14,6 +14,10 @@ class RefusedError(ColocacheError):
     """The two sides do not belong together: another pair, another history, other RAM, or declared lost."""
 
 
+class DeclaredLostError(RefusedError):
+    """The primary has declared this secondary lost: it must never take over."""
+
+
 class SessionEndedError(ColocacheError):
     """The peer ended the session, and this is its sentence."""
 

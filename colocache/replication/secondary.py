@@ -25,7 +25,7 @@ from colocache.errors import (
 )
 from colocache.replication.address import prepare
 from colocache.replication.channel import Channel
-from colocache.replication.errors import ProtocolError, RefusedError, SessionEndedError
+from colocache.replication.errors import DeclaredLostError, ProtocolError, RefusedError, SessionEndedError
 from colocache.replication.events import Events
 from colocache.replication.failover import Arbiter, Loss, SoloArbiter
 from colocache.replication.messages import AbortKind, Hello, HelloBlock, MessageType, check_pair
@@ -40,11 +40,8 @@ from colocache.vmm.machine import Machine
 SLICE_SECONDS = 0.1  # a wait that must notice a signal
 STREAMS_SHARE = 0.8  # of the peer timeout, for the further streams to come: the primary still listens then
 
+RESTARTING = ("REPLAYED", "RESTART")  # what a recovery did that leaves an epoch for a fresh machine to load
 LOST = (PeerLostError, TimedOutError, ProtocolError, SessionEndedError)
-
-
-class DeclaredLostError(RefusedError):
-    """The primary has declared this secondary lost: it must never take over."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +88,8 @@ class Secondary:
         self._arbiter = arbiter or SoloArbiter()
         self._checkpoint_wanted = threading.Event()
         self._failover_asked = threading.Event()
+        self._loading = cache.recovery is not None and cache.recovery.action.name in RESTARTING
+        self._loading_lock = threading.Lock()
         self._channel: Channel | None = None
 
     # ---- from other threads ----
@@ -104,6 +103,10 @@ class Secondary:
 
         NoStateError, LoadFailedError: there is nothing to take over from, and nothing was changed.
         """
+        with self._loading_lock:
+            if self._loading:  # a takeover granted now would be final, and nothing to attach to if the load fails
+                self._failover_asked.set()
+                return False
         found = self.cache.failover()
         self._failover_asked.set()
         channel = self._channel
@@ -186,7 +189,7 @@ class Secondary:
             receiving_epoch=recovery.receiving_epoch,
             pages=recovery.n_pages,
         )
-        if recovery.action.name in ("REPLAYED", "RESTART"):
+        if recovery.action.name in RESTARTING:
             report = self.svm.restart()
             self.svm.resume()
             self.events.emit(
@@ -197,6 +200,8 @@ class Secondary:
                 verified_pages=report.epoch_hashes_checked,
                 wrong_pages=len(report.wrong_pages),
             )
+            with self._loading_lock:
+                self._loading = False
 
     def _follow(self, channel: Channel) -> str:
         self._channel = channel
@@ -392,6 +397,3 @@ class Secondary:
             **vars(summary),
         )
         return summary
-
-
-__all__ = ["DeclaredLostError", "Secondary", "SecondarySummary"]
