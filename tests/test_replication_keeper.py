@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -108,3 +111,18 @@ def test_an_operators_word_is_not_lost_on_a_child_that_has_no_handlers_yet(
     thread.start()
     assert keeper.run() == 0
     thread.join()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_for_a_machine_that_is_ending_does_not_make_it_look_killed(signum: signal.Signals) -> None:
+    """Its keeper would start it again, beside a primary that was told that it is alone."""
+    config = dataclasses.replace(CONFIG, keeper_pid=os.getpid(), options={"timing": {}}).encode()
+    code = (
+        "import atexit, os\n"
+        "from colocache.replication.child import main\n"
+        f"atexit.register(os.kill, os.getpid(), {int(signum)})\n"
+        "main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "no manifest" in ended.stderr

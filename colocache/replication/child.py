@@ -76,6 +76,10 @@ def main() -> None:
         signal.SIGUSR1: ask_for_checkpoint,
         signal.SIGUSR2: failover_wanted.set,
     }
+    # One that comes while this process ends must not end it by its default: the keeper would take it for killed and
+    # start another. First a handler, because SIG_IGN would drop a signal that waits for us already.
+    for signum in actions:
+        signal.signal(signum, lambda *_: None)
     with stop_on_signals(actions) as stop:
         try:
             status = _run(config, events, stop, failover_wanted, secondary)
@@ -85,6 +89,8 @@ def main() -> None:
         except ColocacheError as error:
             events.emit("error", str(error))
             status = EXIT_FAILED
+    for signum in actions:
+        signal.signal(signum, signal.SIG_IGN)
     if stop.signum:
         end_as_by(stop.signum)
     sys.exit(status)
@@ -146,7 +152,10 @@ def _open_cache(config: ChildConfig, memory: Memory) -> Cache:
 
 
 def _obey_operator(secondary: Secondary, wanted: threading.Event) -> None:
-    """SIGUSR2 is the operator's word that the primary is dead. In a thread of its own, as the main one may be in C."""
+    """SIGUSR2 is the operator's word that the primary is dead. In a thread of its own, as the main one may be in C.
+
+    It may have been given before this process was born: the keeper passes it on when it starts a fresh machine.
+    """
 
     def wait() -> None:
         while True:
