@@ -113,6 +113,22 @@ def test_an_operators_word_is_not_lost_on_a_child_that_has_no_handlers_yet(
     thread.join()
 
 
+def test_an_operators_word_that_comes_between_two_children_is_heard_by_the_next(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    then = (
+        "n == 1 and os.kill(os.getpid(), signal.SIGKILL)\n"
+        "import time\n"
+        "from colocache.replication.signals import stop_on_signals\n"
+        "with stop_on_signals({signal.SIGUSR2: lambda: sys.exit(0)}): time.sleep(5)\n"
+        "sys.exit(1)"
+    )
+    keeper = keeper_of(memory, listener, monkeypatch, counting(tmp_path / "n", then))
+    keeper._events.on_event = lambda event, _: keeper.pass_on(signal.SIGUSR2) if event == "restarted" else None
+    assert keeper.run() == 0
+    assert (tmp_path / "n").read_text() == "xx"
+
+
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_for_a_machine_that_is_ending_does_not_make_it_look_killed(signum: signal.Signals) -> None:
     """Its keeper would start it again, beside a primary that was told that it is alone."""

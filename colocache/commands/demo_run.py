@@ -237,6 +237,8 @@ class DemoRun:
         self._seen[event["side"], event["event"]] = event
         self.tally.add(event)
         self._on_event(event)
+        if event["event"] == "held":  # its operator would have to come, and there is none
+            raise DemoError(f"the secondary's machine is lost: {event['sentence']}")
         return event
 
     def _until(self, side: str, name: str, sides: list[Side]) -> dict[str, Any]:

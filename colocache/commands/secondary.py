@@ -71,6 +71,11 @@ def secondary(**given: Any) -> None:
 
     SIGUSR1 asks the primary for a checkpoint. SIGUSR2 is the operator's word that the primary is dead: take over now.
     Exit status 0: no page was ever wrong, and the primary ended in order or this machine took over and ran on.
+
+    If a device state does not load, the primary is told and runs on alone, and no machine starts here by itself. Memory
+    that outlives its process stays as region NAME, for `--attach`: exit status 4. Other memory is held by this command,
+    which waits (event `held`): SIGUSR2, the word that the primary is dead, loads the epoch into a fresh machine, which
+    takes over; Ctrl-C or SIGTERM gives the memory up. A SIGUSR2 that came before the load failed does not count.
     """
     from colocache.replication.address import Address
     from colocache.replication.events import Events

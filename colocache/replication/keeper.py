@@ -2,17 +2,24 @@
 """The small parent of a secondary: it holds the memory and the listening socket, and does nothing that could go wrong.
 
 If the process that runs the virtual machine is killed or gives up, the memory is still here: a new one attaches.
+
+If a device state did not load, the primary was told and runs on alone. A machine restarted now could be a second one
+that the world sees, so none is: memory with a name is left for `secondary --attach`; with memory that has none, which
+would go with this process, the keeper waits for its operator. SIGUSR2, the word that the primary is dead, starts a
+fresh machine that attaches, loads the epoch and takes over. Until one has, the keeper waits again, whatever happens.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 
-from colocache import Memory, inspect
+from colocache import Memory, Phase, inspect
 from colocache.errors import ColocacheError
 from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfig
 from colocache.replication.events import Events
@@ -41,22 +48,33 @@ class Keeper:
         self._events = events
         self._stop = stop
         self._child: subprocess.Popen[bytes] | None = None
+        self._unheard: set[int] = set()  # signals that came while there was no child: for the next one
+        self._by_word = False  # the child was started on the operator's word, and is told so
         self.load_failed = False  # the memory holds an epoch that a fresh machine may load
 
     def pass_on(self, signum: int) -> None:
-        """A signal for the virtual machine's process."""
+        """A signal for the virtual machine's process; for the next one, if this one has ended. For signal handlers."""
         child = self._child
-        if child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                child.send_signal(signum)
+        if child is None or _has_ended(child.pid):
+            self._unheard.add(signum)
+        else:
+            os.kill(child.pid, signum)
 
     def run(self) -> int:
         """Exit status of the last child; negative: the signal that ended it because the keeper was stopped."""
+        while True:
+            status = self._run_children()
+            self.load_failed = status == EXIT_LOAD_FAILED and not self._stop.is_set()
+            if not self._must_wait(status) or not self._operators_word():
+                return status
+            self._by_word = True
+
+    def _run_children(self) -> int:
+        """One after the other, until one ends by itself."""
         restarts, epoch = 0, self._committed_epoch()
         while True:
             status = self._run_child()
             if self._stop.is_set() or (status >= 0 and status != EXIT_AGAIN):
-                self.load_failed = status == EXIT_LOAD_FAILED
                 return status
             now = self._committed_epoch()
             restarts = 1 if now > epoch else restarts + 1
@@ -75,6 +93,40 @@ class Keeper:
                 restarts=restarts,
             )
 
+    # ---- after a load that failed ----
+
+    def _must_wait(self, status: int) -> bool:
+        """Would an epoch that no machine has taken over from go with this process?"""
+        if self._memory.persistent or self._stop.is_set() or status == 0:
+            return False
+        return status == EXIT_LOAD_FAILED or (self._by_word and not self._took_over())
+
+    def _operators_word(self) -> bool:
+        """Hold the memory until the operator says that the primary is dead. False: the keeper was stopped."""
+        self._unheard.discard(signal.SIGUSR1)  # there is no machine that could ask for a checkpoint
+        epoch, pid = self._committed_epoch(), os.getpid()
+        self._events.emit(
+            "held",
+            f"no machine runs; this process (pid {pid}) holds epoch {epoch} in memory that has no name. If the primary "
+            f"is dead or stopped: `kill -USR2 {pid}` loads epoch {epoch} into a fresh machine, which takes over, and "
+            f"what the primary did alone since is lost. Ctrl-C or `kill {pid}` gives the memory up",
+            pid=pid,
+            epoch=epoch,
+            region=self._memory.name,
+        )
+        # No Event.wait: a handler that sets it in the wrong moment of the same thread would wait for itself.
+        while not self._stop.is_set():
+            if signal.SIGUSR2 in self._unheard:
+                return True
+            time.sleep(POLL_SECONDS)
+        return False
+
+    def _took_over(self) -> bool:
+        try:
+            return inspect(self._memory).status.phase is Phase.FAILED_OVER
+        except ColocacheError:
+            return False
+
     def _committed_epoch(self) -> int:
         try:
             return inspect(self._memory).status.committed_epoch
@@ -83,6 +135,8 @@ class Keeper:
 
     def _run_child(self) -> int:
         fd = self._listener.fileno()
+        if self._by_word:
+            self._unheard.add(signal.SIGUSR2)
         config = self._config(self._memory, fd)
         command = python_command("colocache.replication.child", "main", config.encode())
         # The child is born with the operator's signals blocked and takes them when it has its handlers
@@ -96,6 +150,8 @@ class Keeper:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
+            while self._unheard:
+                self._child.send_signal(self._unheard.pop())
             while not self._stop.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return self._child.wait(POLL_SECONDS)
@@ -114,3 +170,11 @@ class Keeper:
         except subprocess.TimeoutExpired:
             child.kill()
             return child.wait()
+
+
+def _has_ended(pid: int) -> bool:
+    """Has this child ended, waited for or not?"""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
