@@ -52,6 +52,8 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
     if (slot->n_pages % 64) /* the slot's last word may carry no bits past its end, but that is the kernel's promise, not ours */
         source->words[n_words - 1] &= cc_word_mask(0, slot->n_pages % 64);
     int rc = take(context, slot->block, slot->first_pfn, slot->n_pages, source->words);
+    if (rc && !source->manual_protect)
+        return cc_source_not_taken("KVM's dirty log"); /* the get has cleared it */
     if (rc || !source->manual_protect)
         return rc;
     /* num_pages must be a multiple of 64 or reach the end of the slot: one call per 2^31 pages at most does both */
@@ -69,12 +71,12 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
 static int kvm_sync(struct colocache_source *base, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
 {
     struct kvm_source *source = (struct kvm_source *)base;
-    for (uint32_t i = 0; i < source->n_slots; i++) {
-        int rc = sync_slot(source, &source->slots[i], take, context);
-        if (rc)
-            return rc;
-    }
-    return 0;
+    int rc = 0;
+    for (uint32_t i = 0; i < source->n_slots && rc == 0; i++)
+        rc = cc_source_ask(take, context, source->slots[i].block, source->slots[i].first_pfn, source->slots[i].n_pages);
+    for (uint32_t i = 0; i < source->n_slots && rc == 0; i++)
+        rc = sync_slot(source, &source->slots[i], take, context);
+    return rc;
 }
 
 static void kvm_close(struct colocache_source *base)

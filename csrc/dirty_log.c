@@ -7,6 +7,8 @@
  */
 #include "internal.h"
 
+#include <string.h>
+
 #include "fault.h"
 
 /* mark -- OR into the SVM bitmap inside the mark gate, so that a seal's union and clear see all of it or nothing */
@@ -78,6 +80,26 @@ int colocache_dirty_log_lost(struct colocache *cc)
         }
     }
     return 0;
+}
+
+/* ---- what sources share ---------------------------------------------------------------------------------------------- */
+
+int cc_source_ask(int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context, uint32_t block,
+                  uint64_t first_pfn, uint64_t n_pages)
+{
+    const uint64_t nothing = 0;
+    if (first_pfn > UINT64_MAX - n_pages)
+        return cc_fail(COLOCACHE_E_RANGE, "a dirty log of %llu pages from page %llu of block %u on", (unsigned long long)n_pages,
+                       (unsigned long long)first_pfn, block);
+    return take(context, block, first_pfn + n_pages - 1, 1, &nothing); /* no bits of the last page: checked, and sets none */
+}
+
+int cc_source_not_taken(const char *log)
+{
+    char why[256];
+    strncpy(why, colocache_last_error(), sizeof why - 1);
+    why[sizeof why - 1] = 0;
+    return cc_fail(COLOCACHE_E_LOG_LOST, "%s was cleared but could not be taken: %s; call colocache_dirty_log_lost", log, why);
 }
 
 /* ---- sources by themselves -------------------------------------------------------------------------------------------- */

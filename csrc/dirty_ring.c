@@ -56,6 +56,7 @@ struct ring_source {
     int vm_fd;
     uint32_t n_entries;
     uint32_t n_slots, n_rings;
+    uint64_t n_unknown;      /* entries that fit no slot of ours, until that has been told */
     struct ring_slot *slots; /* in order of their slot numbers */
     struct ring *rings;
     uint64_t *words;
@@ -73,10 +74,9 @@ static struct ring_slot *find_slot(struct ring_source *source, uint32_t number)
     return bsearch(&key, source->slots, source->n_slots, sizeof key, by_number);
 }
 
-/* harvest -- every dirty entry of a ring into the slots' bitmaps; the number of entries that fit no slot of ours */
-static uint64_t harvest(struct ring_source *source, struct ring *ring)
+/* harvest -- every dirty entry of a ring into the slots' bitmaps */
+static void harvest(struct ring_source *source, struct ring *ring)
 {
-    uint64_t n_unknown = 0;
     struct ring_slot *slot = NULL;
     for (uint32_t n = 0; n < source->n_entries; n++) {
         struct ring_entry *entry = &ring->entries[ring->next & (source->n_entries - 1)];
@@ -90,12 +90,11 @@ static uint64_t harvest(struct ring_source *source, struct ring *ring)
             slot->words[page / 64] |= 1ull << (page % 64);
             slot->touched = true;
         } else {
-            n_unknown++;
+            source->n_unknown++;
         }
         cc_publish32(&entry->flags, GFN_RESET); /* release: KVM reuses the entry only after it was read */
         ring->next++;
     }
-    return n_unknown;
 }
 
 static int hand_on(struct ring_source *source, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
@@ -130,15 +129,22 @@ static int ring_sync(struct colocache_source *base, int (*take)(void *, uint32_t
 {
     struct ring_source *source = (struct ring_source *)base;
     pthread_mutex_lock(&source->lock);
-    uint64_t n_unknown = 0;
-    for (uint32_t i = 0; i < source->n_rings; i++)
-        n_unknown += harvest(source, &source->rings[i]);
-    int rc = hand_on(source, take, context);
+    int rc = 0;
+    for (uint32_t i = 0; i < source->n_slots && rc == 0; i++) {
+        const struct colocache_kvm_slot *slot = &source->slots[i].given;
+        rc = cc_source_ask(take, context, slot->block, slot->first_pfn, slot->n_pages);
+    }
+    for (uint32_t i = 0; i < source->n_rings && rc == 0; i++)
+        harvest(source, &source->rings[i]);
+    if (rc == 0)
+        rc = hand_on(source, take, context);
     if (rc == 0)
         rc = reset(source);
-    if (rc == 0 && n_unknown)
+    if (rc == 0 && source->n_unknown)
         rc = cc_fail(COLOCACHE_E_LOG_LOST, "%llu entries of the dirty rings name slots or pages this source was not given; call "
-                     "colocache_dirty_log_lost", (unsigned long long)n_unknown);
+                     "colocache_dirty_log_lost", (unsigned long long)source->n_unknown);
+    if (rc == 0 || rc == COLOCACHE_E_LOG_LOST) /* told: all ones cover them */
+        source->n_unknown = 0;
     pthread_mutex_unlock(&source->lock);
     return rc;
 }

@@ -91,6 +91,11 @@ static int uffd_sync(struct colocache_source *base, int (*take)(void *, uint32_t
 {
     struct uffd_source *source = (struct uffd_source *)base;
     for (uint32_t i = 0; i < source->n_ranges; i++) {
+        int rc = cc_source_ask(take, context, source->ranges[i].block, source->ranges[i].first_pfn, source->ranges[i].n_pages);
+        if (rc)
+            return rc;
+    }
+    for (uint32_t i = 0; i < source->n_ranges; i++) {
         const struct colocache_uffd_range *range = &source->ranges[i];
         uint64_t at = (uint64_t)(uintptr_t)range->addr, end = at + range->n_pages * CC_PAGE;
         while (at < end) {
@@ -112,9 +117,8 @@ static int uffd_sync(struct colocache_source *base, int (*take)(void *, uint32_t
                 return cc_fail(COLOCACHE_E_LOG_LOST, "PAGEMAP_SCAN failed: %s; call colocache_dirty_log_lost", colocache_strerror(-saved));
             }
             for (int r = 0; r < n; r++) {
-                int rc = take_region(range, &source->regions[r], take, context);
-                if (rc)
-                    return rc; /* the caller must count the log as lost: it is cleared already */
+                if (take_region(range, &source->regions[r], take, context) != 0)
+                    return cc_source_not_taken("the log of this process"); /* the scan has protected the pages again */
             }
             if (scan.walk_end <= at && n == 0)
                 break;

@@ -180,12 +180,19 @@ int cc_validate_bitmaps(struct colocache *cc, bool with_summaries);
 
 /* transfer of a source's bits: dirty_log.c, dirty_kvm.c, dirty_ring.c, dirty_uffd.c, sender.c */
 struct colocache_source {
-    /* Get what was written since the last clear and hand it on; then clear.  `take` may be called several times a block. */
+    /* Get what was written since the last clear and hand it on; then clear.  `take` may be called several times a block.  If it fails
+     * the bits are still in the log, or kept for the next sync; where a get has cleared them already, E_LOG_LOST. */
     int (*sync)(struct colocache_source *source,
                 int (*take)(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words),
                 void *context);
     void (*close)(struct colocache_source *source);
 };
+
+/* dirty_log.c: would `take` have these pages?  Asked for all parts of a log before the first is got: a part that fits no block
+ * is then found while nothing is lost.  And what a source says when the answer was yes and it fails all the same. */
+int cc_source_ask(int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context, uint32_t block,
+                  uint64_t first_pfn, uint64_t n_pages);
+int cc_source_not_taken(const char *log);
 
 static inline uint64_t cc_now_ns(void)
 {

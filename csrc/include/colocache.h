@@ -230,7 +230,7 @@ enum colocache_error {
     COLOCACHE_E_PEER_LOST = -20023,    /* the connection was closed */
     COLOCACHE_E_TIMEOUT = -20024,      /* nothing moved on the connection for the time allowed */
     COLOCACHE_E_UNSUPPORTED = -20025,  /* the kernel, the CPU or this build lacks what was asked for */
-    COLOCACHE_E_LOG_LOST = -20026,     /* a dirty log could not be read: call colocache_dirty_log_lost */
+    COLOCACHE_E_LOG_LOST = -20026,     /* a dirty log is lost: call colocache_dirty_log_lost (on a primary colocache_sender_mark_all) */
     COLOCACHE_E_ORDER = -20027         /* a call that the object's state does not allow now */
 };
 
@@ -436,7 +436,8 @@ int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pf
 /* OR words of any log into the SVM bitmap: bit 0 of words[0] is page first_pfn (any page).  Bits past n_pages must be
  * zero (E_TAIL).  Clearing the log is then the caller's, before the VM runs. */
 int colocache_sync_words(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words);
-/* Get, OR into the SVM bitmap, clear.  vCPUs stopped.  E_LOG_LOST if the log can't be read. */
+/* Get, OR into the SVM bitmap, clear.  vCPUs stopped.  E_LOG_LOST if the log can't be read, or was cleared and could not be taken.
+ * E_BLOCK, E_RANGE: a slot or range of the source fits no block; nothing was taken, and all of it is still in the log. */
 int colocache_sync_dirty_log(struct colocache *cc, struct colocache_source *source);
 /* The log is unknown (its owner died): every page counts as written by the SVM. */
 int colocache_dirty_log_lost(struct colocache *cc);
@@ -565,7 +566,7 @@ int colocache_sender_close(struct colocache_sender *sender);
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes,
                                uint32_t page_size, uint32_t *block_out);
 /* Take the log into unacked and pending.  The log is write-protected or cleared before this returns, so before any page
- * of it is read. */
+ * of it is read.  Errors as of colocache_sync_dirty_log; after E_LOG_LOST call colocache_sender_mark_all. */
 int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colocache_source *source);
 /* Words of your own log, as in colocache_sync_words.  While the PVM runs take them from it atomically: exchange each word with 0 into
  * a copy and hand over the copy.  A log that is cleared after this call loses what the PVM set in between. */

@@ -3,6 +3,8 @@
  * dirty_kvm.c on the real /dev/kvm: a machine of one vCPU in real mode whose program writes a byte to each page of a list, over a
  * RAM block behind two memory slots that meet at a page which is no multiple of 64.
  */
+#include "internal.h" /* first: the source from inside */
+
 #include "rig.h"
 
 #include <linux/kvm.h>
@@ -189,6 +191,61 @@ static void a_log_that_cannot_be_read_is_lost(void)
     rig_check(&rig, false);
     end(log);
 }
+
+static void slots_that_fit_no_block_are_refused_before_the_log_is_got(void)
+{
+    struct colocache_source *log = NULL, *wrong = NULL;
+    if (!begin(false, &log))
+        return;
+    const uint16_t pages[] = {5, 36, 37, 150};
+    CHECK_RC(0, colocache_source_discard(log));
+    if (guest_writes(pages, 4)) {
+        const struct colocache_kvm_slot past_end[] = {{.slot = 3, .block = 0, .first_pfn = 0, .n_pages = SPLIT},
+                                                      {.slot = 7, .block = 0, .first_pfn = SPLIT + 1, .n_pages = PAGES - SPLIT}};
+        CHECK_RC(0, colocache_source_kvm(vm, past_end, 2, 0, &wrong));
+        CHECK_RC(COLOCACHE_E_RANGE, colocache_sync_dirty_log(rig.cc, wrong));
+        CHECK_RC(0, colocache_source_close(wrong));
+        const struct colocache_kvm_slot no_block[] = {{.slot = 7, .block = 9, .first_pfn = 0, .n_pages = PAGES - SPLIT}};
+        CHECK_RC(0, colocache_source_kvm(vm, no_block, 1, 0, &wrong));
+        CHECK_RC(COLOCACHE_E_BLOCK, colocache_sync_dirty_log(rig.cc, wrong));
+        CHECK_RC(0, colocache_source_close(wrong));
+        CHECK_RC(0, colocache_sync_dirty_log(rig.cc, log));
+        rig_check(&rig, false); /* every page the vCPU wrote is still in the log */
+    }
+    end(log);
+}
+
+static int take_nothing(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    (void)context, (void)block, (void)first_pfn;
+    return cc_words_for(n_pages) == 1 && !words[0] ? 0 : cc_fail(-ENOMEM, "no room for what the log says");
+}
+
+static void a_log_is_lost_or_kept_when_it_is_not_taken(bool manual_protect)
+{
+    struct colocache_source *log = NULL;
+    if (!begin(manual_protect, &log))
+        return;
+    const uint16_t pages[] = {5, 36, 37, 150};
+    CHECK_RC(0, colocache_source_discard(log));
+    if (guest_writes(pages, 4)) {
+        CHECK_RC(manual_protect ? -ENOMEM : COLOCACHE_E_LOG_LOST, log->sync(log, take_nothing, NULL));
+        CHECK_RC(0, colocache_sync_dirty_log(rig.cc, log));
+        if (manual_protect)
+            rig_check(&rig, false); /* it was not cleared */
+    }
+    end(log);
+}
+
+static void a_log_that_was_got_and_not_taken_is_lost(void)
+{
+    a_log_is_lost_or_kept_when_it_is_not_taken(false);
+}
+
+static void a_log_that_was_not_taken_is_not_cleared(void)
+{
+    a_log_is_lost_or_kept_when_it_is_not_taken(true);
+}
 #endif
 
 /* ---- a kernel that says more than it should: this program's ioctl goes before the C library's --------------------------- */
@@ -258,6 +315,9 @@ int main(void)
     RUN(vcpu_writes_are_in_the_log_by_get);
     RUN(vcpu_writes_are_in_the_log_by_get_and_clear);
     RUN(a_log_that_cannot_be_read_is_lost);
+    RUN(slots_that_fit_no_block_are_refused_before_the_log_is_got);
+    RUN(a_log_that_was_got_and_not_taken_is_lost);
+    RUN(a_log_that_was_not_taken_is_not_cleared);
 #endif
     return DONE();
 }

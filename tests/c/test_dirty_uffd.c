@@ -1,5 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* dirty_uffd.c on the real kernel: what this process writes is in the log, once, and pages that were only read are not. */
+#include "internal.h"
+
 #include "rig.h"
 
 static const uint64_t blocks[] = {200, 4500};
@@ -104,6 +106,51 @@ static void discard_forgets(void)
     end(log);
 }
 
+static void a_range_whose_block_is_not_there_yet_loses_nothing(void)
+{
+    struct colocache_sender *sender = NULL;
+    struct colocache_source *log = NULL;
+    uint64_t pending = 99, unacked = 99;
+    uint8_t *memory = mmap(NULL, 20 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(memory != MAP_FAILED);
+    const struct colocache_uffd_range ranges[] = {{.block = 0, .n_pages = 10, .addr = memory},
+                                                  {.block = 1, .n_pages = 10, .addr = memory + 10 * 4096}};
+    CHECK_RC(0, colocache_sender_create(&sender));
+    CHECK_RC(0, colocache_sender_add_block(sender, "low", memory, 10 * 4096, 4096, NULL));
+    int rc = colocache_source_uffd(ranges, 2, &log);
+    if (rc == COLOCACHE_E_UNSUPPORTED) {
+        check_skip_reason = "userfaultfd write-protect-async is not to be had here";
+    } else {
+        REQUIRE(rc == 0);
+        memory[3 * 4096] = memory[12 * 4096] = memory[19 * 4096] = 1;
+        CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_sync_dirty_log(sender, log));
+        CHECK_RC(0, colocache_sender_add_block(sender, "high", memory + 10 * 4096, 10 * 4096, 4096, NULL));
+        CHECK_RC(0, colocache_sender_sync_dirty_log(sender, log));
+        CHECK_RC(0, colocache_sender_count(sender, &pending, &unacked));
+        CHECK_EQ(3, pending);
+        CHECK_EQ(3, unacked);
+    }
+    CHECK_RC(0, colocache_source_close(log));
+    CHECK_RC(0, colocache_sender_close(sender));
+    munmap(memory, 20 * 4096);
+}
+
+static int take_nothing(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    (void)context, (void)block, (void)first_pfn, (void)n_pages;
+    return !words[0] ? 0 : cc_fail(-ENOMEM, "no room for what the log says");
+}
+
+static void a_log_that_was_cleared_and_not_taken_is_lost(void)
+{
+    struct colocache_source *log = NULL;
+    if (!begin(&log))
+        return;
+    guest_writes(0, 10, 1);
+    CHECK_RC(COLOCACHE_E_LOG_LOST, log->sync(log, take_nothing, NULL));
+    end(log);
+}
+
 static void wrong_ranges_are_refused(void)
 {
     struct colocache_source *log = (void *)1;
@@ -125,6 +172,8 @@ int main(void)
     RUN(writes_are_in_the_log_once);
     RUN(writes_of_the_kernel_are_seen);
     RUN(discard_forgets);
+    RUN(a_range_whose_block_is_not_there_yet_loses_nothing);
+    RUN(a_log_that_was_cleared_and_not_taken_is_lost);
     RUN(wrong_ranges_are_refused);
     return DONE();
 }
