@@ -295,12 +295,13 @@ bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits)
 bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap)
 {
     for (uint64_t w = 0; w < bitmap->n_words; w++) {
-        if (bitmap->words[w] && !(bitmap->summary[w / 64] >> (w % 64) & 1))
+        if (cc_observe(&bitmap->words[w]) && !(cc_peek(&bitmap->summary[w / 64]) >> (w % 64) & 1))
             return false;
     }
     for (uint64_t s = 0; s < bitmap->n_summary_words; s++) {
         uint64_t t = s >> bitmap->top_shift;
-        if (bitmap->summary[s] && (!(bitmap->top[t / 64] >> (t % 64) & 1) || !(bitmap->crown[t / 4096] >> (t / 64 % 64) & 1)))
+        if (cc_observe(&bitmap->summary[s]) &&
+            (!(cc_peek(&bitmap->top[t / 64]) >> (t % 64) & 1) || !(cc_peek(&bitmap->crown[t / 4096]) >> (t / 64 % 64) & 1)))
             return false;
     }
     return cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);

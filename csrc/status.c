@@ -5,6 +5,8 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#define LOOKS_MAX 1000 /* of inspect at a region that changes under its eyes */
+
 /* fill_from_control -- what a region says by itself */
 static int fill_from_control(const struct cc_control *control, struct colocache_status *out, struct cc_record *record)
 {
@@ -126,34 +128,72 @@ static int inspect_blocks(int fd, const struct cc_block_entry *table, uint64_t f
     return 0;
 }
 
-int colocache_inspect(int control_fd, struct colocache_status *out, struct colocache_block_info *blocks, uint32_t *n_blocks)
+/* What an owner changes while it lives.  The file is enlarged before anything speaks of what lies there. */
+struct moment {
+    uint64_t file_bytes, n_blocks, bitmap_end, commit_word;
+};
+
+static int now(int control_fd, const struct cc_control *control, struct moment *out)
 {
     struct stat st;
-    struct colocache_status status = {0};
-    struct cc_record record;
-    if (!out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
-    if (fstat(control_fd, &st) != 0)
+    memset(out, 0, sizeof *out); /* compared as bytes */
+    if (control) {
+        out->commit_word = cc_observe(&control->commit_word);
+        out->n_blocks = cc_observe(&control->n_blocks);
+        out->bitmap_end = cc_observe(&control->bitmap_end);
+    }
+    if (fstat(control_fd, &st) != 0) /* last: at least what the three need */
         return cc_fail_errno("fstat of the control region");
-    if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
-        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
-    void *head;
-    int rc = cc_map_file(control_fd, 0, CC_DEVICES_OFFSET, false, &head);
+    out->file_bytes = (uint64_t)st.st_size;
+    return 0;
+}
+
+/* look -- once, in a region that was file_bytes long a moment ago */
+static int look(int control_fd, const struct cc_control *control, uint64_t file_bytes, struct colocache_status *status,
+                struct colocache_block_info *blocks, uint32_t room)
+{
+    struct cc_record record;
+    memset(status, 0, sizeof *status);
+    int rc = cc_control_check(control, file_bytes);
+    if (rc == 0)
+        rc = fill_from_control(control, status, &record);
     if (rc)
         return rc;
-    const struct cc_control *control = head;
-    rc = cc_control_check(control, (uint64_t)st.st_size);
-    if (rc == 0)
-        rc = fill_from_control(control, &status, &record);
-    if (rc == 0) {
-        status.phase = cc_observe(&control->taken_over)          ? COLOCACHE_PHASE_FAILED_OVER
-                       : record.epoch == 0                       ? COLOCACHE_PHASE_EMPTY
-                       : record.committed                        ? COLOCACHE_PHASE_LIVE
-                                                                 : COLOCACHE_PHASE_SEALING;
-        rc = inspect_blocks(control_fd, (const void *)((const uint8_t *)head + CC_TABLE_OFFSET), (uint64_t)st.st_size, &status, blocks,
-                            n_blocks ? *n_blocks : 0);
+    status->phase = cc_observe(&control->taken_over) ? COLOCACHE_PHASE_FAILED_OVER
+                    : record.epoch == 0              ? COLOCACHE_PHASE_EMPTY
+                    : record.committed               ? COLOCACHE_PHASE_LIVE
+                                                     : COLOCACHE_PHASE_SEALING;
+    return inspect_blocks(control_fd, (const void *)((const uint8_t *)control + CC_TABLE_OFFSET), file_bytes, status, blocks, room);
+}
+
+int colocache_inspect(int control_fd, struct colocache_status *out, struct colocache_block_info *blocks, uint32_t *n_blocks)
+{
+    struct colocache_status status;
+    struct moment before, after;
+    if (!out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
+    int rc = now(control_fd, NULL, &before);
+    if (rc)
+        return rc;
+    if (before.file_bytes < CC_DEVICES_OFFSET)
+        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%llu bytes are too few for a control region", (unsigned long long)before.file_bytes);
+    void *control;
+    rc = cc_map_file(control_fd, 0, CC_DEVICES_OFFSET, false, &control);
+    if (rc)
+        return rc;
+    rc = now(control_fd, control, &before);
+    for (int looks = 0; rc == 0; looks++) {
+        int found = look(control_fd, control, before.file_bytes, &status, blocks, n_blocks ? *n_blocks : 0);
+        rc = now(control_fd, control, &after);
+        /* What does not fit while an owner is at work is no damage: it is what changed under our eyes.  Damage stays. */
+        bool moved = memcmp(&before, &after, sizeof before) != 0;
+        if (rc == 0 && (found != COLOCACHE_E_CORRUPT || !moved || looks == LOOKS_MAX)) {
+            rc = found;
+            break;
+        }
+        before = after;
     }
-    cc_unmap(head, CC_DEVICES_OFFSET);
+    cc_unmap(control, CC_DEVICES_OFFSET);
     if (rc)
         return rc;
     if (n_blocks)

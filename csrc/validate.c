@@ -7,7 +7,23 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define SETTER_NS_MAX 2000000000u /* how long a thread may stand between two stores: its core may be taken away */
+
 static const char *const bitmap_names[CC_BITMAPS] = {"PVM bitmap", "SVM bitmap", "flush set"};
+
+/* hides_a_word -- a summary that does so beside somebody who sets bits is most likely one whose bit comes in a moment: the word is
+ * stored before it.  With nobody in the gate it is damage; else it is damage if it stays. */
+static bool hides_a_word(const struct cc_bitmap *bitmap, const struct cc_gate *setters)
+{
+    for (uint64_t until = cc_now_ns() + SETTER_NS_MAX;;) {
+        bool nobody = (cc_observe32(&setters->word) & ~CC_GATE_CLOSED) == 0; /* before the look */
+        if (cc_bitmap_summary_ok(bitmap))
+            return false;
+        if (nobody || cc_now_ns() > until)
+            return true;
+        usleep(100);
+    }
+}
 
 /* cc_validate_bitmaps -- tails; and summaries, unless they are about to be rebuilt */
 int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
@@ -19,7 +35,7 @@ int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
             if (!cc_bitmap_tail_ok(bitmap->words, bitmap->n_bits))
                 return cc_fail(COLOCACHE_E_TAIL, "block %s: the %s has bits set past the last page %llu", block->name, bitmap_names[kind],
                                (unsigned long long)block->n_pages - 1);
-            if (with_summaries && !cc_bitmap_summary_ok(bitmap))
+            if (with_summaries && hides_a_word(bitmap, kind == COLOCACHE_BITMAP_PVM ? &cc->receive_gate : &cc->mark_gate))
                 return cc_fail(COLOCACHE_E_CORRUPT, "block %s: the summary of the %s hides a word", block->name, bitmap_names[kind]);
         }
     }

@@ -393,12 +393,13 @@ int colocache_get_block(struct colocache *cc, uint32_t block, struct colocache_b
 /* Copy of a bitmap: n_words 64-bit words, exactly (n_pages+63)/64 (E_LENGTH). */
 int colocache_get_bitmap(struct colocache *cc, uint32_t block, int kind, uint64_t *words, uint64_t n_words);
 /* Look at a control region without lock and without writing.  *n_blocks: in, room in `blocks`; out, blocks there are.
- * E_NOT_COLOCACHE, E_LAYOUT, E_CORRUPT. */
+ * Its owner may be at work: it is never called corrupt for that; counts are of about the same moment.
+ * E_NOT_COLOCACHE (as is a region that create has not finished), E_LAYOUT, E_CORRUPT. */
 int colocache_inspect(int control_fd, struct colocache_status *out, struct colocache_block_info *blocks, uint32_t *n_blocks);
 
 /* Check every invariant of the region; with `compare_pages` also that each page in neither bitmap is the same in
  * guest RAM and cache (only while the SVM is stopped, its log synced, and no receive runs).  0 or E_CORRUPT / E_TAIL
- * with the first broken invariant as last error. */
+ * with the first broken invariant as last error.  Pages may be received and marked beside it, if they are not compared. */
 int colocache_validate(struct colocache *cc, int compare_pages);
 
 /* ---- receive: pages go to the cache, then their bits into the PVM bitmap ------------------------------- */

@@ -1,5 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* validate.c: each invariant broken by hand, found, and mended again. */
+#include "internal.h" /* first: a gate */
+
+#include <pthread.h>
+
 #include "rig.h"
 
 static const uint64_t blocks[] = {100, 4160};
@@ -171,6 +175,96 @@ static void a_page_that_differs_without_a_bit_is_found(void)
     rig_close(&rig);
 }
 
+/* ---- beside an owner at work: nothing is called corrupt ---------------------------------------------------------------- */
+
+/* A thread that marks is between its two stores, as if its core had been taken away: a word is there, its summary comes late. */
+static void *late_summary(void *summary)
+{
+    usleep(50000);
+    __atomic_fetch_or((uint64_t *)summary, 1, __ATOMIC_SEQ_CST);
+    cc_gate_leave(&rig.cc->mark_gate);
+    return NULL;
+}
+
+static void a_mark_that_is_half_done_is_no_damage(void)
+{
+    pthread_t thread;
+    begin();
+    part(1, 4)[0] &= ~1ull; /* SVM bitmap, word 0: page 7 is in it */
+    cc_gate_enter(&rig.cc->mark_gate);
+    REQUIRE(pthread_create(&thread, NULL, late_summary, part(1, 4)) == 0);
+    finds("half a mark", 0);
+    pthread_join(thread, NULL);
+    rig_check(&rig, true);
+    rig_close(&rig);
+}
+
+static uint32_t stop;
+
+static void *looks(void *arg)
+{
+    (void)arg;
+    do {
+        struct colocache_status status = {.struct_size = sizeof status};
+        CHECK_RC(0, colocache_inspect(rig.control_fd, &status, NULL, NULL));
+    } while (!__atomic_load_n(&stop, __ATOMIC_ACQUIRE));
+    return NULL;
+}
+
+static void inspect_beside_an_owner_that_adds_blocks_finds_no_damage(void)
+{
+    static uint8_t images[256 * 2][4096] __attribute__((aligned(4096)));
+    for (int round = 0; round < 8; round++) {
+        struct colocache_options options = rig_options();
+        pthread_t thread;
+        memset(&rig, 0, sizeof rig);
+        rig.control_fd = rig_memfd("control", 0);
+        REQUIRE(colocache_create(rig.control_fd, &options, &rig.cc) == 0);
+        __atomic_store_n(&stop, 0, __ATOMIC_RELEASE);
+        REQUIRE(pthread_create(&thread, NULL, looks, NULL) == 0);
+        for (unsigned i = 0; i < 256; i++) {
+            char name[8];
+            snprintf(name, sizeof name, "b%u", i);
+            struct colocache_images block = {.struct_size = sizeof block, .name = name, .len_bytes = 4096, .page_size = 4096, .guest_fd = -1,
+                                             .cache_fd = -1, .guest_addr = images[2 * i], .cache_addr = images[2 * i + 1]};
+            CHECK_RC(0, colocache_add_block(rig.cc, &block, NULL));
+        }
+        __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);
+        pthread_join(thread, NULL);
+        colocache_close(rig.cc);
+        close(rig.control_fd);
+    }
+}
+
+static void inspect_beside_an_owner_that_seals_finds_no_damage(void)
+{
+    pthread_t thread;
+    begin();
+    __atomic_store_n(&stop, 0, __ATOMIC_RELEASE);
+    REQUIRE(pthread_create(&thread, NULL, looks, NULL) == 0);
+    for (uint64_t epoch = 2; epoch < 2000; epoch++) {
+        CHECK_RC(0, colocache_receive_zero(rig.cc, epoch, 0, epoch % 100, 1));
+        void *state;
+        CHECK_RC(0, colocache_device_state_begin(rig.cc, epoch, 1, &state));
+        CHECK_RC(0, rig_try_seal(&rig, epoch));
+        CHECK_RC(0, colocache_flush(rig.cc, NULL));
+        CHECK_RC(0, colocache_loaded(rig.cc, 1));
+    }
+    __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);
+    pthread_join(thread, NULL);
+    rig_close(&rig);
+}
+
+static void inspect_still_tells_damage(void)
+{
+    struct colocache_status status = {.struct_size = sizeof status};
+    begin();
+    rig.control->reserved0 = 1;
+    CHECK_RC(COLOCACHE_E_CORRUPT, colocache_inspect(rig.control_fd, &status, NULL, NULL));
+    rig.control->reserved0 = 0;
+    rig_close(&rig);
+}
+
 int main(void)
 {
     RUN(tail_bits_are_found_in_every_bitmap);
@@ -180,5 +274,9 @@ int main(void)
     RUN(flipped_bytes_of_record_and_device_state_are_found);
     RUN(reserved_and_impossible_heads_are_found);
     RUN(a_page_that_differs_without_a_bit_is_found);
+    RUN(a_mark_that_is_half_done_is_no_damage);
+    RUN(inspect_beside_an_owner_that_adds_blocks_finds_no_damage);
+    RUN(inspect_beside_an_owner_that_seals_finds_no_damage);
+    RUN(inspect_still_tells_damage);
     return DONE();
 }
