@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,57 +11,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from toy import HEADER, QUICK, TOY_BLOCKS, Pair, pair_of
+from toy import QUICK, TOY_BLOCKS, Pair, pair_of
 
 from colocache import ColocacheError, Memory, message_header
-from colocache.replication.address import Address
 from colocache.replication.errors import ProtocolError, RefusedError, TookOverError
-from colocache.replication.messages import AbortKind, Hello, MessageType, decode_reason, split_u64
+from colocache.replication.messages import AbortKind, MessageType, decode_reason, split_u64
 
 PAGE = 4096
 M = MessageType
-
-
-class FakePeer:
-    """A connection on which a test says what it wants."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        connection.settimeout(10)
-
-    def say(self, kind: int, epoch: int = 0, body: bytes = b"", a: int = 0, b: int = 0) -> None:
-        self.socket.sendall(message_header(kind, epoch, len(body), a, b) + body)
-
-    def hear(self) -> tuple[MessageType, int, bytes]:
-        """The next message but PING and PONG."""
-        while True:
-            # Not parse_header: the checksum of PAGES covers more than the header.
-            _, _, kind, epoch, length, _, _, _ = HEADER.unpack(self._read(HEADER.size))
-            body = self._read(length)
-            if kind not in (M.PING, M.PONG):
-                return MessageType(kind), epoch, body
-
-    def hear_end(self) -> str:
-        """The reason of the ABORT that must come, after which the connection must end."""
-        while True:
-            kind, _, body = self.hear()
-            if kind is M.ABORT:
-                break
-        with contextlib.suppress(OSError):
-            while self.socket.recv(1 << 16):
-                pass
-        return decode_reason(body)
-
-    def _read(self, n: int) -> bytes:
-        data = bytearray()
-        while len(data) < n:
-            more = self.socket.recv(n - len(data))
-            if not more:
-                raise EOFError
-            data += more
-        return bytes(data)
 
 
 @pytest.fixture
@@ -70,21 +29,6 @@ def pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Pair]:
     timing = replace(QUICK, reconnect_limit=0.1, connect_limit=5.0)
     with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing) as made:
         yield made
-
-
-@contextlib.contextmanager
-def fake_primary(pair: Pair, /, **changes: object) -> Iterator[FakePeer]:
-    """A primary that has said HELLO properly, unless `changes` say otherwise."""
-    hello = Hello("primary", "toy", None, 0, 0, False, "toy", pair.blocks)
-    with pair.address.connect(5.0) as connection:
-        peer = FakePeer(connection)
-        peer.say(M.HELLO, body=replace(hello, **changes).encode())  # type: ignore[arg-type]
-        yield peer
-
-
-def accepted(peer: FakePeer) -> None:
-    assert peer.hear()[0] is M.HELLO
-    assert peer.hear()[0] is M.CHECKPOINT_READY
 
 
 def packet(block: int, runs: list[tuple[int, int, int]], epoch: int = 1, data: bytes | None = None) -> bytes:
@@ -292,28 +236,6 @@ def test_no_bytes_at_all_harm_a_secondary(
 
 
 # ---- the same, towards a primary ----
-
-
-@contextlib.contextmanager
-def fake_secondary(pair: Pair, folder: Path) -> Iterator[Callable[[], FakePeer]]:
-    """A listener for the primary of `pair`; calling it gives the next connection, whose HELLO was read."""
-    listener, address = Address.parse(f"unix:{folder}/fake").listen()
-    pair.primary._address = address
-    with listener, contextlib.ExitStack() as stack:
-        listener.settimeout(10)
-
-        def accept() -> FakePeer:
-            peer = FakePeer(stack.enter_context(listener.accept()[0]))
-            assert peer.hear()[0] is M.HELLO
-            return peer
-
-        yield accept
-    address.remove()
-
-
-def its_hello(pair: Pair, /, **changes: object) -> bytes:
-    hello = Hello("secondary", "toy", bytes(range(16)), 0, 0, False, "toy", pair.blocks)
-    return replace(hello, **changes).encode()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from colocache import Cache, Sender, SendResult, message_header, parse_header
@@ -80,6 +80,8 @@ class Channel:
         self._device_state_max = device_state_max
         self._send_lock = threading.Lock()
         self._heartbeat: Heartbeat | None = None
+        self._begun = bytearray()  # of a message that is not whole yet, which began to come at _begun_at
+        self._begun_at = 0.0
         self._closed = False
         self._broken = False  # half a message went out: nothing may follow it
         self.last_heard = time.monotonic()
@@ -160,11 +162,42 @@ class Channel:
     # ---- receiving ----
 
     def receive(self) -> Message:
-        """The next message with its body; for all but pages and a device state."""
-        message = self._parse(self._receive_bytes(HEADER_BYTES))
-        if message.type in (MessageType.PAGES, MessageType.VMSTATE_SIZE):
-            raise ProtocolError(f"the peer sent {message}, which may not come here")
-        return self._with_body(message)
+        """The next message with its body; for all but pages and a device state.
+
+        Once begun it must be whole within the peer timeout: single bytes now and then are no sign of life.
+        """
+        while (message := self.try_receive()) is None:
+            left = self._begun_at + self.peer_timeout - time.monotonic() if self._begun else self.peer_timeout
+            self._wait(select.POLLIN, "finish its message" if self._begun else "say anything", max(0.0, left))
+        return message
+
+    def try_receive(self) -> Message | None:
+        """The next message if all of it has come; never waits. What has come of it is kept for the next call."""
+        self._check_open()
+        message = None
+        while True:
+            if message is None and len(self._begun) >= HEADER_BYTES:
+                try:
+                    message = self._parse(bytes(self._begun[:HEADER_BYTES]))
+                    if message.type in (MessageType.PAGES, MessageType.VMSTATE_SIZE):
+                        raise ProtocolError(f"the peer sent {message}, which may not come here")
+                except ProtocolError:
+                    self._begun.clear()
+                    raise
+            wanted = HEADER_BYTES + (message.body_len if message else 0)
+            if message is not None and len(self._begun) == wanted:
+                body = bytes(self._begun[HEADER_BYTES:])
+                self._begun.clear()
+                return replace(message, body=body)
+            try:
+                more = self._socket.recv(wanted - len(self._begun), socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return None
+            except OSError as error:
+                raise PeerLostError(f"the connection broke while receiving: {error.strerror or error}") from error
+            if not more:
+                raise PeerLostError("the peer closed the connection")
+            self._begin(more)
 
     def receive_past_pages(self, cache: Cache, epoch: int = 0) -> tuple[Message, int]:
         """Take pages into the cache until another message comes: that message and the number of pages.
@@ -182,7 +215,8 @@ class Channel:
         message = self._parse(header)
         if message.type is MessageType.VMSTATE_SIZE:
             return message, n_pages
-        return self._with_body(message), n_pages
+        self._begin(header)
+        return self.receive(), n_pages
 
     def wait_for_word(self) -> None:
         """Until the next byte or the end of the connection, however long that takes."""
@@ -208,24 +242,19 @@ class Channel:
             done += n
             self.last_heard = time.monotonic()
 
-    def _receive_bytes(self, n: int) -> bytes:
-        room = bytearray(n)
-        self.receive_into(memoryview(room))
-        return bytes(room)
+    def _begin(self, data: bytes) -> None:
+        self.last_heard = time.monotonic()
+        if not self._begun:
+            self._begun_at = self.last_heard
+        self._begun += data
 
     def _parse(self, header: bytes) -> Message:
         return parse_message(header, self._device_state_max)
 
-    def _with_body(self, message: Message) -> Message:
-        if not message.body_len:
-            return message
-        body = self._receive_bytes(message.body_len)
-        return Message(message.type, message.epoch, message.body_len, message.a, message.b, body)
-
-    def _wait(self, event: int, what: str) -> None:
+    def _wait(self, event: int, what: str, seconds: float | None = None) -> None:
         poll = select.poll()
         poll.register(self._fd, event)
-        if not poll.poll(self.peer_timeout * 1000):
+        if not poll.poll((self.peer_timeout if seconds is None else seconds) * 1000):
             raise TimedOutError(f"the peer did not {what} for {self.peer_timeout:g} s")
 
     # ---- signs of life ----

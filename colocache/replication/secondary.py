@@ -6,8 +6,8 @@ One connection is a `SecondarySession`; this module decides between them.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-import select
 import socket
 import threading
 import time
@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from colocache import Cache, Phase
 from colocache.errors import (
-    ColocacheError,
     FailedOverError,
     NoMemoryError,
     NoStateError,
@@ -23,8 +22,7 @@ from colocache.errors import (
     SystemCallError,
     TimedOutError,
 )
-from colocache.replication.address import prepare
-from colocache.replication.channel import Channel
+from colocache.replication.channel import Channel, Message
 from colocache.replication.errors import DeclaredLostError, ProtocolError, RefusedError, SessionEndedError
 from colocache.replication.events import Events
 from colocache.replication.failover import Arbiter, Loss, SoloArbiter
@@ -35,9 +33,9 @@ from colocache.replication.secondary_session import SecondarySession, StoppedErr
 from colocache.replication.streams_in import take_streams
 from colocache.replication.svm import Svm
 from colocache.replication.takeover import Takeover
+from colocache.replication.waiting_room import WaitingRoom
 from colocache.vmm.machine import Machine
 
-SLICE_SECONDS = 0.1  # a wait that must notice a signal
 STREAMS_SHARE = 0.8  # of the peer timeout, for the further streams to come: the primary still listens then
 
 RESTARTING = ("REPLAYED", "RESTART")  # what a recovery did that leaves an epoch for a fresh machine to load
@@ -83,6 +81,11 @@ class Secondary:
         self.stop = stop
         self.checkpoints = 0
         self._listener = listener
+        self._room = WaitingRoom(
+            listener,
+            peer_timeout=options.timing.peer_timeout,
+            device_state_max=cache.status().device_state_max_bytes,
+        )
         self._blocks = blocks
         self._machine_name = machine_name
         self._arbiter = arbiter or SoloArbiter()
@@ -118,6 +121,10 @@ class Secondary:
 
     def run(self) -> SecondarySummary:
         """Follow the primary to the end. Raises when there never was a pair, or nothing to take over from."""
+        with contextlib.closing(self._room):
+            return self._live()
+
+    def _live(self) -> SecondarySummary:
         self._come_back()
         sealed = self.cache.status().sealed_epoch
         cause = "the primary did not come back" if sealed else ""
@@ -125,10 +132,12 @@ class Secondary:
         noticed = heard
         deadline = noticed + (self._reconnect_limit if sealed else self.timing.connect_limit)
         while True:
-            channel = self._accept(deadline)
+            came = self._accept(deadline)
             if self._failover_asked.is_set():
+                if came is not None:
+                    came[0].close()
                 return self._take_over("the operator asked for it", heard, noticed)
-            if channel is None:
+            if came is None:
                 if self.stop.is_set():
                     return self._summary("stopped", took_over=False)
                 if not self.cache.status().sealed_epoch:
@@ -147,9 +156,10 @@ class Secondary:
                     return taken
                 deadline = time.monotonic() + self.timing.connect_limit
                 continue
+            channel, first = came
             with channel:
                 try:
-                    if not self._greet(channel):
+                    if not self._greet(channel, first):
                         continue
                     end = self._follow(channel)
                     return self._summary(end, took_over=False)
@@ -235,26 +245,9 @@ class Secondary:
 
     # ---- pairing ----
 
-    def _accept(self, deadline: float) -> Channel | None:
-        """The next connection; None at the deadline, when stopped, and when failover was asked for."""
-        poll = select.poll()
-        poll.register(self._listener.fileno(), select.POLLIN)
-        while not self.stop.is_set() and not self._failover_asked.is_set():
-            left = deadline - time.monotonic()
-            ready = poll.poll(max(0.0, min(left, SLICE_SECONDS)) * 1000)
-            if ready:
-                try:
-                    connection, _ = self._listener.accept()
-                except OSError:
-                    continue  # it was gone before we came
-                return Channel(
-                    prepare(connection),
-                    peer_timeout=self.timing.peer_timeout,
-                    device_state_max=self.cache.status().device_state_max_bytes,
-                )
-            if left <= 0:
-                break
-        return None
+    def _accept(self, deadline: float) -> tuple[Channel, Message | ProtocolError] | None:
+        """The next connection and its first word; None at the deadline, when stopped, and when failover was wanted."""
+        return self._room.next(deadline, lambda: self.stop.is_set() or self._failover_asked.is_set())
 
     def _own_hello(self, *, lost: bool = False) -> Hello:
         status = self.cache.status()
@@ -271,7 +264,7 @@ class Secondary:
             session=secrets.token_bytes(16),
         )
 
-    def _greet(self, channel: Channel) -> bool:
+    def _greet(self, channel: Channel, first: Message | ProtocolError) -> bool:
         """HELLO both ways. False: whoever came was no primary of ours and was sent away.
 
         A stranger must not harm a pair that is in step. One that has no state yet ends with the stranger's mistake,
@@ -279,16 +272,15 @@ class Secondary:
         """
         own = self._own_hello()
         try:
-            message = channel.receive()
-            if message.type is MessageType.STREAM:
+            if isinstance(first, ProtocolError):
+                raise first
+            if first.type is MessageType.STREAM:
                 channel.abort(AbortKind.REFUSED, "the stream belongs to a session that is over")
                 return False  # of a primary that was lost before its streams were taken
-            if message.type is not MessageType.HELLO:
-                raise ProtocolError(f"the peer sent {message} where HELLO must come")
-            peer = Hello.decode(message.body)
+            if first.type is not MessageType.HELLO:
+                raise ProtocolError(f"the peer sent {first} where HELLO must come")
+            peer = Hello.decode(first.body)
             self._check_peer(own, peer)
-        except (PeerLostError, TimedOutError):
-            return False  # a port scanner, or a primary that died while it connected
         except (ProtocolError, RefusedError) as error:
             kind = AbortKind.SESSION if isinstance(error, ProtocolError) else AbortKind.REFUSED
             channel.abort(kind, str(error))
@@ -297,6 +289,7 @@ class Secondary:
                 raise RefusedError(str(error)) from error
             self.events.emit("refused", f"sent a peer away: {error}", reason=str(error))
             return False
+        self._room.close()
         channel.send(MessageType.HELLO, body=own.encode())
         self._take_streams(channel, own)
         channel.send(MessageType.CHECKPOINT_READY)
@@ -366,18 +359,17 @@ class Secondary:
 
     def _turn_away(self) -> None:
         """After a takeover: a primary that was not dead is told, so that it stands still."""
-        poll = select.poll()
-        poll.register(self._listener.fileno(), select.POLLIN)
-        if not poll.poll(0):
+        came = self._room.next(time.monotonic(), lambda: False, last_word=0.0)
+        if came is None:
             return
-        try:
-            connection, _ = self._listener.accept()
-            with Channel(prepare(connection), peer_timeout=self.timing.peer_timeout) as channel:
-                channel.receive()
+        with came[0] as channel:
+            if isinstance(came[1], ProtocolError):
+                return
+            try:
                 channel.send(MessageType.HELLO, body=self._own_hello(lost=True).encode())
-                channel.linger()
-        except (OSError, ColocacheError):
-            return
+            except (PeerLostError, TimedOutError):
+                return
+            channel.linger()
         self.events.emit("refused", "a primary came after the takeover and was told so", reason="took over")
 
     def _summary(self, end: str, *, took_over: bool) -> SecondarySummary:

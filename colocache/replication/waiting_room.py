@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Connections that have not said yet who they are, read side by side.
+
+One that is silent, or says its first message byte by byte, keeps nobody else from pairing and is sent away when its
+time is over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import select
+import socket
+import time
+from collections.abc import Callable
+
+from colocache.errors import PeerLostError, TimedOutError
+from colocache.replication.address import prepare
+from colocache.replication.channel import Channel, Message
+from colocache.replication.errors import ProtocolError
+
+GUESTS_MAX = 64  # when one more comes, the one that has said nothing for longest goes
+SLICE_SECONDS = 0.1  # a wait that must notice a signal
+LAST_WORD_SECONDS = 0.5  # after the deadline, for who came before it
+
+
+class WaitingRoom:
+    """Accepts on `listener`; each connection has `peer_timeout` seconds for the whole of its first message."""
+
+    def __init__(self, listener: socket.socket, *, peer_timeout: float, device_state_max: int) -> None:
+        self._listener = listener
+        self._peer_timeout = peer_timeout
+        self._device_state_max = device_state_max
+        self._guests: dict[int, tuple[Channel, float]] = {}  # by descriptor, in order of their time's end
+
+    def next(
+        self, deadline: float, halted: Callable[[], bool], last_word: float = LAST_WORD_SECONDS
+    ) -> tuple[Channel, Message | ProtocolError] | None:
+        """The first connection to say something whole, or something wrong; it is the caller's to close from then on.
+
+        None: nobody did by the deadline (who came before it has `last_word` seconds more), or `halted()`.
+        """
+        open_once = True  # also with a deadline that is over
+        while not halted():
+            now = time.monotonic()
+            is_open = now < deadline or open_once
+            if not is_open and (not self._guests or now >= deadline + last_word):
+                return None
+            open_once = False
+            soonest = min((end for _, end in self._guests.values()), default=now + SLICE_SECONDS)
+            until = min(deadline if now < deadline else deadline + last_word, soonest, now + SLICE_SECONDS)
+            for fd in self._ready(is_open, max(0.0, until - now)):
+                if fd == self._listener.fileno():
+                    self._let_in()
+                elif fd in self._guests and (heard := self._hear(fd)) is not None:
+                    return heard
+            for fd, (channel, end) in list(self._guests.items()):
+                if time.monotonic() >= end:
+                    del self._guests[fd]
+                    channel.close()
+        return None
+
+    def close(self) -> None:
+        """Send everybody away; new ones may come."""
+        while self._guests:
+            self._guests.popitem()[1][0].close()
+
+    def _ready(self, is_open: bool, seconds: float) -> list[int]:
+        poll = select.poll()
+        for fd in self._guests:
+            poll.register(fd, select.POLLIN)
+        if is_open:
+            poll.register(self._listener.fileno(), select.POLLIN)
+        return [fd for fd, _ in poll.poll(seconds * 1000)]
+
+    def _let_in(self) -> None:
+        try:
+            connection = prepare(self._listener.accept()[0])
+        except OSError:
+            return  # it was gone before we came
+        if len(self._guests) == GUESTS_MAX:
+            self._guests.pop(next(iter(self._guests)))[0].close()
+        channel = Channel(connection, peer_timeout=self._peer_timeout, device_state_max=self._device_state_max)
+        self._guests[channel.fileno()] = channel, time.monotonic() + self._peer_timeout
+
+    def _hear(self, fd: int) -> tuple[Channel, Message | ProtocolError] | None:
+        channel, _ = self._guests[fd]
+        heard: Message | ProtocolError
+        try:
+            message = channel.try_receive()
+            if message is None:
+                return None
+            heard = message
+        except ProtocolError as error:
+            heard = error
+        except (PeerLostError, TimedOutError):  # a port scanner, or a primary that died while it connected
+            del self._guests[fd]
+            with contextlib.suppress(OSError):
+                channel.close()
+            return None
+        del self._guests[fd]
+        return channel, heard
