@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,12 @@ from pathlib import Path
 from toy import HEADER, Pair
 
 from colocache import message_header
+from colocache._native import ffi, lib
 from colocache.replication.address import Address
 from colocache.replication.messages import Hello, MessageType, decode_reason
 
 M = MessageType
+PAGE = 4096
 
 
 class FakePeer:
@@ -93,3 +96,15 @@ def fake_secondary(pair: Pair, folder: Path) -> Iterator[Callable[[], FakePeer]]
 def its_hello(pair: Pair, /, **changes: object) -> bytes:
     hello = Hello("secondary", "toy", bytes(range(16)), 0, 0, False, "toy", pair.blocks)
     return replace(hello, **changes).encode()  # type: ignore[arg-type]
+
+
+def packet(block: int, runs: list[tuple[int, int, int]], epoch: int = 1, data: bytes | None = None) -> bytes:
+    """A PAGES packet with a right checksum over whatever it says."""
+    body = b"".join(struct.pack("<QII", *run) for run in runs)
+    pages = data if data is not None else bytes(PAGE * sum(n for _, n, flags in runs if not flags))
+    head = struct.pack("<IHHQQII", *struct.unpack("<IH", message_header(M.PING, 1, 0)[:6]), M.PAGES, epoch,
+                       len(body) + len(pages), block, len(runs))  # fmt: skip
+    checksum = lib.colocache_checksum(ffi.from_buffer(head), len(head))
+    if body:
+        checksum ^= lib.colocache_checksum(ffi.from_buffer(body), len(body))
+    return head + struct.pack("<Q", checksum) + body + pages

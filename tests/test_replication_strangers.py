@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import contextlib
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello
+from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello, packet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import QUICK, TOY_BLOCKS, Pair, pair_of
@@ -29,20 +28,6 @@ def pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Pair]:
     timing = replace(QUICK, reconnect_limit=0.1, connect_limit=5.0)
     with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing) as made:
         yield made
-
-
-def packet(block: int, runs: list[tuple[int, int, int]], epoch: int = 1, data: bytes | None = None) -> bytes:
-    """A PAGES packet with a right checksum over whatever it says."""
-    from colocache._native import ffi, lib
-
-    body = b"".join(struct.pack("<QII", *run) for run in runs)
-    pages = data if data is not None else bytes(PAGE * sum(n for _, n, flags in runs if not flags))
-    head = struct.pack("<IHHQQII", *struct.unpack("<IH", message_header(M.PING, 1, 0)[:6]), M.PAGES, epoch,
-                       len(body) + len(pages), block, len(runs))  # fmt: skip
-    checksum = lib.colocache_checksum(ffi.from_buffer(head), len(head))
-    if body:
-        checksum ^= lib.colocache_checksum(ffi.from_buffer(body), len(body))
-    return head + struct.pack("<Q", checksum) + body + pages
 
 
 def test_the_packets_of_these_tests_are_good_ones(pair: Pair) -> None:

@@ -23,6 +23,29 @@ class CheckpointAbortedError(ColocacheError):
     """The secondary gave up this epoch and goes on with the next."""
 
 
+def meaning_of(message: Message, wanted: MessageType, epoch: int) -> ColocacheError:
+    """What an ABORT of the secondary means where `wanted` for `epoch` must come. ProtocolError: nothing.
+
+    It may end the session at any time; refuse the pair instead of its HELLO; give up an epoch until it is sealed; and
+    be lost between that and its running again.
+    """
+    reason = decode_reason(message.body)
+    if message.a == AbortKind.SESSION:
+        return SessionEndedError(f"the secondary ended the session: {reason}")
+    if message.a == AbortKind.REFUSED and wanted is MessageType.HELLO:
+        return RefusedError(f"the secondary refuses this primary: {reason}")
+    if message.epoch == epoch:
+        if message.a == AbortKind.CHECKPOINT and wanted in (MessageType.CHECKPOINT_REPLY, MessageType.VMSTATE_RECEIVED):
+            return CheckpointAbortedError(reason)
+        if message.a == AbortKind.LOAD and wanted is MessageType.VMSTATE_LOADED:
+            return SecondaryLostError(f"the secondary is lost: {reason}")
+    return ProtocolError(
+        f"the secondary sent {message} of kind {message.a} where {wanted.name}"
+        + (f"({epoch})" if epoch else "")
+        + f" must come: {reason}"
+    )
+
+
 class Inbox:
     """Reads a channel until it ends. When it does, it breaks the channel, so that a sender in C is woken too."""
 
@@ -57,7 +80,7 @@ class Inbox:
             self._queue.put(found)  # the end stays the end
             raise found
         if found.type is MessageType.ABORT:
-            raise self._meaning(found, epoch)
+            raise meaning_of(found, wanted, epoch)
         if found.type is not wanted or found.epoch != epoch:
             raise ProtocolError(f"the secondary sent {found} where {wanted.name}({epoch}) must come")
         return found
@@ -80,21 +103,9 @@ class Inbox:
                 self._queue.put(found)
                 break
             if found.type is MessageType.ABORT:
-                last = self._meaning(found, found.epoch)
+                last = meaning_of(found, MessageType.PONG, 0)
                 break
         return last
-
-    def _meaning(self, message: Message, epoch: int) -> ColocacheError:
-        reason = decode_reason(message.body)
-        if message.a == AbortKind.CHECKPOINT and message.epoch == epoch:
-            return CheckpointAbortedError(reason)
-        if message.a == AbortKind.REFUSED:
-            return RefusedError(f"the secondary refuses this primary: {reason}")
-        if message.a == AbortKind.LOAD:
-            return SecondaryLostError(f"the secondary is lost: {reason}")
-        if message.a in (AbortKind.SESSION, AbortKind.END):
-            return SessionEndedError(f"the secondary ended the session: {reason}")
-        return ProtocolError(f"the secondary sent ABORT({message.epoch}) of kind {message.a}: {reason}")
 
     def _run(self) -> None:
         try:

@@ -65,13 +65,13 @@ class MessageType(IntEnum):
 
 
 class AbortKind(IntEnum):
-    """What an ABORT gives up."""
+    """What an ABORT gives up. Where it makes no sense it ends the session like anything else out of order."""
 
-    CHECKPOINT = 1  # this epoch only; the session goes on
-    SESSION = 2  # this connection: it is closed after the message; the pair may reconnect
-    REFUSED = 3  # the pair: the two do not belong together
-    LOAD = 4  # the secondary: its device state did not load after the flush
-    END = 5  # nothing is wrong: the primary was ended by its operator
+    CHECKPOINT = 1  # this epoch only, which is not sealed yet; the session goes on
+    SESSION = 2  # this connection, at any time: it is closed after the message; the pair may reconnect
+    REFUSED = 3  # the pair: the two do not belong together; the first word after the peer's HELLO
+    LOAD = 4  # the secondary: its device state did not load after the flush; from S instead of LOADED
+    END = 5  # nothing is wrong: the primary was ended by its operator; from P, between checkpoints
 
 
 def name_of(number: int) -> str:

@@ -26,6 +26,7 @@ from colocache.replication.errors import (
 )
 from colocache.replication.events import Events
 from colocache.replication.failover import Arbiter, Loss, SoloArbiter
+from colocache.replication.inbox import meaning_of
 from colocache.replication.messages import AbortKind, Hello, HelloBlock, MessageType, check_pair, decode_reason
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.results import SentCheckpoint
@@ -176,7 +177,12 @@ class Primary:
     def _run_session(self, channel: Channel) -> None:
         from colocache.replication.primary_session import PrimarySession
 
-        fresh = self.greet(channel)
+        try:
+            fresh = self.greet(channel)
+        except ProtocolError as error:
+            channel.abort(AbortKind.SESSION, str(error))
+            channel.linger()
+            raise
         self._in_session = True
         session = PrimarySession(self, channel)
         try:
@@ -223,7 +229,9 @@ class Primary:
         channel.send(MessageType.HELLO, body=own.encode())
         message = channel.receive()
         if message.type is MessageType.ABORT:
-            raise RefusedError(f"the secondary refuses this primary: {decode_reason(message.body)}")
+            if message.a == AbortKind.SESSION:  # it can't read what this side says: no pair, whatever else
+                raise RefusedError(f"the secondary refuses this primary: {decode_reason(message.body)}")
+            raise meaning_of(message, MessageType.HELLO, 0)
         if message.type is not MessageType.HELLO:
             raise ProtocolError(f"the peer sent {message} where HELLO must come")
         peer = Hello.decode(message.body)

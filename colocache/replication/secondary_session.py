@@ -51,6 +51,7 @@ class SecondarySession:
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
         self._done = done
+        self._began_to_talk = False  # the primary: it has accepted this side's HELLO
         self._asked = False  # for the checkpoint that comes next
         self._peer_hash_ns = 0
         self._began = time.monotonic()
@@ -102,6 +103,7 @@ class SecondarySession:
                 self._aborted(message)
             else:
                 raise ProtocolError(f"the primary sent {message} where pages or CHECKPOINT_REQUEST must come")
+            self._began_to_talk = True
 
     def _heed(self) -> None:
         """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
@@ -118,20 +120,29 @@ class SecondarySession:
                 self._asked = True
                 self._channel.send(MessageType.CHECKPOINT_REQUEST)
 
-    def _aborted(self, message: Message) -> None:
-        """The primary gives something up. Raises, unless it is only the epoch."""
+    def _aborted(self, message: Message, asked: int = 0) -> None:
+        """The primary gives something up. Raises, unless it is only the epoch. `asked`: of the checkpoint under way.
+
+        It may end the session at any time; refuse the pair as its first word after HELLO; and give up the epoch under
+        way, or one of which pages have come.
+        """
         reason = decode_reason(message.body)
-        if message.a == AbortKind.CHECKPOINT:
-            self._wait_for_pages(message.epoch, message.b)  # else its late pages would end the session
-            epoch = self._svm.abort_open(reason)
-            self._svm.events.emit("aborted", f"the primary gave up epoch {epoch}: {reason}", epoch=epoch, reason=reason)
-            self._heed_failover(epoch)
-            return
-        if message.a == AbortKind.REFUSED:
-            raise RefusedError(f"the primary refuses this secondary: {reason}")
         if message.a == AbortKind.SESSION:
             raise SessionEndedError(f"the primary ended the session: {reason}")
-        raise ProtocolError(f"the primary sent {message} of kind {message.a}: {reason}")
+        if message.a == AbortKind.REFUSED and not asked and not self._began_to_talk:
+            raise RefusedError(f"the primary refuses this secondary: {reason}")
+        if message.a == AbortKind.CHECKPOINT:
+            status = self._cache.status()
+            epoch = message.epoch
+            if epoch == (asked or status.open_epoch or max(epoch, status.sealed_epoch + 1, status.receiving_epoch)):
+                self._wait_for_pages(epoch, message.b)  # else its late pages would end the session
+                given_up = self._svm.abort_open(reason)
+                if asked or given_up:
+                    what = f"the primary gave up epoch {epoch}: {reason}"
+                    self._svm.events.emit("aborted", what, epoch=epoch, reason=reason)
+                    self._heed_failover(epoch)
+                    return
+        raise ProtocolError(f"the primary sent {message} of kind {message.a}, which makes no sense here: {reason}")
 
     def _heed_failover(self, epoch: int) -> None:
         """A failover that was asked for while `epoch` was about to be sealed is granted when it is given up."""
@@ -160,8 +171,8 @@ class SecondarySession:
                 if message.epoch == epoch:
                     self._peer_hash_ns = join_u64(message.a, message.b)
                 continue
-            if message.type is MessageType.ABORT and message.a != AbortKind.END:
-                self._aborted(message)
+            if message.type is MessageType.ABORT:
+                self._aborted(message, epoch)
                 raise CheckpointGivenUpError(decode_reason(message.body))
             if message.type is not wanted or message.epoch != epoch:
                 raise ProtocolError(f"the primary sent {message} where {wanted.name}({epoch}) must come")
