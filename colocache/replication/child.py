@@ -23,7 +23,7 @@ from colocache.replication.events import Events
 from colocache.replication.failover import ARBITERS
 from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
-from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+from colocache.replication.signals import Wakeup, die_with_parent, end_as_by, stop_on_signals
 from colocache.vmm.machine import GuestOptions, make_machine
 
 EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
@@ -65,7 +65,7 @@ def main() -> None:
     config = ChildConfig.decode(sys.argv[1])
     die_with_parent(config.keeper_pid, signal.SIGKILL)
     events = Events("secondary", machine_readable=config.machine_readable)
-    failover_wanted = threading.Event()
+    failover_wanted = Wakeup()
     secondary: list[Secondary] = []
 
     def ask_for_checkpoint() -> None:
@@ -100,7 +100,7 @@ def _run(
     config: ChildConfig,
     events: Events,
     stop: threading.Event,
-    failover_wanted: threading.Event,
+    failover_wanted: Wakeup,
     made: list[Secondary],
 ) -> int:
     timing = Timing(**config.options.pop("timing"))
@@ -151,7 +151,7 @@ def _open_cache(config: ChildConfig, memory: Memory) -> Cache:
     return Cache.create(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max)
 
 
-def _obey_operator(secondary: Secondary, wanted: threading.Event) -> None:
+def _obey_operator(secondary: Secondary, wanted: Wakeup) -> None:
     """SIGUSR2 is the operator's word that the primary is dead. In a thread of its own, as the main one may be in C.
 
     It may have been given before this process was born: the keeper passes it on when it starts a fresh machine.

@@ -30,6 +30,7 @@ from colocache.replication.inbox import meaning_of
 from colocache.replication.messages import AbortKind, Hello, HelloBlock, MessageType, check_pair, decode_reason
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.results import SentCheckpoint
+from colocache.replication.signals import Flag
 from colocache.replication.streams_out import open_streams
 from colocache.vmm.machine import Machine, VerifyReport
 
@@ -91,7 +92,7 @@ class Primary:
         self.stop = stop
         self.state = PairState()
         self.release_output = release_output or (lambda _epoch: None)
-        self.checkpoint_wanted = threading.Event()
+        self.checkpoint_wanted = Flag()
         self._address = address
         self._blocks = blocks
         self._machine_name = machine_name

@@ -30,6 +30,7 @@ from colocache.replication.messages import AbortKind, Hello, HelloBlock, Message
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
 from colocache.replication.secondary_session import SecondarySession, StoppedError, TakeOverNowError
+from colocache.replication.signals import Flag
 from colocache.replication.streams_in import take_streams
 from colocache.replication.svm import Svm
 from colocache.replication.takeover import Takeover
@@ -89,7 +90,7 @@ class Secondary:
         self._blocks = blocks
         self._machine_name = machine_name
         self._arbiter = arbiter or SoloArbiter()
-        self._checkpoint_wanted = threading.Event()
+        self._checkpoint_wanted = Flag()
         self._failover_asked = threading.Event()
         self._loading = cache.recovery is not None and cache.recovery.action.name in RESTARTING
         self._loading_lock = threading.Lock()
@@ -98,7 +99,7 @@ class Secondary:
     # ---- from other threads ----
 
     def request_checkpoint(self) -> None:
-        """Ask the primary for a checkpoint."""
+        """Ask the primary for a checkpoint. Also from a signal handler."""
         self._checkpoint_wanted.set()
 
     def request_failover(self) -> bool:

@@ -14,6 +14,7 @@ from colocache.replication.errors import ProtocolError, RefusedError, SecondaryL
 from colocache.replication.messages import AbortKind, MessageType, decode_reason, join_u64, split_u64
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
+from colocache.replication.signals import Flag
 from colocache.replication.streams_in import InStreams
 from colocache.replication.svm import Sealed, Svm
 
@@ -40,7 +41,7 @@ class SecondarySession:
         options: SecondaryOptions,
         *,
         stop: threading.Event,
-        checkpoint_wanted: threading.Event,
+        checkpoint_wanted: Flag,
         done: Callable[[CheckpointResult], None],
     ) -> None:
         self._svm = svm

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import select
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
@@ -18,7 +20,60 @@ from typing import NoReturn
 PR_SET_PDEATHSIG = 1
 
 
-class Stop(threading.Event):
+class Flag:
+    """Looked at, never waited for. Set and cleared by one store each, from any thread and any signal handler."""
+
+    def __init__(self) -> None:
+        self._set = False
+
+    def set(self) -> None:
+        self._set = True
+
+    def clear(self) -> None:
+        self._set = False
+
+    def is_set(self) -> bool:
+        return self._set
+
+
+class Wakeup(threading.Event):
+    """An event that a signal handler may set.
+
+    threading.Event holds a lock while it is set, cleared and looked at before a wait. A handler runs in the main thread
+    between any two steps of it, also those under that lock, and would wait there for its own thread for ever. Here is
+    no lock: a store, and an eventfd that wakes whoever waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._set = False
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        weakref.finalize(self, os.close, self._fd)
+
+    def set(self) -> None:
+        """Any thread, any signal handler."""
+        self._set = True
+        with contextlib.suppress(BlockingIOError):  # so often that it is full: then it wakes already
+            os.eventfd_write(self._fd, 1)
+
+    def clear(self) -> None:
+        """The flag before the descriptor: who sets it in between leaves the flag, which is looked at first."""
+        self._set = False
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if not self._set and (timeout is None or timeout > 0):
+            poll = select.poll()
+            poll.register(self._fd, select.POLLIN)
+            poll.poll(None if timeout is None else timeout * 1000)
+        return self._set
+
+
+class Stop(Wakeup):
     """Set by SIGINT, SIGTERM or SIGHUP; `signum` says by which, 0 = none."""
 
     def __init__(self) -> None:
