@@ -239,7 +239,7 @@ def check_room(kind: Kind, needed: int, *, reserve: bool = True) -> None:
     """Raise what is missing for `needed` bytes of this kind: MemoryShortError, or UnsupportedError with the reason."""
     if kind.backing == "hugetlb":
         have = huge_pages()
-        if have.free * HUGE < (needed if reserve else HUGE):
+        if have.free * HUGE < needed:  # sparse ones too: the mappings of the engine reserve all of it
             raise _short_of_huge(needed, have)
         return
     if kind.backing == "thp" and thp_mode() in ("never", "deny"):

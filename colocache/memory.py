@@ -164,7 +164,8 @@ class Memory:
         """Make the images of `blocks` and an empty control region, all zero bytes.
 
         `name` None: a free one is chosen. `backing` auto takes the best that has room; `.why` says which and why.
-        `reserve` False: pages are allocated as they come, for guests that use little of their memory.
+        `reserve` False: pages are allocated as they come, for guests that use little of their memory;
+        on hugetlb there must be room for all of it even so.
         MemoryShortError (how much is missing, and the command), UnsupportedError, ExistsError, BlockError.
         """
         specs = check_blocks(blocks)

@@ -137,6 +137,59 @@ def test_a_name_in_use_is_refused_and_left_alone(memory: Memory) -> None:
     assert files_of(memory.name) == before
 
 
+SPARSE_ON_HUGE_PAGES = """
+import sys
+from colocache import BlockSpec, Cache, Memory
+
+with Memory.create(sys.argv[1], [BlockSpec("ram", 5 << 20)], backing="hugetlb", reserve=False) as memory:
+    try:
+        for number in (1, 2):
+            with (Cache.create if number == 1 else Cache.attach)(memory, threads=1) as cache:
+                cache.receive(number, "ram", 1279, bytes([number]) * 4096)  # the last page
+                cache.device_state_buffer(number, 0)
+                cache.seal(number)
+                cache.flush()
+                cache.loaded()
+                cache.validate(compare_pages=True)
+                guest = cache.blocks["ram"].guest
+                print(guest[1279][0], guest[:1279].any())
+                del guest
+        cache = Cache.attach(memory, threads=1)  # copies what is there, and touches what is not
+        print(cache.recovery.action.name, cache.blocks["ram"].guest[1279][0])
+        cache.close()
+    finally:
+        memory.unlink()
+"""
+
+
+@pytest.mark.hugepages
+def test_sparse_images_on_huge_pages_work_and_are_no_sigbus(region_name: str, huge_pages: int) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SPARSE_ON_HUGE_PAGES, region_name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n") == ["1 False", "2 False", "RESTART 2", ""]
+
+
+def test_sparse_images_on_huge_pages_need_room_for_all_of_them(
+    region_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every mapping of hugetlb reserves its pages, so the room for them is asked for before."""
+    monkeypatch.setattr(bk, "huge_pages", lambda: bk.HugePages(total=7, free=5))
+    blocks = [BlockSpec("ram", 3 * bk.HUGE)]
+    with pytest.raises(MemoryShortError, match="6 huge pages of 2 MiB are needed and 5 are free") as caught:
+        Memory.create(region_name, blocks, backing="hugetlb", reserve=False)
+    assert caught.value.command == "sysctl vm.nr_hugepages=8"
+    with Memory.create(region_name, blocks, reserve=False) as memory:
+        assert memory.backing != "hugetlb"
+        assert "6 huge pages of 2 MiB are needed and 5 are free" in memory.why
+        memory.unlink()
+
+
 # ---- what is missing ----------------------------------------------------------------------------------------
 
 
