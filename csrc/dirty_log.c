@@ -7,7 +7,7 @@
  */
 #include "internal.h"
 
-#include <string.h>
+#include <stdio.h>
 
 #include "fault.h"
 
@@ -97,8 +97,7 @@ int cc_source_ask(int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64
 int cc_source_not_taken(const char *log)
 {
     char why[256];
-    strncpy(why, colocache_last_error(), sizeof why - 1);
-    why[sizeof why - 1] = 0;
+    snprintf(why, sizeof why, "%s", colocache_last_error()); /* a copy: the next sentence takes its place */
     return cc_fail(COLOCACHE_E_LOG_LOST, "%s was cleared but could not be taken: %s; call colocache_dirty_log_lost", log, why);
 }
 
