@@ -23,6 +23,7 @@ CANNOT_FAIL = {
     "pthread_mutex_destroy pthread_cond_init pthread_cond_wait pthread_cond_signal pthread_cond_broadcast "
     "pthread_cond_destroy pthread_join",
     "the descriptor is gone whatever it returns": "close",
+    "waking early only means looking again": "usleep",
     "crash points only": "kill pause",
 }
 
