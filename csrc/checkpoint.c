@@ -190,8 +190,6 @@ static int seal_open_epoch(struct colocache *cc, const struct colocache_seal_arg
     rc = check_complete(cc, args); /* again: a page may have slipped in before the gate closed */
     if (rc == 0)
         rc = cc_flush_set_unite(cc, out, &flush_checksum);
-    if (rc == 0 && out->flush_pages > CC_FLUSH_SMALL_BYTES / 4096)
-        cc_pool_rouse(cc->pool); /* the flush is near */
     if (rc == 0)
         rc = cc_flush_set_allocate(cc);
     CC_CRASH_POINT("seal: flush sets are there");

@@ -11,6 +11,7 @@
 
 #include "fault.h"
 
+#define SMALL_BYTES (256u << 10) /* up to this, waking a thread takes longer than copying */
 #define PIECE_BYTES_MAX (1u << 20)
 #define PIECE_BYTES_MIN (64u << 10) /* about 5 us of copying: how long the last thread may be waited for */
 #define PIECES_PER_THREAD 4u        /* that what is left is cut into, until they are as small as that */
@@ -118,7 +119,7 @@ void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
     struct copy_job job = {.cc = cc, .n_threads = 1, .run_end = NO_RUN};
     for (uint32_t i = 0; i < cc->n_blocks; i++)
         job.left_bytes += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]) << cc->blocks[i].page_shift;
-    if (job.left_bytes > CC_FLUSH_SMALL_BYTES)
+    if (job.left_bytes > SMALL_BYTES)
         job.n_threads = cc_pool_size(cc->pool);
     pthread_mutex_init(&job.cursor, NULL);
     cc_pool_run(cc->pool, job.n_threads, copy_worker, &job);

@@ -159,7 +159,6 @@ int cc_commit_check_device_state(struct colocache *cc, const struct cc_record *r
 uint8_t *cc_device_area(struct colocache *cc, uint32_t area);
 
 /* flush_copy.c: the only writer of guest RAM */
-#define CC_FLUSH_SMALL_BYTES (256u << 10) /* up to this, waking a thread takes longer than copying */
 void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out);          /* the flush set */
 uint64_t cc_flush_copy_word(struct colocache *cc, struct cc_block *block, uint64_t word, uint64_t bits); /* preflush */
 int cc_flush_copy_all(struct colocache *cc, uint64_t *n_pages_out);                     /* the whole cache */

@@ -15,16 +15,13 @@
 #include "atomics.h"
 
 #define THREADS_MAX 256u
-#define ROUSED_NS 1000000u /* how long a roused worker looks out for its job: a seal's end and RECEIVED lie between */
-#define FINISH_NS 100000u  /* how long the caller looks out for the last worker before it sleeps */
+#define FINISH_NS 100000u /* how long the caller looks out for the last worker before it sleeps */
 
 struct cc_pool {
     pthread_mutex_t lock;
     pthread_cond_t wake, done;
     void (*work)(void *context);
     void *context;
-    uint32_t n_jobs;   /* begun so far; a roused worker watches it without the lock */
-    uint32_t n_roused; /* times roused so far */
     uint32_t to_start; /* workers that may still pick up this job */
     uint32_t running;  /* workers that have not finished it; the caller watches it without the lock */
     bool stopping;
@@ -48,38 +45,28 @@ static inline void relax(void)
 #endif
 }
 
-/* watch -- until *word is no longer (or, with `until`, is at last) `value`; gives up after limit_ns.  A look without the lock is a hint only. */
-static void watch(const uint32_t *word, uint32_t value, bool until, uint64_t limit_ns)
+/* watch_end -- until the workers are done; gives up after FINISH_NS.  A look without the lock is a hint only. */
+static void watch_end(const struct cc_pool *pool)
 {
     uint64_t begin = now_ns();
     do {
         for (unsigned i = 0; i < 64; i++) {
-            if ((cc_observe32(word) == value) == until)
+            if (cc_observe32(&pool->running) == 0)
                 return;
             relax();
         }
-    } while (now_ns() - begin < limit_ns);
+    } while (now_ns() - begin < FINISH_NS);
 }
 
 static void *worker(void *arg)
 {
     struct cc_pool *pool = arg;
-    uint32_t roused = 0;
     pthread_mutex_lock(&pool->lock);
     for (;;) {
-        while (!pool->to_start && !pool->stopping && pool->n_roused == roused)
+        while (!pool->to_start && !pool->stopping)
             pthread_cond_wait(&pool->wake, &pool->lock);
         if (pool->stopping)
             break;
-        if (!pool->to_start) { /* a job is near */
-            uint32_t n_jobs = pool->n_jobs;
-            roused = pool->n_roused;
-            pthread_mutex_unlock(&pool->lock);
-            watch(&pool->n_jobs, n_jobs, false, ROUSED_NS);
-            pthread_mutex_lock(&pool->lock);
-            continue;
-        }
-        roused = pool->n_roused;
         pool->to_start--;
         pthread_mutex_unlock(&pool->lock);
         pool->work(pool->context);
@@ -153,16 +140,6 @@ uint32_t cc_pool_size(const struct cc_pool *pool)
     return pool->n_workers + 1;
 }
 
-void cc_pool_rouse(struct cc_pool *pool)
-{
-    if (pool->n_workers == 0)
-        return;
-    pthread_mutex_lock(&pool->lock);
-    pool->n_roused++;
-    pthread_cond_broadcast(&pool->wake);
-    pthread_mutex_unlock(&pool->lock);
-}
-
 void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *context), void *context)
 {
     uint32_t helpers = n_threads > pool->n_workers + 1 ? pool->n_workers : n_threads - 1;
@@ -175,7 +152,6 @@ void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *co
     pool->context = context;
     pool->to_start = helpers;
     cc_publish32(&pool->running, helpers);
-    cc_publish32(&pool->n_jobs, pool->n_jobs + 1);
     pthread_cond_broadcast(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
 
@@ -186,7 +162,7 @@ void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *co
     cc_publish32(&pool->running, pool->running - pool->to_start);
     pool->to_start = 0;
     pthread_mutex_unlock(&pool->lock);
-    watch(&pool->running, 0, true, FINISH_NS); /* they are at their last piece: less than a sleep and a waking take */
+    watch_end(pool); /* they are at their last piece: less than a sleep and a waking take */
     pthread_mutex_lock(&pool->lock);
     while (pool->running)
         pthread_cond_wait(&pool->done, &pool->lock);

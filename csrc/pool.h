@@ -4,8 +4,6 @@
  *
  * cc_pool_run(pool, n, work, context) has `work` called in n threads at once (the caller is one of them) and returns
  * when all that began have returned.  Work itself shares out what there is to do.
- * cc_pool_rouse(pool) says that a run comes within a millisecond: waking a sleeping thread takes some 0.1 ms on a virtual machine,
- * which then passes beside the caller's other work.
  */
 #ifndef CC_POOL_H
 #define CC_POOL_H
@@ -18,7 +16,6 @@ struct cc_pool;
 int cc_pool_create(uint32_t n_threads, struct cc_pool **out);
 void cc_pool_destroy(struct cc_pool *pool); /* NULL is fine */
 uint32_t cc_pool_size(const struct cc_pool *pool);
-void cc_pool_rouse(struct cc_pool *pool);
 void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *context), void *context);
 
 #endif
