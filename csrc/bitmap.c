@@ -291,20 +291,25 @@ bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits)
     return !in_last || !(cc_peek(&words[n_bits / 64]) & ~cc_word_mask(0, in_last));
 }
 
-/* cc_bitmap_summary_ok -- no word with bits under a clear summary bit, none of these under a clear top bit, no bit past the end */
+/* cc_bitmap_next_hidden -- the first word >= w with bits that no pass would find, as its bit in summary, top or crown is clear; n_words
+ * if there is none.  Setters may run: a word is stored before its bits above, so one that is only half set may be named. */
+uint64_t cc_bitmap_next_hidden(const struct cc_bitmap *bitmap, uint64_t w)
+{
+    for (; w < bitmap->n_words; w++) {
+        if (!cc_observe(&bitmap->words[w]))
+            continue;
+        uint64_t t = w / 64 >> bitmap->top_shift;
+        if (!(cc_peek(&bitmap->summary[w / 64]) >> (w % 64) & 1) || !(cc_peek(&bitmap->top[t / 64]) >> (t % 64) & 1) ||
+            !(cc_peek(&bitmap->crown[t / 4096]) >> (t / 64 % 64) & 1))
+            break;
+    }
+    return w;
+}
+
+/* cc_bitmap_summary_ok -- no word hidden, no summary bit past the end */
 bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap)
 {
-    for (uint64_t w = 0; w < bitmap->n_words; w++) {
-        if (cc_observe(&bitmap->words[w]) && !(cc_peek(&bitmap->summary[w / 64]) >> (w % 64) & 1))
-            return false;
-    }
-    for (uint64_t s = 0; s < bitmap->n_summary_words; s++) {
-        uint64_t t = s >> bitmap->top_shift;
-        if (cc_observe(&bitmap->summary[s]) &&
-            (!(cc_peek(&bitmap->top[t / 64]) >> (t % 64) & 1) || !(cc_peek(&bitmap->crown[t / 4096]) >> (t / 64 % 64) & 1)))
-            return false;
-    }
-    return cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
+    return cc_bitmap_next_hidden(bitmap, 0) == bitmap->n_words && cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
 }
 
 /* cc_bitmap_rebuild_summary -- and top, from the words; what an attach does, as it trusts no summary */

@@ -74,6 +74,7 @@ uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
 /* The same from a sum that a union has computed on its way (cc_union_counts.sum). */
 uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum);
 bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits);
+uint64_t cc_bitmap_next_hidden(const struct cc_bitmap *bitmap, uint64_t w);
 bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap);
 void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap);
 

@@ -11,18 +11,23 @@
 
 static const char *const bitmap_names[CC_BITMAPS] = {"PVM bitmap", "SVM bitmap", "flush set"};
 
-/* hides_a_word -- a summary that does so beside somebody who sets bits is most likely one whose bit comes in a moment: the word is
- * stored before it.  With nobody in the gate it is damage; else it is damage if it stays. */
+/* hides_a_word -- for good: a thread that sets bits stores a word and then the bits above it, and is in the gate meanwhile.  So a word that
+ * is seen hidden, and is hidden still after the gate was seen empty, has lost them. */
 static bool hides_a_word(const struct cc_bitmap *bitmap, const struct cc_gate *setters)
 {
-    for (uint64_t until = cc_now_ns() + SETTER_NS_MAX;;) {
-        bool nobody = (cc_observe32(&setters->word) & ~CC_GATE_CLOSED) == 0; /* before the look */
-        if (cc_bitmap_summary_ok(bitmap))
-            return false;
-        if (nobody || cc_now_ns() > until)
-            return true;
-        usleep(100);
+    const uint64_t until = cc_now_ns() + SETTER_NS_MAX;
+    uint64_t w = cc_bitmap_next_hidden(bitmap, 0);
+    while (w < bitmap->n_words) {
+        bool nobody = (cc_observe32(&setters->word) & ~CC_GATE_CLOSED) == 0; /* after the look that found it, before the next */
+        uint64_t next = cc_bitmap_next_hidden(bitmap, w);
+        if (next == w) {
+            if (nobody || cc_now_ns() > until)
+                return true;
+            usleep(100);
+        }
+        w = next;
     }
+    return !cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
 }
 
 /* cc_validate_bitmaps -- tails; and summaries, unless they are about to be rebuilt */

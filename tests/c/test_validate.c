@@ -201,6 +201,42 @@ static void a_mark_that_is_half_done_is_no_damage(void)
 
 static uint32_t stop;
 
+static void *marks(void *arg)
+{
+    struct colocache *cc = arg;
+    for (uint64_t pfn = 0; !__atomic_load_n(&stop, __ATOMIC_ACQUIRE); pfn = (pfn + 64 * 4097) % (1ull << 24)) {
+        CHECK_RC(0, colocache_mark_dirty(cc, 0, pfn, 1));
+        for (volatile int pause = 0; pause < 3000; pause++)
+            ;
+    }
+    return NULL;
+}
+
+/* Large, so that a mark falls between the begin of a look and its end. */
+static void marks_beside_validate_are_no_damage(void)
+{
+    struct colocache_options options = rig_options();
+    struct colocache *cc;
+    pthread_t thread;
+    const uint64_t len_bytes = 64ull << 30;
+    int control_fd = rig_memfd("control", 0), guest_fd = rig_memfd("guest", len_bytes), cache_fd = rig_memfd("cache", len_bytes);
+    struct colocache_images block = {.struct_size = sizeof block, .name = "ram", .len_bytes = len_bytes, .page_size = 4096,
+                                     .guest_fd = guest_fd, .cache_fd = cache_fd, .sparse = 1};
+    REQUIRE(colocache_create(control_fd, &options, &cc) == 0);
+    REQUIRE(colocache_add_block(cc, &block, NULL) == 0);
+    __atomic_store_n(&stop, 0, __ATOMIC_RELEASE);
+    REQUIRE(pthread_create(&thread, NULL, marks, cc) == 0);
+    for (int round = 0; round < 150; round++)
+        CHECK_RC(0, colocache_validate(cc, 0));
+    __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);
+    pthread_join(thread, NULL);
+    CHECK_RC(0, colocache_validate(cc, 0));
+    colocache_close(cc);
+    close(cache_fd);
+    close(guest_fd);
+    close(control_fd);
+}
+
 static void *looks(void *arg)
 {
     (void)arg;
@@ -275,6 +311,7 @@ int main(void)
     RUN(reserved_and_impossible_heads_are_found);
     RUN(a_page_that_differs_without_a_bit_is_found);
     RUN(a_mark_that_is_half_done_is_no_damage);
+    RUN(marks_beside_validate_are_no_damage);
     RUN(inspect_beside_an_owner_that_adds_blocks_finds_no_damage);
     RUN(inspect_beside_an_owner_that_seals_finds_no_damage);
     RUN(inspect_still_tells_damage);
