@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 import subprocess
@@ -95,3 +96,15 @@ def test_a_wakeup_that_comes_after_it_was_cleared_wakes_again() -> None:
     n_before = len(list(Path("/proc/self/fd").iterdir()))
     del wakeup
     assert len(list(Path("/proc/self/fd").iterdir())) == n_before - 1
+
+
+def test_a_wakeup_that_was_cleared_before_it_was_written_wakes_nobody() -> None:
+    """A handler stores the flag, is interrupted, and writes the descriptor when another thread has cleared both."""
+    wakeup = Wakeup()
+    os.eventfd_write(wakeup._fd, 1)
+    assert not wakeup.wait(0.05)
+    os.eventfd_write(wakeup._fd, 1)
+    later = threading.Timer(0.1, wakeup.set)
+    later.start()
+    assert wakeup.wait()
+    later.join()

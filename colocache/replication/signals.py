@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -57,20 +58,31 @@ class Wakeup(threading.Event):
             os.eventfd_write(self._fd, 1)
 
     def clear(self) -> None:
-        """The flag before the descriptor: who sets it in between leaves the flag, which is looked at first."""
+        """Any thread, any signal handler. One that sets it meanwhile is not forgotten."""
         self._set = False
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(self._fd)
+        self._drain()
 
     def is_set(self) -> bool:
         return self._set
 
     def wait(self, timeout: float | None = None) -> bool:
-        if not self._set and (timeout is None or timeout > 0):
-            poll = select.poll()
-            poll.register(self._fd, select.POLLIN)
-            poll.poll(None if timeout is None else timeout * 1000)
-        return self._set
+        """False only when `timeout` seconds (None: no limit) are over."""
+        until = None if timeout is None else time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        while not self._set:
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                return self._set
+            if poll.poll(None if left is None else left * 1000) and not self._set:
+                self._drain()  # what a set wrote whose flag was cleared before
+        return True
+
+    def _drain(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._fd)
+        if self._set:  # it was set meanwhile, and that may be what was read: others wait for it
+            self.set()
 
 
 class Stop(Wakeup):
