@@ -12,7 +12,7 @@ import pytest
 
 from colocache import PeerLostError, TimedOutError, message_header
 from colocache.replication.channel import Channel
-from colocache.replication.errors import ProtocolError
+from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
 from colocache.replication.messages import AbortKind, MessageType
@@ -127,6 +127,22 @@ def test_the_last_word_arrives_though_the_peer_was_still_sending(ends: tuple[soc
             peer.linger()
         with pytest.raises(CheckpointAbortedError, match="enough"):
             inbox.expect(MessageType.VMSTATE_RECEIVED, 5, 2.0)
+        inbox.stop()
+
+
+def test_a_load_that_failed_late_is_still_told(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    with Channel(near, peer_timeout=2) as mine:
+        inbox = Inbox(mine)
+        inbox.start()
+        with pytest.raises(TimedOutError) as caught:
+            inbox.expect(MessageType.VMSTATE_LOADED, 5, 0.01)
+        with Channel(far, peer_timeout=2) as peer:
+            peer.abort(AbortKind.LOAD, "the disk is gone", epoch=5)
+            peer.linger()
+        why = inbox.why_ended(caught.value)
+        assert isinstance(why, SecondaryLostError)
+        assert "the disk is gone" in str(why)
         inbox.stop()
 
 

@@ -54,6 +54,7 @@ class Inbox:
         self._queue: queue.SimpleQueue[Message | ColocacheError] = queue.SimpleQueue()
         self._end: ColocacheError | None = None
         self._ended = threading.Event()
+        self._load_awaited = 0  # the epoch whose LOADED must come, 0 = none: only then may the secondary be lost
         self.checkpoint_wanted = threading.Event()  # the secondary asked for one
         self.arrived = threading.Event()  # something waits, or checkpoint_wanted: for who waits for several things
         self._thread = threading.Thread(target=self._run, name="colocache-inbox", daemon=True)
@@ -70,6 +71,7 @@ class Inbox:
 
     def expect(self, wanted: MessageType, epoch: int, timeout: float) -> Message:
         """The next message, which must be `wanted` for `epoch`. Raises what an ABORT means, or why nothing comes."""
+        self._load_awaited = epoch if wanted is MessageType.VMSTATE_LOADED else 0
         try:
             found = self._queue.get(timeout=timeout)
         except queue.Empty:
@@ -83,6 +85,7 @@ class Inbox:
             raise meaning_of(found, wanted, epoch)
         if found.type is not wanted or found.epoch != epoch:
             raise ProtocolError(f"the secondary sent {found} where {wanted.name}({epoch}) must come")
+        self._load_awaited = 0
         return found
 
     def check_idle(self) -> None:
@@ -93,7 +96,7 @@ class Inbox:
         self.expect(MessageType.PONG, 0, 1.0)
 
     def why_ended(self, error: ColocacheError) -> ColocacheError:
-        """After a failed send: the reason that was read, which says more than the broken pipe."""
+        """After a failed send or a wait in vain: the reason that was read, which says more than the broken pipe."""
         if not self._ended.wait(1.0):
             return error
         last: ColocacheError = self._end or error
@@ -103,7 +106,8 @@ class Inbox:
                 self._queue.put(found)
                 break
             if found.type is MessageType.ABORT:
-                last = meaning_of(found, MessageType.PONG, 0)
+                wanted = MessageType.VMSTATE_LOADED if self._load_awaited else MessageType.PONG
+                last = meaning_of(found, wanted, self._load_awaited)
                 break
         return last
 
