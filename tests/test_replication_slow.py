@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_peer import accepted, fake_primary, fake_secondary, its_hello
+from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello
 from toy import QUICK, TOY_BLOCKS, Pair, pair_of
 
 from colocache import ColocacheError, Memory, message_header
@@ -96,6 +96,32 @@ def test_a_takeover_is_told_to_a_primary_also_beside_a_caller_that_is_slow(pair:
         with came[0]:
             assert not isinstance(came[1], ProtocolError)
             assert came[1].type is M.HELLO
+
+
+def test_callers_that_were_sent_away_and_stay_keep_no_primary_waiting(pair: Pair) -> None:
+    room = WaitingRoom(pair.listener, peer_timeout=2.0, device_state_max=0)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.closing(room))
+        strangers = [stack.enter_context(pair.address.connect(1.0)) for _ in range(6)]
+        for stranger in strangers:
+            stranger.settimeout(10)
+            stranger.send(bytes(48))
+            came = room.next(time.monotonic() + 5, lambda: False)
+            assert came is not None
+            assert isinstance(came[1], ProtocolError)
+            came[0].abort(AbortKind.SESSION, "no")
+            room.see_out(came[0])
+        with pair.address.connect(1.0) as primary:
+            primary.send(hello_of(pair))
+            came = room.next(time.monotonic() + 5, lambda: False)
+            assert came is not None
+            assert not isinstance(came[1], ProtocolError)
+            came[0].close()
+        for stranger in strangers:  # each could read why, to the end
+            assert FakePeer(stranger).hear()[0] is M.ABORT
+            assert stranger.recv(1) == b""
+        assert room.next(time.monotonic() + 1.0, lambda: False) is None
+        assert not room._leaving
 
 
 def test_a_secondary_that_says_hello_byte_by_byte_does_not_hold_a_primary(pair: Pair, tmp_path: Path) -> None:

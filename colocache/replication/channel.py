@@ -300,17 +300,27 @@ class Channel:
     def linger(self) -> None:
         """After a last message: let the peer read it. Closing with unread bytes in the socket would reset the
         connection and throw our message away with it."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+        self.end_sending()
         until, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES_MAX
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
+        while left > 0 and (wait := until - time.monotonic()) > 0 and poll.poll(wait * 1000):
+            n = self.discard()
+            if n == 0:
+                return
+            left -= n
+
+    def end_sending(self) -> None:
+        """The peer reads to the end of what was sent."""
         with contextlib.suppress(OSError):
-            while left > 0 and (wait := until - time.monotonic()) > 0 and poll.poll(wait * 1000):
-                n = len(self._socket.recv(1 << 18, socket.MSG_DONTWAIT))
-                if n == 0:
-                    return
-                left -= n
+            self._socket.shutdown(socket.SHUT_WR)
+
+    def discard(self) -> int:
+        """Throw away what has come, at most 256 KiB of it: how many bytes, 0 at the end of the connection."""
+        try:
+            return len(self._socket.recv(1 << 18, socket.MSG_DONTWAIT))
+        except OSError:
+            return 0
 
     def close(self) -> None:
         """Close the connection and end the heartbeat."""

@@ -158,9 +158,12 @@ class Secondary:
                 deadline = time.monotonic() + self.timing.connect_limit
                 continue
             channel, first = came
-            with channel:
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(channel)
                 try:
                     if not self._greet(channel, first):
+                        stack.pop_all()  # the room closes it: a stranger that does not read costs nobody time
+                        self._room.see_out(channel)
                         continue
                     end = self._follow(channel)
                     return self._summary(end, took_over=False)
@@ -285,8 +288,8 @@ class Secondary:
         except (ProtocolError, RefusedError) as error:
             kind = AbortKind.SESSION if isinstance(error, ProtocolError) else AbortKind.REFUSED
             channel.abort(kind, str(error))
-            channel.linger()
             if isinstance(error, DeclaredLostError) or not own.sealed_epoch:
+                channel.linger()
                 raise RefusedError(str(error)) from error
             self.events.emit("refused", f"sent a peer away: {error}", reason=str(error))
             return False

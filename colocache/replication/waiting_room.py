@@ -15,10 +15,10 @@ from collections.abc import Callable
 
 from colocache.errors import PeerLostError, TimedOutError
 from colocache.replication.address import prepare
-from colocache.replication.channel import Channel, Message
+from colocache.replication.channel import LINGER_SECONDS, Channel, Message
 from colocache.replication.errors import ProtocolError
 
-GUESTS_MAX = 64  # when one more comes, the one that has said nothing for longest goes
+GUESTS_MAX = 64  # when one more comes, the one that came first goes
 SLICE_SECONDS = 0.1  # a wait that must notice a signal
 LAST_WORD_SECONDS = 0.5  # after the deadline, for who came before it
 
@@ -31,6 +31,7 @@ class WaitingRoom:
         self._peer_timeout = peer_timeout
         self._device_state_max = device_state_max
         self._guests: dict[int, tuple[Channel, float]] = {}  # by descriptor, in order of their time's end
+        self._leaving: dict[int, tuple[Channel, float]] = {}  # were told to go, and may read it
 
     def next(
         self, deadline: float, halted: Callable[[], bool], last_word: float = LAST_WORD_SECONDS
@@ -51,22 +52,34 @@ class WaitingRoom:
             for fd in self._ready(is_open, max(0.0, until - now)):
                 if fd == self._listener.fileno():
                     self._let_in()
+                elif fd in self._leaving:
+                    if self._leaving[fd][0].discard() == 0:
+                        self._leaving.pop(fd)[0].close()
                 elif fd in self._guests and (heard := self._hear(fd)) is not None:
                     return heard
-            for fd, (channel, end) in list(self._guests.items()):
-                if time.monotonic() >= end:
-                    del self._guests[fd]
-                    channel.close()
+            for group in (self._guests, self._leaving):
+                for fd, (channel, end) in list(group.items()):
+                    if time.monotonic() >= end:
+                        del group[fd]
+                        channel.close()
         return None
+
+    def see_out(self, channel: Channel) -> None:
+        """Close it when its peer has read what was said last, or after LINGER_SECONDS; nobody waits for that."""
+        channel.end_sending()
+        if len(self._leaving) == GUESTS_MAX:
+            self._leaving.pop(next(iter(self._leaving)))[0].close()
+        self._leaving[channel.fileno()] = channel, time.monotonic() + LINGER_SECONDS
 
     def close(self) -> None:
         """Send everybody away; new ones may come."""
-        while self._guests:
-            self._guests.popitem()[1][0].close()
+        for group in (self._guests, self._leaving):
+            while group:
+                group.popitem()[1][0].close()
 
     def _ready(self, is_open: bool, seconds: float) -> list[int]:
         poll = select.poll()
-        for fd in self._guests:
+        for fd in (*self._guests, *self._leaving):
             poll.register(fd, select.POLLIN)
         if is_open:
             poll.register(self._listener.fileno(), select.POLLIN)
