@@ -16,7 +16,6 @@ import os
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable
 
 from colocache import Memory, Phase, inspect
@@ -114,11 +113,9 @@ class Keeper:
             epoch=epoch,
             region=self._memory.name,
         )
-        # No Event.wait: a handler that sets it in the wrong moment of the same thread would wait for itself.
-        while not self._stop.is_set():
+        while not self._stop.wait(POLL_SECONDS):
             if signal.SIGUSR2 in self._unheard:
                 return True
-            time.sleep(POLL_SECONDS)
         return False
 
     def _took_over(self) -> bool:
@@ -150,8 +147,9 @@ class Keeper:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:
-            while self._unheard:
-                self._child.send_signal(self._unheard.pop())
+            unheard, self._unheard = self._unheard, set()
+            for signum in unheard:
+                self.pass_on(signum)
             while not self._stop.is_set():
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     return self._child.wait(POLL_SECONDS)

@@ -69,7 +69,7 @@ class AbortKind(IntEnum):
 
     CHECKPOINT = 1  # this epoch only, which is not sealed yet; the session goes on
     SESSION = 2  # this connection, at any time: it is closed after the message; the pair may reconnect
-    REFUSED = 3  # the pair: the two do not belong together; the first word after the peer's HELLO
+    REFUSED = 3  # the pair: the two do not belong together; the first word after the peer's HELLO or STREAM
     LOAD = 4  # the secondary: its device state did not load after the flush; from S instead of LOADED
     END = 5  # nothing is wrong: the primary was ended by its operator; from P, between checkpoints
 

@@ -296,7 +296,8 @@ class Primary:
             self.sender.mark_all()
             state.history, state.lost_history, state.sealed_epoch = peer.history, None, 0
         elif peer.sealed_epoch == state.in_flight:
-            # Sealed, and RECEIVED was lost on the way. Nothing was taken from the log since: unacked is exactly N.
+            # Sealed, and RECEIVED was lost on the way. Nothing was taken from the log since: unacked is N
+            # and what was marked meanwhile, which is pending and stays.
             self.sender.received()
             state.sealed_epoch = peer.sealed_epoch
             self.release_output(state.sealed_epoch)
