@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from soak_process import BrokenError, Event, Found, Region, child_of, wait_dead
-from soak_watch import PATIENT, QUIET_SECONDS_MAX, Counts, Watched
+from soak_watch import LATE_SECONDS_MAX, PATIENT, Counts, Watched
 
 from colocache import clean
 from colocache.replication.spawn import python_command
@@ -110,7 +110,7 @@ class Pair(Watched):
         if moment == "any":
             delay = self.rng.uniform(0, 4 * self.plan.interval)
         elif moment == "event":
-            self._pull(QUIET_SECONDS_MAX)
+            self._pull(LATE_SECONDS_MAX)
             delay = self.rng.uniform(0, 0.03)
         else:
             found = self._region.found()
@@ -174,7 +174,7 @@ class Pair(Watched):
     def _recover(self, found: Found) -> Found:
         """`colocache recover NAME`, by hand."""
         command = python_command("colocache.cli", "main", "recover", self.name, "--json")
-        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=QUIET_SECONDS_MAX)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LATE_SECONDS_MAX)
         if ran.returncode:
             raise BrokenError(f"recover failed: {ran.stderr.strip()}; the region was {found}")
         said = json.loads(ran.stdout.splitlines()[-1])

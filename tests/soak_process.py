@@ -22,6 +22,7 @@ Event = dict[str, Any]
 SHM = Path("/dev/shm")
 DEATH_SECONDS_MAX = 30.0
 END_SECONDS_MAX = 60.0
+BROKEN_LINE = "broken line"  # takes the place of what can't be read; each event is one line, whoever is killed
 
 
 class BrokenError(Exception):
@@ -51,8 +52,10 @@ class Process:
             for line in self.popen.stdout:
                 log.write(line)
                 log.flush()
-                with contextlib.suppress(ValueError):
+                try:
                     self._inbox.put(json.loads(line))
+                except ValueError:
+                    self._inbox.put({"event": BROKEN_LINE, "side": self.side, "line": line.decode(errors="replace")})
         self.ended.set()
 
     def send(self, signum: int) -> None:

@@ -12,11 +12,11 @@ import queue
 import time
 from pathlib import Path
 
-from soak_process import BrokenError, Event, Process
+from soak_process import BROKEN_LINE, BrokenError, Event, Process
 
 from colocache.vmm.machine import blocks_for
 
-QUIET_SECONDS_MAX = 90.0  # nothing of what must come came: something hangs
+LATE_SECONDS_MAX = 90.0  # an event that must come did not: something hangs
 PATIENT = 300.0  # a reconnect limit that no busy machine reaches
 RAM_BYTES = 64 << 20
 WORKING_SET_BYTES = RAM_BYTES // 2  # so much that many pages are written by one side only
@@ -97,6 +97,8 @@ class Watched:
 
     def _look_at(self, event: Event) -> None:
         """What must hold for every event."""
+        if event["event"] == BROKEN_LINE:  # an event was lost, and whoever waits for it would wait in vain
+            raise BrokenError(f"the {event['side']} said something that is no event: {event['line']}")
         self._seen.append(event)
         side, name, pages = event["side"], event["event"], event.get("verified_pages", 0)
         if event.get("wrong_pages"):
@@ -135,13 +137,12 @@ class Watched:
 
     def _wait_or_end(self, side: str, names: tuple[str, ...], after: int) -> Event | None:
         """The first of these events; None if the process ended without."""
-        deadline = time.monotonic() + QUIET_SECONDS_MAX
+        deadline = time.monotonic() + LATE_SECONDS_MAX
         while (found := self._find(side, names, after)) is None:
-            if self._pull(0.1):
-                continue
-            process = getattr(self, f"_{side}", None)
-            if process is not None and process.ended.is_set() and self._inbox.empty():
-                return None
-            if time.monotonic() > deadline:
-                raise BrokenError(f"no {' or '.join(names)} of the {side} within {QUIET_SECONDS_MAX:g} s")
+            if not self._pull(0.1):
+                process = getattr(self, f"_{side}", None)
+                if process is not None and process.ended.is_set() and self._inbox.empty():
+                    return None
+            if time.monotonic() > deadline:  # whatever else was said
+                raise BrokenError(f"no {' or '.join(names)} of the {side} within {LATE_SECONDS_MAX:g} s")
         return found

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real kills, the amount for CI. COLOCACHE_SOAK_KILLS and COLOCACHE_SOAK_SECONDS change it; by hand: tests/soak.py.
 
-Nothing here depends on how fast the machine is: the soak ends after its kills, and takes the time that takes.
+Short of a hang, nothing here depends on how fast the machine is: the soak ends after its kills.
 """
 
 from __future__ import annotations
@@ -11,10 +11,13 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import soak_watch
+from soak_process import BROKEN_LINE, BrokenError
 
 SOAK = Path(__file__).with_name("soak.py")
 KILLS = int(os.environ.get("COLOCACHE_SOAK_KILLS", "200"))
@@ -32,7 +35,7 @@ def soak(*args: str, timeout: float) -> subprocess.CompletedProcess[str]:
 def test_no_kill_of_either_side_ever_costs_a_page(capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong pages, recoveries that do not fit, takeovers that do not come and leftovers all end it with status 1."""
     wanted = ("--seconds", str(SECONDS)) if SECONDS else ("--kills", str(KILLS))
-    ran = soak(*wanted, timeout=SECONDS + 60 + 10 * KILLS)
+    ran = soak(*wanted, timeout=SECONDS + 300 + 2 * KILLS)
     with capsys.disabled():
         print("\n" + ran.stdout.strip())
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -60,3 +63,38 @@ def test_a_soak_that_is_interrupted_ends_in_order_and_leaves_nothing() -> None:
     assert running.returncode == 0, out + errors
     assert "leftovers: 0" in out
     assert not list(Path("/dev/shm").glob(f"colocache.soak-{running.pid}-*"))
+
+
+def watched(folder: Path) -> soak_watch.Watched:
+    """A pair of which no process was started: its events are the test's."""
+    return soak_watch.Watched("none", folder, "process", "shm", 0.02, soak_watch.Counts())
+
+
+def test_an_event_that_never_comes_ends_the_soak_though_others_keep_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it was in CI: a `restarted` was lost, the pair went on for ever, and so did the wait."""
+    monkeypatch.setattr(soak_watch, "LATE_SECONDS_MAX", 0.3)
+    pair, over = watched(tmp_path), threading.Event()
+
+    def keep_coming() -> None:
+        while not over.wait(0.01):
+            pair._inbox.put({"event": "request", "side": "primary", "t": time.monotonic_ns()})
+
+    threading.Thread(target=keep_coming, daemon=True).start()
+    give_up = threading.Timer(20.0, over.set)  # so that a wait that does not end by itself fails here
+    give_up.start()
+    with pytest.raises(BrokenError, match="no restarted of the secondary"):
+        pair._wait("secondary", "restarted", 0)
+    assert not over.is_set()
+    give_up.cancel()
+    over.set()
+
+
+def test_a_line_that_is_no_event_ends_the_soak(tmp_path: Path) -> None:
+    pair = watched(tmp_path)
+    pair._inbox.put(
+        {"event": BROKEN_LINE, "side": "secondary", "line": '{"event": "checkpoint"}{"event": "restarted"}'}
+    )
+    with pytest.raises(BrokenError, match="no event"):
+        pair._wait("secondary", "restarted", 0)

@@ -14,7 +14,8 @@ class Events:
     """Reports of one process. With `machine_readable` each event is a JSON line on stdout, with `event`, `side` and
     `t` (CLOCK_MONOTONIC in ns, the same for all processes of a host); otherwise its sentence goes to stderr.
 
-    Safe from any thread. A reader that went away is no reason to stop a virtual machine: events are then dropped.
+    Safe from any thread, and a process killed at any moment leaves whole lines in a pipe (up to PIPE_BUF bytes, 4096).
+    A reader that went away is no reason to stop a virtual machine: events are then dropped.
     """
 
     def __init__(self, side: str, *, machine_readable: bool, quiet: bool = False, out: TextIO | None = None) -> None:
@@ -23,7 +24,7 @@ class Events:
         self._quiet = quiet
         self._out = out if out is not None else (sys.stdout if machine_readable else sys.stderr)
         self._lock = threading.Lock()
-        self._gone = False
+        self._gone = self._out is None  # started without a stdout
 
     def emit(self, event: str, sentence: str = "", /, **fields: Any) -> None:
         """Report `event` with its fields; `sentence` is the same for people, empty if they need not hear of it."""
@@ -38,6 +39,9 @@ class Events:
             if self._gone:
                 return
             try:
-                print(line, file=self._out, flush=True)
+                # One write for line and end, as print() does not do on an unbuffered stream: the keeper writes to the
+                # same pipe, and what it says of a child killed in between would end up in the middle of a line.
+                self._out.write(line + "\n")
+                self._out.flush()
             except (OSError, ValueError):
                 self._gone = True
