@@ -54,6 +54,16 @@ void cc_fault_copy_run(const struct cc_copy *copy, void *dst, const void *src, u
     }
 }
 
+/* cc_fault_copy_pages -- the same for scattered pages */
+void cc_fault_copy_pages(const struct cc_copy *copy, void *dst, const void *src, const uint64_t *at, uint32_t n, const char *name)
+{
+    for (uint32_t i = 0; i < n; i++) {
+        cc_fault_half((char *)dst + at[i], (const char *)src + at[i], CC_COPY_PAGE, name);
+        copy->pages(dst, src, &at[i], 1, 0);
+        cc_fault_pass(name);
+    }
+}
+
 int cc_fault_flush_sources(void)
 {
     const char *sources = getenv("COLOCACHE_FAULT_UNION");

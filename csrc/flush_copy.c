@@ -5,7 +5,8 @@
  * The threads take pieces of the flush set from one cursor that goes over all blocks in ascending order (measured faster than any
  * other on 4 KiB mappings).  A piece is a share of the dirty bytes that are left, however they lie: few pieces are needed and all
  * threads end at about the same time.  Finding a run takes about 3 ns, copying a page 300 and more, so the cursor's lock is free
- * nearly always.  Copying a page twice is harmless: the cache does not change until the epoch is committed.
+ * nearly always.  A thread takes its next piece before it copies the one it has, to know what to prefetch.  Copying a page twice is
+ * harmless: the cache does not change until the epoch is committed.
  */
 #include "internal.h"
 
@@ -15,6 +16,9 @@
 #define PIECE_BYTES_MAX (1u << 20)
 #define PIECE_BYTES_MIN (64u << 10) /* about 5 us of copying: how long the last thread may be waited for */
 #define PIECES_PER_THREAD 4u        /* that what is left is cut into, until they are as small as that */
+#define SHORT_RUN_BYTES (64u << 10) /* up to this, page_copy's lanes are faster than its runs */
+#define PIECE_PAGES_MAX (PIECE_BYTES_MAX / CC_COPY_PAGE) /* a larger piece is one page, and that is a long run */
+#define NEXT_PAGES 8u /* of the next piece, to be prefetched */
 #define RUNS_AT_ONCE 256u
 #define NO_RUN (~0ull)
 
@@ -80,36 +84,68 @@ static bool take_from_block(struct copy_job *job, struct piece *piece)
     return true;
 }
 
-static bool take_piece(struct copy_job *job, struct piece *piece)
+/* take_piece -- the next one; without runs if there is no more */
+static void take_piece(struct copy_job *job, struct piece *piece)
 {
-    bool taken = false;
+    piece->n_runs = 0;
     pthread_mutex_lock(&job->cursor);
-    while (job->block < job->cc->n_blocks && !(taken = take_from_block(job, piece))) {
+    while (job->block < job->cc->n_blocks && !take_from_block(job, piece)) {
         job->block++;
         job->pfn = 0;
         job->run_end = NO_RUN;
     }
     pthread_mutex_unlock(&job->cursor);
-    return taken;
 }
 
-/* copy_piece -- each run with a hint where the next one is */
-static void copy_piece(struct colocache *cc, const struct piece *piece)
+static bool is_long(const struct cc_block *block, struct cc_bit_run run)
+{
+    return run.n << block->page_shift > SHORT_RUN_BYTES;
+}
+
+/* list_pages -- the pages of a piece's short runs as page_copy wants them, `most` at most; how many */
+static uint32_t list_pages(const struct piece *piece, uint64_t *at, uint32_t most)
 {
     const struct cc_block *block = piece->block;
+    uint32_t n = 0;
     for (uint32_t i = 0; i < piece->n_runs; i++) {
-        uint64_t first = piece->runs[i].first, hint = i + 1 < piece->n_runs ? piece->runs[i + 1].first : first;
-        CC_COPY_RUN(&cc->copy, cc_guest_page(block, first), cc_cache_page(block, first), piece->runs[i].n << block->page_shift,
+        if (is_long(block, piece->runs[i]))
+            continue;
+        uint64_t first = piece->runs[i].first << block->page_shift, end = first + (piece->runs[i].n << block->page_shift);
+        for (; first < end && n < most; first += CC_COPY_PAGE)
+            at[n++] = first;
+    }
+    return n;
+}
+
+/* copy_piece -- long runs one after the other, each with a hint where the next run is; the pages of short ones side by side.
+ * `next` is the piece that this thread copies after it: prefetched are its first pages. */
+static void copy_piece(struct colocache *cc, const struct piece *piece, const struct piece *next)
+{
+    const struct cc_block *block = piece->block;
+    const bool goes_on = next->n_runs && next->block == block;
+    uint64_t at[PIECE_PAGES_MAX + NEXT_PAGES];
+    for (uint32_t i = 0; i < piece->n_runs; i++) {
+        const struct cc_bit_run run = piece->runs[i];
+        if (!is_long(block, run))
+            continue;
+        uint64_t hint = i + 1 < piece->n_runs ? piece->runs[i + 1].first : goes_on ? next->runs[0].first : run.first;
+        CC_COPY_RUN(&cc->copy, cc_guest_page(block, run.first), cc_cache_page(block, run.first), run.n << block->page_shift,
                     block->page_size, cc_cache_page(block, hint), cc_guest_page(block, hint), "flush: a page, half and whole");
     }
+    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, NEXT_PAGES) : 0;
+    CC_COPY_PAGES(&cc->copy, cc_guest_page(block, 0), cc_cache_page(block, 0), at, n, n_next, "flush: a page, half and whole");
 }
 
 static void copy_worker(void *context)
 {
     struct copy_job *job = context;
-    struct piece piece;
-    while (take_piece(job, &piece))
-        copy_piece(job->cc, &piece);
+    struct piece pieces[2];
+    uint32_t now = 0;
+    take_piece(job, &pieces[now]);
+    for (; pieces[now].n_runs; now = !now) {
+        take_piece(job, &pieces[!now]);
+        copy_piece(job->cc, &pieces[now], &pieces[!now]);
+    }
     job->cc->copy.fence(); /* before anybody can believe this thread is done */
 }
 

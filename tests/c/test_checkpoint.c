@@ -324,9 +324,11 @@ static void every_copy_variant_and_thread_count_flushes_the_same(void)
             struct colocache_options options = {.struct_size = sizeof options, .n_threads = n_threads, .copy_variant = variant};
             struct colocache_images images[2] = {rig_images(&rig.blocks[0]), rig_images(&rig.blocks[1])};
             CHECK_RC(0, colocache_attach(rig.control_fd, &options, images, 2, NULL, &rig.cc));
-            for (uint64_t pfn = 0; pfn < blocks[1]; pfn++) {
-                if (roll(&dice) & 1)
-                    rig_receive(&rig, 1, 1, pfn, 1);
+            for (uint64_t pfn = 0, n; pfn < blocks[1]; pfn += n) { /* runs of 1 to 64 pages, which the flush copies in two ways, and gaps */
+                n = 1ull << (roll(&dice) % 7);
+                bool dirty = roll(&dice) & 1;
+                for (uint64_t i = pfn; dirty && i < pfn + n && i < blocks[1]; i++)
+                    rig_receive(&rig, 1, 1, i, 1);
             }
             rig_checkpoint(&rig, 1, 0);
             rig_check(&rig, true);

@@ -9,6 +9,7 @@
 #include "check.h"
 
 #define PAGES 12u
+#define MANY 27u
 #define PAGE 4096u
 
 static uint8_t *src, *dst, *expected;
@@ -48,6 +49,42 @@ static void variants_copy_exactly_their_run(void)
     CHECK_EQ(COLOCACHE_E_UNSUPPORTED, colocache_copy_supported(99));
 }
 
+static void variants_copy_exactly_their_pages(void)
+{
+    struct dice dice = {8};
+    for (int variant = COLOCACHE_COPY_AUTO; variant <= COLOCACHE_COPY_NEON; variant++) {
+        struct cc_copy copy;
+        if (!cc_copy_pick(variant, &copy))
+            continue;
+        for (uint32_t n = 0; n <= MANY; n++) { /* whole groups of lanes, and what is left over */
+            for (uint32_t n_next = 0; n_next <= 9; n_next += 3) {
+                uint64_t at[MANY + 9];
+                for (uint32_t i = 0; i < MANY; i++)
+                    at[i] = i * PAGE;
+                for (uint32_t i = MANY - 1; i > 0; i--) { /* in no order */
+                    uint64_t j = roll(&dice) % (i + 1), other = at[j];
+                    at[j] = at[i];
+                    at[i] = other;
+                }
+                for (uint32_t i = MANY; i < MANY + 9; i++)
+                    at[i] = at[i - MANY];
+                for (uint64_t i = 0; i < MANY * PAGE; i += 8) {
+                    uint64_t a = roll(&dice), b = roll(&dice);
+                    memcpy(src + i, &a, 8);
+                    memcpy(dst + i, &b, 8);
+                }
+                memcpy(expected, dst, MANY * PAGE);
+                for (uint32_t i = 0; i < n; i++)
+                    memcpy(expected + at[i], src + at[i], PAGE);
+                copy.pages(dst, src, at, n, n_next);
+                copy.fence();
+                if (memcmp(dst, expected, MANY * PAGE) != 0)
+                    CHECK_SAY("variant %d, %u pages and %u more: wrong bytes", copy.variant, n, n_next);
+            }
+        }
+    }
+}
+
 static void copies_end_at_the_last_mapped_byte(void)
 {
     /* a hint past the end of the images, or a store there, would be a fault: the page after them is not mapped */
@@ -61,6 +98,11 @@ static void copies_end_at_the_last_mapped_byte(void)
         memset(edge, 0x5a, 2 * PAGE);
         memset(edge + 2 * PAGE, 0, 2 * PAGE);
         copy.run(edge + 2 * PAGE, edge, 2 * PAGE, edge + 3 * PAGE, edge + 3 * PAGE);
+        copy.fence();
+        CHECK(memcmp(edge, edge + 2 * PAGE, 2 * PAGE) == 0);
+        memset(edge + 2 * PAGE, 0, 2 * PAGE);
+        uint64_t at[] = {PAGE, 0};
+        copy.pages(edge + 2 * PAGE, edge, at, 2, 0);
         copy.fence();
         CHECK(memcmp(edge, edge + 2 * PAGE, 2 * PAGE) == 0);
     }
@@ -83,11 +125,12 @@ static void one_bit_makes_a_page_not_zero(void)
 
 int main(void)
 {
-    src = aligned_alloc(PAGE, PAGES * PAGE);
-    dst = aligned_alloc(PAGE, PAGES * PAGE);
-    expected = aligned_alloc(PAGE, PAGES * PAGE);
+    src = aligned_alloc(PAGE, MANY * PAGE);
+    dst = aligned_alloc(PAGE, MANY * PAGE);
+    expected = aligned_alloc(PAGE, MANY * PAGE);
     REQUIRE(src && dst && expected);
     RUN(variants_copy_exactly_their_run);
+    RUN(variants_copy_exactly_their_pages);
     RUN(copies_end_at_the_last_mapped_byte);
     RUN(one_bit_makes_a_page_not_zero);
     free(src);

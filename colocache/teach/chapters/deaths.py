@@ -202,8 +202,8 @@ def death_mid_flush(play: Play) -> None:
         play.step(
             pair,
             "In the middle of the copy",
-            "Guest RAM is now half epoch 2 and half the SVM's own: no machine was ever in this state, and nobody "
-            "could run on it. "
+            "Guest RAM is now half epoch 2 and half the SVM's own, and pages that were just being copied may be torn "
+            "themselves: no machine was ever in this state, and nobody could run on it. "
             "This is not a drawing: the engine's flush stands still at this page.",
             actor="svm",
             call="cache.flush()",
