@@ -31,7 +31,7 @@ uint64_t baseline_bitmap_runs(const struct baseline_bitmap *bitmap, uint64_t *n_
 void baseline_bitmap_rebuild(struct baseline_bitmap *bitmap);
 uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline_bitmap *pvm,
                               struct baseline_bitmap *svm);
-void baseline_touch(void *memory, uint64_t n_bytes);
+void baseline_touch(const void *memory, uint64_t n_bytes);
 """
 
 ffibuilder = FFI()
