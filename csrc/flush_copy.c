@@ -5,7 +5,7 @@
  * The threads take pieces of the flush set from one cursor that goes over all blocks in ascending order (measured faster than any
  * other on 4 KiB mappings).  A piece is a share of the dirty bytes that are left, however they lie: few pieces are needed and all
  * threads end at about the same time.  Finding a run takes about 3 ns, copying a page 300 and more, so the cursor's lock is free
- * nearly always.  A thread takes its next piece before it copies the one it has, to know what to prefetch.  Copying a page twice is
+ * nearly always.  While much is left, a thread takes its next piece before it copies the one it has, to know what to prefetch.  Copying a page twice is
  * harmless: the cache does not change until the epoch is committed.
  */
 #include "internal.h"
@@ -37,6 +37,7 @@ struct piece {
     struct cc_block *block;
     struct cc_bit_run runs[RUNS_AT_ONCE];
     uint32_t n_runs;
+    uint64_t n_bytes;
 };
 
 static uint64_t piece_bytes(const struct copy_job *job)
@@ -73,7 +74,7 @@ static bool take_from_block(struct copy_job *job, struct piece *piece)
         return false;
     const struct cc_bit_run found = piece->runs[piece->n_runs - 1];
     const uint32_t n_found = piece->n_runs;
-    uint64_t n_pages = cut_piece(piece, wanted), n_bytes = n_pages << block->page_shift;
+    uint64_t n_pages = cut_piece(piece, wanted), n_bytes = piece->n_bytes = n_pages << block->page_shift;
     const struct cc_bit_run last = piece->runs[piece->n_runs - 1];
     job->n_runs += piece->n_runs - (piece->runs[0].first == job->run_end); /* the other part of a run that was cut is no second run */
     job->n_pages += n_pages;
@@ -84,15 +85,18 @@ static bool take_from_block(struct copy_job *job, struct piece *piece)
     return true;
 }
 
-/* take_piece -- the next one; without runs if there is no more */
-static void take_piece(struct copy_job *job, struct piece *piece)
+/* take_piece -- the next one; without runs if there is no more.  `ahead` of a piece that is to be copied first: only if there is enough
+ * left for every thread, so that none ends up with two while another has none. */
+static void take_piece(struct copy_job *job, struct piece *piece, const struct piece *ahead)
 {
     piece->n_runs = 0;
     pthread_mutex_lock(&job->cursor);
-    while (job->block < job->cc->n_blocks && !take_from_block(job, piece)) {
-        job->block++;
-        job->pfn = 0;
-        job->run_end = NO_RUN;
+    if (!ahead || job->left_bytes / 2 / job->n_threads >= ahead->n_bytes) {
+        while (job->block < job->cc->n_blocks && !take_from_block(job, piece)) {
+            job->block++;
+            job->pfn = 0;
+            job->run_end = NO_RUN;
+        }
     }
     pthread_mutex_unlock(&job->cursor);
 }
@@ -117,22 +121,33 @@ static uint32_t list_pages(const struct piece *piece, uint64_t *at, uint32_t mos
     return n;
 }
 
-/* copy_piece -- long runs one after the other, each with a hint where the next run is; the pages of short ones side by side.
- * `next` is the piece that this thread copies after it: prefetched are its first pages. */
+/* next_long_run -- the first page of the piece's long run after run i; `none` if there is none */
+static uint64_t next_long_run(const struct piece *piece, uint32_t i, uint64_t none)
+{
+    while (++i < piece->n_runs) {
+        if (is_long(piece->block, piece->runs[i]))
+            return piece->runs[i].first;
+    }
+    return none;
+}
+
+/* copy_piece -- long runs one after the other, then the pages of short ones side by side; of each what comes next is prefetched.
+ * `next` is the piece that this thread copies after it, or one without runs. */
 static void copy_piece(struct colocache *cc, const struct piece *piece, const struct piece *next)
 {
     const struct cc_block *block = piece->block;
     const bool goes_on = next->n_runs && next->block == block;
     uint64_t at[PIECE_PAGES_MAX + NEXT_PAGES];
+    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, NEXT_PAGES) : 0;
     for (uint32_t i = 0; i < piece->n_runs; i++) {
         const struct cc_bit_run run = piece->runs[i];
         if (!is_long(block, run))
             continue;
-        uint64_t hint = i + 1 < piece->n_runs ? piece->runs[i + 1].first : goes_on ? next->runs[0].first : run.first;
+        uint64_t after = n ? at[0] >> block->page_shift : goes_on ? next->runs[0].first : run.first;
+        uint64_t hint = next_long_run(piece, i, after);
         CC_COPY_RUN(&cc->copy, cc_guest_page(block, run.first), cc_cache_page(block, run.first), run.n << block->page_shift,
                     block->page_size, cc_cache_page(block, hint), cc_guest_page(block, hint), "flush: a page, half and whole");
     }
-    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, NEXT_PAGES) : 0;
     CC_COPY_PAGES(&cc->copy, cc_guest_page(block, 0), cc_cache_page(block, 0), at, n, n_next, "flush: a page, half and whole");
 }
 
@@ -141,10 +156,11 @@ static void copy_worker(void *context)
     struct copy_job *job = context;
     struct piece pieces[2];
     uint32_t now = 0;
-    take_piece(job, &pieces[now]);
-    for (; pieces[now].n_runs; now = !now) {
-        take_piece(job, &pieces[!now]);
+    for (take_piece(job, &pieces[now], NULL); pieces[now].n_runs; now = !now) {
+        take_piece(job, &pieces[!now], &pieces[now]);
         copy_piece(job->cc, &pieces[now], &pieces[!now]);
+        if (!pieces[!now].n_runs)
+            take_piece(job, &pieces[!now], NULL);
     }
     job->cc->copy.fence(); /* before anybody can believe this thread is done */
 }

@@ -341,6 +341,19 @@ static void every_copy_variant_and_thread_count_flushes_the_same(void)
     }
 }
 
+static void pieces_that_are_full_of_short_runs_lose_no_page(void)
+{
+    struct rig rig;
+    rig_open(&rig, 2, blocks, 4096, false);
+    for (uint64_t pfn = 0; pfn < blocks[1]; pfn++) {
+        if (pfn % 9 != 8) /* runs of 8: 256 pages come to the largest piece */
+            rig_receive(&rig, 1, 1, pfn, 1);
+    }
+    rig_checkpoint(&rig, 1, 0);
+    rig_check(&rig, true);
+    rig_close(&rig);
+}
+
 int main(void)
 {
     RUN(flush_makes_guest_ram_the_epoch);
@@ -353,6 +366,7 @@ int main(void)
     RUN(abort_keeps_bits_and_cache);
     RUN(preflush_leaves_less_for_the_first_epoch);
     RUN(a_page_that_comes_while_preflush_copies_it_is_copied_again);
+    RUN(pieces_that_are_full_of_short_runs_lose_no_page);
     RUN(every_copy_variant_and_thread_count_flushes_the_same);
     return DONE();
 }
