@@ -5,8 +5,8 @@
  * The threads take pieces of the flush set from one cursor that goes over all blocks in ascending order (measured faster than any
  * other on 4 KiB mappings).  A piece is a share of the dirty bytes that are left, however they lie: few pieces are needed and all
  * threads end at about the same time.  Finding a run takes about 3 ns, copying a page 300 and more, so the cursor's lock is free
- * nearly always.  While much is left, a thread takes its next piece before it copies the one it has, to know what to prefetch.  Copying a page twice is
- * harmless: the cache does not change until the epoch is committed.
+ * nearly always.  While much is left, a thread takes its next piece before it copies the one it has, to know what to prefetch.
+ * Copying a page twice is harmless: the cache does not change until the epoch is committed.
  */
 #include "internal.h"
 
@@ -18,7 +18,6 @@
 #define PIECES_PER_THREAD 4u        /* that what is left is cut into, until they are as small as that */
 #define SHORT_RUN_BYTES (64u << 10) /* up to this, page_copy's lanes are faster than its runs */
 #define PIECE_PAGES_MAX (PIECE_BYTES_MAX / CC_COPY_PAGE) /* a larger piece is one page, and that is a long run */
-#define NEXT_PAGES 8u /* of the next piece, to be prefetched */
 #define RUNS_AT_ONCE 256u
 #define NO_RUN (~0ull)
 
@@ -137,8 +136,8 @@ static void copy_piece(struct colocache *cc, const struct piece *piece, const st
 {
     const struct cc_block *block = piece->block;
     const bool goes_on = next->n_runs && next->block == block;
-    uint64_t at[PIECE_PAGES_MAX + NEXT_PAGES];
-    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, NEXT_PAGES) : 0;
+    uint64_t at[PIECE_PAGES_MAX + CC_COPY_LANES];
+    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, CC_COPY_LANES) : 0;
     for (uint32_t i = 0; i < piece->n_runs; i++) {
         const struct cc_bit_run run = piece->runs[i];
         if (!is_long(block, run))

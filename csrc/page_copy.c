@@ -46,18 +46,16 @@ static inline __attribute__((always_inline)) void copy_run(char *dst, const char
     }
 }
 
-/* Single pages are bound by how many reads a core keeps under way, because the hardware prefetcher begins anew in each page.  So LANES
- * of them are copied side by side, a turn of each, while the next LANES come into the L2 cache in the same order.  On a Zen 4 with 2 MiB
- * mappings, the copy alone of single pages 10 and 50 % dirty came to 0.91 and 0.92 of the peak with two threads and 0.78 and 0.85 with one, against
- * 0.82 and 0.74, 0.57 and 0.62 one after the other with the head of the next prefetched.  4 or 16 lanes, turns of 64 or
- * 512 bytes, and prefetching into L1 gave less. */
-#define LANES 8u
-
+/* Single pages are bound by how many reads a core keeps under way, because the hardware prefetcher begins anew in each page.  So
+ * CC_COPY_LANES of them are copied side by side, a turn of each, while the next ones come into the L2 cache in the same order.  On a
+ * Zen 4 with 2 MiB mappings, in a loop of nothing but these copies, single pages 10 and 50 % dirty came to 0.91 and 0.92 of the peak with
+ * two threads and to 0.78 and 0.85 with one; one after the other, with the head of the next prefetched, to 0.82 and 0.74, 0.57 and 0.62.
+ * 4 to 16 lanes and turns of 64 to 512 bytes gave no more, prefetching into L1 less. */
 static inline __attribute__((always_inline)) void copy_pages(char *dst, const char *src, const uint64_t *at, uint32_t n,
                                                              uint32_t n_next, copy_turn *turn)
 {
     while (n) {
-        const uint32_t lanes = n < LANES ? n : LANES, left = n - lanes + n_next, next = left < LANES ? left : LANES;
+        const uint32_t lanes = n < CC_COPY_LANES ? n : CC_COPY_LANES, left = n - lanes + n_next, next = left < CC_COPY_LANES ? left : CC_COPY_LANES;
         const uint32_t most = lanes > next ? lanes : next;
         for (uint32_t lane = 0; lane < next; lane++)
             __builtin_prefetch(dst + at[lanes + lane], 1, 0); /* for its translation */

@@ -14,6 +14,7 @@
 #include <stdint.h>
 
 #define CC_COPY_PAGE 4096u
+#define CC_COPY_LANES 8u /* pages that are copied side by side, and as many that are prefetched meanwhile */
 
 struct cc_copy {
     int variant; /* enum colocache_copy, never AUTO */
