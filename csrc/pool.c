@@ -152,7 +152,8 @@ void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *co
     pool->context = context;
     pool->to_start = helpers;
     cc_publish32(&pool->running, helpers);
-    pthread_cond_broadcast(&pool->wake);
+    for (uint32_t i = 0; i < helpers; i++) /* no more than those: each waking costs the caller microseconds */
+        pthread_cond_signal(&pool->wake);
     pthread_mutex_unlock(&pool->lock);
 
     work(context);

@@ -115,6 +115,33 @@ static void all_the_work_is_done_once_before_run_returns(void)
     cc_pool_destroy(NULL);
 }
 
+struct meeting {
+    uint32_t expected, arrived;
+};
+
+static void meet(void *context) /* returns when everybody has come, or after 20 s */
+{
+    struct meeting *meeting = context;
+    const time_t begin = time(NULL);
+    __atomic_add_fetch(&meeting->arrived, 1, __ATOMIC_ACQ_REL);
+    while (__atomic_load_n(&meeting->arrived, __ATOMIC_ACQUIRE) < meeting->expected && time(NULL) < begin + 20)
+        sched_yield();
+}
+
+static void as_many_threads_come_as_were_asked_for(void)
+{
+    struct cc_pool *pool = NULL;
+    REQUIRE(cc_pool_create(5, &pool) == 0);
+    for (uint32_t n_threads = 1; n_threads <= 5; n_threads++) {
+        for (int round = 0; round < 20; round++) { /* the workers asleep, or not yet asleep again */
+            struct meeting meeting = {.expected = n_threads};
+            cc_pool_run(pool, n_threads, meet, &meeting);
+            CHECK_EQ(n_threads, meeting.arrived);
+        }
+    }
+    cc_pool_destroy(pool);
+}
+
 static void pool_is_bounded(void)
 {
     struct cc_pool *pool = NULL;
@@ -131,6 +158,7 @@ int main(void)
     RUN(closer_is_alone_and_nobody_is_left_waiting);
     RUN(closed_gate_lets_nobody_in);
     RUN(all_the_work_is_done_once_before_run_returns);
+    RUN(as_many_threads_come_as_were_asked_for);
     RUN(pool_is_bounded);
     return DONE();
 }
