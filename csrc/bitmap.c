@@ -170,13 +170,12 @@ static uint64_t next_word(const struct cc_bitmap *bitmap, uint64_t w)
 }
 
 /* cc_bitmap_runs -- the next runs in [*from, end), at most `room` (at least CC_RUNS_MIN); *from moves behind the last one.
- * A run that has reached `most` pages by the end of a word ends there and is the last: the look at a long one is bounded.
  *
  * `edges` has a bit wherever a page differs from the page before it: run begins and run ends in turn, so that within a word
  * they are taken in pairs without a branch on what they are.  Words that are all clear between runs, or all set inside one,
  * have none. */
-static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most,
-                                                                      struct cc_bit_run *runs, uint32_t room)
+static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end,
+                                                             struct cc_bit_run *runs, uint32_t room)
 {
     if (*from >= end)
         return 0;
@@ -215,11 +214,6 @@ static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bi
             carry = 1;
         }
         w++;
-        if (carry && base + 64 - start >= most && base + 64 < end) {
-            runs[n++] = (struct cc_bit_run){start, base + 64 - start};
-            *from = base + 64;
-            return n;
-        }
     }
     if (carry)
         runs[n++] = (struct cc_bit_run){start, end - start};
@@ -227,22 +221,64 @@ static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bi
     return n;
 }
 
+static inline __attribute__((always_inline)) uint64_t advance(const struct cc_bitmap *bitmap, uint64_t *at, uint64_t most)
+{
+    uint64_t w = *at / 64, mask = ~0ull << (*at % 64), n = 0;
+    while (w < bitmap->n_words) {
+        uint64_t bits = bitmap->words[w] & mask, here = (uint64_t)__builtin_popcountll(bits);
+        mask = ~0ull;
+        if (n + here >= most) {
+            for (; n + 1 < most; n++)
+                bits &= bits - 1;
+            *at = w * 64 + (uint64_t)__builtin_ctzll(bits) + 1;
+            return most;
+        }
+        n += here;
+        w = here ? w + 1 : next_word(bitmap, w + 1);
+    }
+    *at = bitmap->n_bits;
+    return n;
+}
+
 #if defined(__x86_64__)
 __attribute__((target("popcnt,bmi"))) static uint32_t runs_bmi(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end,
-                                                               uint64_t most, struct cc_bit_run *runs, uint32_t room)
+                                                               struct cc_bit_run *runs, uint32_t room)
 {
-    return runs_of(bitmap, from, end, most, runs, room);
+    return runs_of(bitmap, from, end, runs, room);
+}
+
+__attribute__((target("popcnt,bmi"))) static uint64_t advance_bmi(const struct cc_bitmap *bitmap, uint64_t *at, uint64_t most)
+{
+    return advance(bitmap, at, most);
+}
+
+static bool has_bmi(void)
+{
+    return __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi");
 }
 #endif
 
-uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most, struct cc_bit_run *runs,
-                        uint32_t room)
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room)
 {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("popcnt") && __builtin_cpu_supports("bmi"))
-        return runs_bmi(bitmap, from, end, most, runs, room);
+    if (has_bmi())
+        return runs_bmi(bitmap, from, end, runs, room);
 #endif
-    return runs_of(bitmap, from, end, most, runs, room);
+    return runs_of(bitmap, from, end, runs, room);
+}
+
+uint64_t cc_bitmap_advance(const struct cc_bitmap *bitmap, uint64_t *at, uint64_t most)
+{
+#if defined(__x86_64__)
+    if (has_bmi())
+        return advance_bmi(bitmap, at, most);
+#endif
+    return advance(bitmap, at, most);
+}
+
+bool cc_bitmap_has(const struct cc_bitmap *bitmap, uint64_t at)
+{
+    return bitmap->words[at / 64] >> (at % 64) & 1;
 }
 
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n)

@@ -15,7 +15,7 @@
  *   take_next(w)         exchange with zero, any thread
  *   union_into(f, p, s)  f := p | s, with counts            } writers of p and s kept out by a gate
  *   clear_all(b)         b := 0                             }
- *   count, next_run, runs, checksum, tail_ok, summary_ok, rebuild_summary
+ *   count, next_run, runs, advance, has, checksum, tail_ok, summary_ok, rebuild_summary
  */
 #ifndef CC_BITMAP_H
 #define CC_BITMAP_H
@@ -68,8 +68,10 @@ uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);
 /* The run that begins at the first set bit in [from, end): first page and length (cut at end); false if none. */
 bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n);
 #define CC_RUNS_MIN 34u /* a word has at most 32 runs, one that came in and one that goes out */
-#define CC_RUNS_WHOLE (~0ull)
-uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, uint64_t most, struct cc_bit_run *runs, uint32_t room);
+uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room);
+/* Move *at behind the next `most` set bits from there on; how many those were (fewer at the end). */
+uint64_t cc_bitmap_advance(const struct cc_bitmap *bitmap, uint64_t *at, uint64_t most);
+bool cc_bitmap_has(const struct cc_bitmap *bitmap, uint64_t at);
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
 /* The same from a sum that a union has computed on its way (cc_union_counts.sum). */
 uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum);

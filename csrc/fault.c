@@ -49,7 +49,7 @@ void cc_fault_copy_run(const struct cc_copy *copy, void *dst, const void *src, u
         char *to = (char *)dst + at;
         const char *from = (const char *)src + at;
         cc_fault_half(to, from, page_bytes, name);
-        copy->run(to, from, page_bytes, from, to);
+        copy->run(to, from, page_bytes);
         cc_fault_pass(name);
     }
 }

@@ -35,14 +35,13 @@ void cc_fault_copy_pages(const struct cc_copy *copy, void *dst, const void *src,
 void cc_fault_half(void *dst, const void *src, uint64_t n_bytes, const char *name);
 int cc_fault_flush_sources(void);
 #define CC_CRASH_POINT(name) cc_fault_pass(name)
-#define CC_COPY_RUN(copy, dst, src, n_bytes, page_bytes, next_src, next_dst, name) \
-    ((void)(next_src), (void)(next_dst), cc_fault_copy_run(copy, dst, src, n_bytes, page_bytes, name))
+#define CC_COPY_RUN(copy, dst, src, n_bytes, page_bytes, name) cc_fault_copy_run(copy, dst, src, n_bytes, page_bytes, name)
 #define CC_COPY_PAGES(copy, dst, src, at, n, n_next, name) ((void)(n_next), cc_fault_copy_pages(copy, dst, src, at, n, name))
 #define CC_HALF(dst, src, n_bytes, name) cc_fault_half(dst, src, n_bytes, name)
 #define CC_FLUSH_SOURCES() cc_fault_flush_sources()
 #else
 #define CC_CRASH_POINT(name) ((void)0)
-#define CC_COPY_RUN(copy, dst, src, n_bytes, page_bytes, next_src, next_dst, name) (copy)->run(dst, src, n_bytes, next_src, next_dst)
+#define CC_COPY_RUN(copy, dst, src, n_bytes, page_bytes, name) (copy)->run(dst, src, n_bytes)
 #define CC_COPY_PAGES(copy, dst, src, at, n, n_next, name) (copy)->pages(dst, src, at, n, n_next)
 #define CC_HALF(dst, src, n_bytes, name) ((void)0)
 #define CC_FLUSH_SOURCES() CC_FLUSH_BOTH

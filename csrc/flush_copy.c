@@ -4,39 +4,44 @@
  *
  * The threads take pieces of the flush set from one cursor that goes over all blocks in ascending order (measured faster than any
  * other on 4 KiB mappings).  A piece is a share of the dirty bytes that are left, however they lie: few pieces are needed and all
- * threads end at about the same time.  Finding a run takes about 3 ns, copying a page 300 and more, so the cursor's lock is free
- * nearly always.  While much is left, a thread takes its next piece before it copies the one it has, to know what to prefetch.
+ * threads end at about the same time.  Under the cursor's lock its bits are only counted; each thread finds the runs of its piece itself,
+ * a few at a time between the copies, so that the memory is never idle for long.
  * Copying a page twice is harmless: the cache does not change until the epoch is committed.
  */
 #include "internal.h"
 
 #include "fault.h"
 
-#define SMALL_BYTES (256u << 10) /* up to this, waking a thread takes longer than copying */
+#include <string.h>
+
+#define THREAD_BYTES (1u << 20) /* what a thread must find to copy: waking it takes as long as copying a quarter of that */
 #define PIECE_BYTES_MAX (1u << 20)
 #define PIECE_BYTES_MIN (64u << 10) /* about 5 us of copying: how long the last thread may be waited for */
 #define PIECES_PER_THREAD 4u        /* that what is left is cut into, until they are as small as that */
-#define SHORT_RUN_BYTES (64u << 10) /* up to this, page_copy's lanes are faster than its runs */
-#define PIECE_PAGES_MAX (PIECE_BYTES_MAX / CC_COPY_PAGE) /* a larger piece is one page, and that is a long run */
-#define RUNS_AT_ONCE 256u
-#define NO_RUN (~0ull)
+#define RUNS_AT_ONCE (2 * CC_RUNS_MIN)
+#define WAITING_MAX (5 * CC_COPY_LANES) /* whole groups of lanes, and one more that is prefetched meanwhile */
 
 struct copy_job {
     struct colocache *cc;
     uint32_t n_threads;
-    pthread_mutex_t cursor;   /* over everything below */
-    uint32_t block;           /* what lies before page `pfn` of this block is taken */
+    pthread_mutex_t cursor; /* over everything below */
+    uint32_t block;         /* what lies before page `pfn` of this block is taken */
     uint64_t pfn;
-    uint64_t run_end;         /* of the last run taken from this block; a run that begins here is its other part */
-    uint64_t left_bytes;      /* not taken yet */
-    uint64_t n_pages, n_runs, n_bytes; /* taken */
+    uint64_t left_bytes;               /* not taken yet */
+    uint64_t n_pages, n_runs, n_bytes; /* taken; n_runs of the threads that are done */
 };
 
+/* The pages of the flush set in [from, end). */
 struct piece {
-    struct cc_block *block;
-    struct cc_bit_run runs[RUNS_AT_ONCE];
-    uint32_t n_runs;
-    uint64_t n_bytes;
+    const struct cc_block *block;
+    uint64_t from, end;
+};
+
+/* One thread's: pages that it has found and not copied yet. */
+struct waiting {
+    const struct cc_block *block;
+    uint32_t n;
+    uint64_t at[WAITING_MAX]; /* byte offsets of CC_COPY_PAGE each */
 };
 
 static uint64_t piece_bytes(const struct copy_job *job)
@@ -45,133 +50,99 @@ static uint64_t piece_bytes(const struct copy_job *job)
     return share < PIECE_BYTES_MIN ? PIECE_BYTES_MIN : share > PIECE_BYTES_MAX ? PIECE_BYTES_MAX : share;
 }
 
-/* cut_piece -- keep the runs up to `wanted` pages, at least one page; pages kept */
-static uint64_t cut_piece(struct piece *piece, uint64_t wanted)
+/* take_piece -- the next one; false if there is no more */
+static bool take_piece(struct copy_job *job, struct piece *piece)
 {
     uint64_t n_pages = 0;
-    for (uint32_t i = 0; i < piece->n_runs; i++) {
-        uint64_t room = wanted - n_pages;
-        if (piece->runs[i].n >= room) {
-            piece->runs[i].n = room;
-            piece->n_runs = i + 1;
-        }
-        n_pages += piece->runs[i].n;
-    }
-    return n_pages;
-}
-
-/* take_from_block -- the next runs of the cursor's block; false if it has none left.  The cursor is locked. */
-static bool take_from_block(struct copy_job *job, struct piece *piece)
-{
-    struct cc_block *block = piece->block = &job->cc->blocks[job->block];
-    uint64_t next = job->pfn, wanted = piece_bytes(job) >> block->page_shift;
-    if (wanted == 0)
-        wanted = 1;
-    uint32_t room = wanted < RUNS_AT_ONCE - CC_RUNS_MIN ? (uint32_t)wanted + CC_RUNS_MIN : RUNS_AT_ONCE;
-    piece->n_runs = cc_bitmap_runs(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &next, block->n_pages, wanted, piece->runs, room);
-    if (piece->n_runs == 0)
-        return false;
-    const struct cc_bit_run found = piece->runs[piece->n_runs - 1];
-    const uint32_t n_found = piece->n_runs;
-    uint64_t n_pages = cut_piece(piece, wanted), n_bytes = piece->n_bytes = n_pages << block->page_shift;
-    const struct cc_bit_run last = piece->runs[piece->n_runs - 1];
-    job->n_runs += piece->n_runs - (piece->runs[0].first == job->run_end); /* the other part of a run that was cut is no second run */
-    job->n_pages += n_pages;
-    job->n_bytes += n_bytes;
-    job->left_bytes -= n_bytes < job->left_bytes ? n_bytes : job->left_bytes;
-    job->run_end = last.first + last.n;
-    job->pfn = piece->n_runs == n_found && last.n == found.n ? next : job->run_end; /* nothing was cut off, or something was */
-    return true;
-}
-
-/* take_piece -- the next one; without runs if there is no more.  `ahead` of a piece that is to be copied first: only if there is enough
- * left for every thread, so that none ends up with two while another has none. */
-static void take_piece(struct copy_job *job, struct piece *piece, const struct piece *ahead)
-{
-    piece->n_runs = 0;
     pthread_mutex_lock(&job->cursor);
-    if (!ahead || job->left_bytes / 2 / job->n_threads >= ahead->n_bytes) {
-        while (job->block < job->cc->n_blocks && !take_from_block(job, piece)) {
-            job->block++;
-            job->pfn = 0;
-            job->run_end = NO_RUN;
+    for (; job->block < job->cc->n_blocks; job->block++, job->pfn = 0) {
+        const struct cc_block *block = &job->cc->blocks[job->block];
+        uint64_t wanted = piece_bytes(job) >> block->page_shift;
+        *piece = (struct piece){.block = block, .from = job->pfn};
+        n_pages = cc_bitmap_advance(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &job->pfn, wanted ? wanted : 1);
+        if (n_pages) {
+            uint64_t n_bytes = n_pages << block->page_shift;
+            piece->end = job->pfn;
+            job->n_pages += n_pages;
+            job->n_bytes += n_bytes;
+            job->left_bytes -= n_bytes < job->left_bytes ? n_bytes : job->left_bytes;
+            break;
         }
     }
     pthread_mutex_unlock(&job->cursor);
+    return n_pages != 0;
 }
 
-static bool is_long(const struct cc_block *block, struct cc_bit_run run)
+/* copy_waiting -- all but the last `keep` pages that wait, side by side; those come into the CPU's cache meanwhile */
+static void copy_waiting(struct colocache *cc, struct waiting *waiting, uint32_t keep)
 {
-    return run.n << block->page_shift > SHORT_RUN_BYTES;
+    const uint32_t n = waiting->n - keep;
+    if (n)
+        CC_COPY_PAGES(&cc->copy, cc_guest_page(waiting->block, 0), cc_cache_page(waiting->block, 0), waiting->at, n, keep,
+                      "flush: a page, half and whole");
+    memcpy(waiting->at, waiting->at + n, keep * sizeof waiting->at[0]); /* n >= keep: nothing overlaps */
+    waiting->n = keep;
 }
 
-/* list_pages -- the pages of a piece's short runs as page_copy wants them, `most` at most; how many */
-static uint32_t list_pages(const struct piece *piece, uint64_t *at, uint32_t most)
+static void add_waiting(struct colocache *cc, struct waiting *waiting, const struct cc_block *block, struct cc_bit_run run)
+{
+    const uint64_t end = (run.first + run.n) << block->page_shift;
+    for (uint64_t at = run.first << block->page_shift; at < end; at += CC_COPY_PAGE) {
+        if (waiting->n == WAITING_MAX)
+            copy_waiting(cc, waiting, CC_COPY_LANES);
+        waiting->at[waiting->n++] = at;
+    }
+}
+
+/* copy_piece -- its pages, but for the last few, which wait for what comes next; how many runs begin in it */
+static uint64_t copy_piece(struct colocache *cc, const struct piece *piece, struct waiting *waiting)
 {
     const struct cc_block *block = piece->block;
-    uint32_t n = 0;
-    for (uint32_t i = 0; i < piece->n_runs; i++) {
-        if (is_long(block, piece->runs[i]))
-            continue;
-        uint64_t first = piece->runs[i].first << block->page_shift, end = first + (piece->runs[i].n << block->page_shift);
-        for (; first < end && n < most; first += CC_COPY_PAGE)
-            at[n++] = first;
+    const struct cc_bitmap *flush_set = &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
+    struct cc_bit_run runs[RUNS_AT_ONCE];
+    /* the other part of a run that was cut is counted where it begins */
+    const bool goes_on = piece->from > 0 && cc_bitmap_has(flush_set, piece->from - 1) && cc_bitmap_has(flush_set, piece->from);
+    uint64_t from = piece->from, n_runs = 0;
+    uint32_t n;
+    if (waiting->block != block) {
+        if (waiting->n)
+            copy_waiting(cc, waiting, 0);
+        waiting->block = block;
     }
-    return n;
-}
-
-/* next_long_run -- the first page of the piece's long run after run i; `none` if there is none */
-static uint64_t next_long_run(const struct piece *piece, uint32_t i, uint64_t none)
-{
-    while (++i < piece->n_runs) {
-        if (is_long(piece->block, piece->runs[i]))
-            return piece->runs[i].first;
+    while ((n = cc_bitmap_runs(flush_set, &from, piece->end, runs, RUNS_AT_ONCE)) != 0) {
+        n_runs += n;
+        for (uint32_t i = 0; i < n; i++)
+            add_waiting(cc, waiting, block, runs[i]);
     }
-    return none;
-}
-
-/* copy_piece -- long runs one after the other, then the pages of short ones side by side; of each what comes next is prefetched.
- * `next` is the piece that this thread copies after it, or one without runs. */
-static void copy_piece(struct colocache *cc, const struct piece *piece, const struct piece *next)
-{
-    const struct cc_block *block = piece->block;
-    const bool goes_on = next->n_runs && next->block == block;
-    uint64_t at[PIECE_PAGES_MAX + CC_COPY_LANES];
-    uint32_t n = list_pages(piece, at, PIECE_PAGES_MAX), n_next = goes_on ? list_pages(next, at + n, CC_COPY_LANES) : 0;
-    for (uint32_t i = 0; i < piece->n_runs; i++) {
-        const struct cc_bit_run run = piece->runs[i];
-        if (!is_long(block, run))
-            continue;
-        uint64_t after = n ? at[0] >> block->page_shift : goes_on ? next->runs[0].first : run.first;
-        uint64_t hint = next_long_run(piece, i, after);
-        CC_COPY_RUN(&cc->copy, cc_guest_page(block, run.first), cc_cache_page(block, run.first), run.n << block->page_shift,
-                    block->page_size, cc_cache_page(block, hint), cc_guest_page(block, hint), "flush: a page, half and whole");
-    }
-    CC_COPY_PAGES(&cc->copy, cc_guest_page(block, 0), cc_cache_page(block, 0), at, n, n_next, "flush: a page, half and whole");
+    return n_runs - goes_on;
 }
 
 static void copy_worker(void *context)
 {
     struct copy_job *job = context;
-    struct piece pieces[2];
-    uint32_t now = 0;
-    for (take_piece(job, &pieces[now], NULL); pieces[now].n_runs; now = !now) {
-        take_piece(job, &pieces[!now], &pieces[now]);
-        copy_piece(job->cc, &pieces[now], &pieces[!now]);
-        if (!pieces[!now].n_runs)
-            take_piece(job, &pieces[!now], NULL);
-    }
+    struct waiting waiting = {0};
+    struct piece piece;
+    uint64_t n_runs = 0;
+    while (take_piece(job, &piece))
+        n_runs += copy_piece(job->cc, &piece, &waiting);
+    if (waiting.n)
+        copy_waiting(job->cc, &waiting, 0);
     job->cc->copy.fence(); /* before anybody can believe this thread is done */
+    pthread_mutex_lock(&job->cursor);
+    job->n_runs += n_runs;
+    pthread_mutex_unlock(&job->cursor);
 }
 
 /* cc_flush_copy -- copy the flush set of every block; all stores are visible when it returns */
 void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
 {
-    struct copy_job job = {.cc = cc, .n_threads = 1, .run_end = NO_RUN};
+    struct copy_job job = {.cc = cc, .n_threads = 1};
     for (uint32_t i = 0; i < cc->n_blocks; i++)
         job.left_bytes += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]) << cc->blocks[i].page_shift;
-    if (job.left_bytes > SMALL_BYTES)
-        job.n_threads = cc_pool_size(cc->pool);
+    if (job.left_bytes >= 2 * THREAD_BYTES) {
+        uint64_t wanted = job.left_bytes / THREAD_BYTES;
+        job.n_threads = wanted < cc_pool_size(cc->pool) ? (uint32_t)wanted : cc_pool_size(cc->pool);
+    }
     pthread_mutex_init(&job.cursor, NULL);
     cc_pool_run(cc->pool, job.n_threads, copy_worker, &job);
     pthread_mutex_destroy(&job.cursor);
@@ -188,7 +159,7 @@ uint64_t cc_flush_copy_word(struct colocache *cc, struct cc_block *block, uint64
     for (; bits; bits &= bits - 1) {
         uint64_t pfn = word * 64 + (uint64_t)__builtin_ctzll(bits);
         uint8_t *to = cc_guest_page(block, pfn), *from = cc_cache_page(block, pfn);
-        CC_COPY_RUN(&cc->copy, to, from, block->page_size, block->page_size, from, to, "preflush: a page, half and whole");
+        CC_COPY_RUN(&cc->copy, to, from, block->page_size, block->page_size, "preflush: a page, half and whole");
     }
     cc->copy.fence();
     return n_pages;
@@ -206,7 +177,7 @@ int cc_flush_copy_all(struct colocache *cc, uint64_t *n_pages_out)
             if (rc)
                 return rc;
             CC_COPY_RUN(&cc->copy, cc_guest_page(block, pfn), cc_cache_page(block, pfn), n_bytes, block->page_size,
-                        cc_cache_page(block, pfn), cc_guest_page(block, pfn), "restart: a page, half and whole");
+                        "restart: a page, half and whole");
             *n_pages_out += n_pages;
             at = first + n_bytes;
         }

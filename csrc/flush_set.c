@@ -62,7 +62,7 @@ int cc_flush_set_allocate(struct colocache *cc)
         uint32_t n;
         if (!block->sparse)
             continue;
-        while ((n = cc_bitmap_runs(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &from, block->n_pages, CC_RUNS_WHOLE, runs, CC_RUNS_MIN * 4)) != 0) {
+        while ((n = cc_bitmap_runs(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &from, block->n_pages, runs, CC_RUNS_MIN * 4)) != 0) {
             for (uint32_t i = 0; i < n; i++)
                 __builtin_prefetch(&block->allocated[runs[i].first / 64]);
             for (uint32_t i = 0; i < n; i++) {

@@ -3,8 +3,8 @@
  * page_copy.h -- how bytes of pages move.  Knows no bitmaps.
  *
  * The flush writes memory that nobody reads soon: stores that pull the destination into the CPU cache would cost
- * a read of every line and push out what the VM needs.  So: streaming (non-temporal) stores, and prefetches of what comes next,
- * because the hardware prefetcher doesn't cross a 4 KiB page.
+ * a read of every line and push out what the VM needs.  So: streaming (non-temporal) stores, and
+ * several pages at once, because the hardware prefetcher doesn't cross a 4 KiB page.
  * Streaming stores are ordered by no release store: whoever copied calls fence() before saying done.
  */
 #ifndef CC_PAGE_COPY_H
@@ -18,9 +18,8 @@
 
 struct cc_copy {
     int variant; /* enum colocache_copy, never AUTO */
-    /* n_bytes is a multiple of CC_COPY_PAGE, both addresses of 64.  next_src/next_dst: where the following call will begin (hints,
-     * only prefetched), or the same as src/dst. */
-    void (*run)(void *dst, const void *src, uint64_t n_bytes, const void *next_src, const void *next_dst);
+    /* n_bytes is a multiple of CC_COPY_PAGE, both addresses of 64. */
+    void (*run)(void *dst, const void *src, uint64_t n_bytes);
     /* n pages of CC_COPY_PAGE bytes, each at the same offset at[i], a multiple of 64, of both; in no order.  at[n] and the n_next - 1
      * after it: where the following call will begin (only prefetched). */
     void (*pages)(void *dst, const void *src, const uint64_t *at, uint32_t n, uint32_t n_next);

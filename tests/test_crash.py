@@ -70,7 +70,7 @@ def test_no_death_at_any_point_leaves_a_mix_or_no_state(programs: Path, capsys: 
 
 def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (result,) = run_together([str(programs / "crash_threads"), "300"])
-    assert result["kills"] == 300
+    assert result["kills"] >= 300
     assert result["replays"] > 250
     with capsys.disabled():
         print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages, seed {result['seed']}")

@@ -20,7 +20,8 @@ struct baseline_pool;
 struct baseline_pool *baseline_pool_create(uint32_t n_threads);
 uint32_t baseline_pool_size(const struct baseline_pool *pool);
 void baseline_pool_destroy(struct baseline_pool *pool);
-int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant);
+int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant,
+                        bool side_by_side);
 void baseline_qemu_union(uint64_t *bitmap, const uint64_t *svm_log, uint64_t n_words);
 uint64_t baseline_qemu_flush(uint64_t *bitmap, uint64_t n_pages, void *guest, const void *cache);
 uint64_t baseline_qemu_clear(uint64_t *bitmap, uint64_t n_pages);

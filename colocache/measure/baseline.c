@@ -6,6 +6,7 @@
  * in), so that it is the most this memory gives to these threads.  QEMU's way is its algorithm as facts describe it, in our own words: the
  * SVM's log is OR-ed into the one bitmap, then per run: every bit is cleared by itself, and one memcpy; one thread.
  */
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,10 +24,20 @@ struct baseline_pool {
 
 struct pass {
     struct cc_copy copy;
+    bool side_by_side;
     char *to;
     const char *from;
     uint64_t n_bytes, next;
 };
+
+static void pass_side_by_side(const struct pass *pass, uint64_t first, uint64_t n_bytes)
+{
+    uint64_t at[STRETCH_BYTES / CC_COPY_PAGE];
+    uint32_t n = 0;
+    for (; n_bytes > n * (uint64_t)CC_COPY_PAGE; n++)
+        at[n] = first + n * (uint64_t)CC_COPY_PAGE;
+    pass->copy.pages(pass->to, pass->from, at, n, 0);
+}
 
 static void pass_worker(void *context)
 {
@@ -36,8 +47,10 @@ static void pass_worker(void *context)
         if (at >= pass->n_bytes)
             break;
         uint64_t n = pass->n_bytes - at < STRETCH_BYTES ? pass->n_bytes - at : STRETCH_BYTES;
-        uint64_t next = at + n < pass->n_bytes ? at + n : at;
-        pass->copy.run(pass->to + at, pass->from + at, n, pass->from + next, pass->to + next);
+        if (pass->side_by_side)
+            pass_side_by_side(pass, at, n);
+        else
+            pass->copy.run(pass->to + at, pass->from + at, n);
     }
     pass->copy.fence();
 }
@@ -65,10 +78,11 @@ void baseline_pool_destroy(struct baseline_pool *pool)
     free(pool);
 }
 
-/* baseline_sequential -- one pass of n_bytes (a multiple of 4096) with all threads of the pool; -1 if the CPU lacks the variant */
-int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant)
+/* baseline_sequential -- one pass of n_bytes (a multiple of 4096) with all threads of the pool, straight on or with pages side by side as
+ * the flush copies them; -1 if the CPU lacks the variant */
+int baseline_sequential(struct baseline_pool *pool, void *to, const void *from, uint64_t n_bytes, int variant, bool side_by_side)
 {
-    struct pass pass = {.to = to, .from = from, .n_bytes = n_bytes};
+    struct pass pass = {.side_by_side = side_by_side, .to = to, .from = from, .n_bytes = n_bytes};
     if (!cc_copy_pick(variant, &pass.copy))
         return -1;
     cc_pool_run(pool->pool, cc_pool_size(pool->pool), pass_worker, &pass);
@@ -151,7 +165,7 @@ uint64_t baseline_bitmap_runs(const struct baseline_bitmap *bitmap, uint64_t *n_
     struct cc_bit_run runs[256];
     uint64_t at = 0, n_runs = 0, n_pages = 0;
     uint32_t n;
-    while ((n = cc_bitmap_runs(&bitmap->bitmap, &at, bitmap->bitmap.n_bits, CC_RUNS_WHOLE, runs, 256)) != 0) {
+    while ((n = cc_bitmap_runs(&bitmap->bitmap, &at, bitmap->bitmap.n_bits, runs, 256)) != 0) {
         for (uint32_t i = 0; i < n; i++)
             n_pages += runs[i].n;
         n_runs += n;

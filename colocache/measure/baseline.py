@@ -37,9 +37,13 @@ class Pool:
             raise MemoryError(f"no memory or no threads for a pool of {n_threads}")
         self.n_threads = int(lib.baseline_pool_size(self._pool))
 
-    def sequential(self, to: int, source: int, n_bytes: int, variant: str) -> None:
-        """One pass of all threads over n_bytes, with one copy variant (a key of COPY_NAMES)."""
-        if lib.baseline_sequential(self._pool, pointer(to), pointer(source), n_bytes, COPY_NAMES[variant]) != 0:
+    def sequential(self, to: int, source: int, n_bytes: int, variant: str, side_by_side: bool = False) -> None:
+        """One pass of all threads over n_bytes, with one copy variant (a key of COPY_NAMES).
+
+        Straight on, or as the flush copies: some pages side by side.
+        """
+        number = COPY_NAMES[variant]
+        if lib.baseline_sequential(self._pool, pointer(to), pointer(source), n_bytes, number, side_by_side) != 0:
             raise ValueError(f"this CPU can't copy with {variant}")
 
     def __enter__(self) -> Pool:

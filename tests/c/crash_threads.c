@@ -6,7 +6,7 @@
  *     crash_threads [KILLS] [SEED]
  *
  * An epoch writes random runs on both sides; the child attaches, receives, seals and is killed at the n-th page (or half page) of the flush,
- * n going up from 1 as far as there are any.  Which thread had got how far is up to the scheduler; the result must not be.
+ * n going up from 1 in steps as far as there are any.  Which thread had got how far is up to the scheduler; the result must not be.
  */
 #define _GNU_SOURCE
 #include <malloc.h>
@@ -21,7 +21,7 @@
 #include "colocache.h"
 #include "fault.h"
 
-enum { PAGE = 4096, N = 1600, THREADS = 3 };
+enum { PAGE = 4096, N = 4800, THREADS = 3, STEP = 7 };
 
 static int control_fd, guest_fd, cache_fd;
 static uint64_t *guest;                   /* the parent's mapping of guest RAM */
@@ -91,12 +91,19 @@ static void seal(struct colocache *cc, uint64_t epoch)
     must(colocache_seal(cc, &args, NULL) == 0, "seal");
 }
 
+static void flush(struct colocache *cc)
+{
+    struct colocache_flush_result result = {.struct_size = sizeof result};
+    must(colocache_flush(cc, &result) == 0, "flush");
+    must(result.n_threads == THREADS, "the flush is too small for several threads");
+}
+
 /* epoch_pages -- the PVM's pages of an epoch: told by the seed, so that child and parent know the same */
 static void write_pvm(uint64_t epoch, struct colocache *cc)
 {
     uint64_t state = seed * 1000003 + epoch, page[PAGE / 8];
-    for (int run = 0; run < 60; run++) {
-        uint64_t first = next_random(&state) % N, n = 1 + next_random(&state) % 5, value = next_random(&state);
+    for (int run = 0; run < 160; run++) { /* enough for all threads: flush() looks */
+        uint64_t first = next_random(&state) % N, n = 1 + next_random(&state) % 11, value = next_random(&state);
         for (uint64_t pfn = first; pfn < N && pfn < first + n; pfn++) {
             if (cc) {
                 fill(page, value);
@@ -123,13 +130,13 @@ static void child(uint64_t epoch, uint64_t crash_at)
     colocache_fault_seen = see;
     colocache_fault_passed = 0;
     colocache_fault_crash_at = crash_at;
-    must(colocache_flush(cc, NULL) == 0, "flush");
+    flush(cc);
     _exit(0);
 }
 
 int main(int argc, char **argv)
 {
-    uint64_t kills = argc > 1 ? strtoull(argv[1], NULL, 10) : 300, done = 0, replays = 0, epoch = 1, pages = 0;
+    uint64_t kills = argc > 1 ? strtoull(argv[1], NULL, 10) : 300, done = 0, whole = 0, replays = 0, epoch = 1, pages = 0;
     seed = argc > 2 ? strtoull(argv[2], NULL, 10) : 1;
     const uint64_t bytes = (uint64_t)N * PAGE;
     mallopt(M_MMAP_THRESHOLD, 128 << 10); /* fixed: else the second handle's table is cleared by hand and copied at each fork */
@@ -147,10 +154,11 @@ int main(int argc, char **argv)
     must(colocache_create(control_fd, &options, &cc) == 0 && colocache_add_block(cc, &both, NULL) == 0, "create");
     must(colocache_receive_zero(cc, epoch, 0, 0, N) == 0, "receive_zero");
     seal(cc, epoch);
-    must(colocache_flush(cc, NULL) == 0 && colocache_loaded(cc, 1) == 0, "flush");
+    flush(cc);
+    must(colocache_loaded(cc, 1) == 0, "loaded");
     colocache_close(cc);
 
-    for (uint64_t at = 1; done < kills; at++) {
+    for (uint64_t at = 1; done < kills || !whole; at += STEP) {
         epoch++;
         pid_t pid = fork();
         if (pid == 0)
@@ -175,8 +183,10 @@ int main(int argc, char **argv)
         pages += N;
         done += (uint64_t)killed;
         replays += report.action == COLOCACHE_RECOVERED_REPLAYED;
-        if (!killed)
-            at = 0; /* all points of a flush have had their turn: from the first again */
+        if (!killed) { /* all points of a flush have had their turn: from one beside the first again */
+            whole++;
+            at = whole % STEP + 1 - STEP;
+        }
     }
     printf("{\"seed\": %llu, \"kills\": %llu, \"replays\": %llu, \"pages_checked\": %llu}\n", (unsigned long long)seed,
            (unsigned long long)done, (unsigned long long)replays, (unsigned long long)pages);

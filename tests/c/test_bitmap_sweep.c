@@ -97,8 +97,7 @@ static void runs_by_the_batch_are_the_same_runs(void)
             }
             uint64_t begin = below(&dice, b->n_bits), end = begin + below(&dice, b->n_bits - begin + 1), from = begin, at = begin;
             uint32_t room = CC_RUNS_MIN + (uint32_t)below(&dice, 60), n;
-            uint64_t most = i % 2 ? CC_RUNS_WHOLE : 1 + below(&dice, 200);
-            while ((n = cc_bitmap_runs(b, &from, end, most, runs, room)) > 0) {
+            while ((n = cc_bitmap_runs(b, &from, end, runs, room)) > 0) {
                 CHECK(n <= room);
                 for (uint32_t r = 0; r < n; r++) {
                     CHECK(runs[r].n > 0 && runs[r].first >= at && runs[r].first + runs[r].n <= end);
@@ -106,12 +105,41 @@ static void runs_by_the_batch_are_the_same_runs(void)
                         CHECK(!rooms[0].oracle[at]);
                     for (; at < runs[r].first + runs[r].n; at++)
                         CHECK(rooms[0].oracle[at]);
-                    CHECK(at == end || !rooms[0].oracle[at] || (runs[r].n >= most && r == n - 1));
-                    CHECK(runs[r].n < most || runs[r].n - most < 64 || runs[r].n <= 128);
+                    CHECK(at == end || !rooms[0].oracle[at]); /* not cut short */
                 }
             }
             for (; at < end; at++)
                 CHECK(!rooms[0].oracle[at]);
+        }
+    }
+}
+
+static void advance_passes_as_many_bits_as_it_says(void)
+{
+    struct dice dice = {31};
+    for (unsigned l = 0; l < N_LENGTHS; l++) {
+        for (uint64_t i = 0; i < 12; i++) {
+            struct cc_bitmap *b = fresh(&rooms[0], lengths[l]);
+            for (uint64_t k = 0; k < i % 4; k++)
+                random_bits(&rooms[0], &dice);
+            if (i == 11) {
+                cc_bitmap_set_all(b);
+                memset(rooms[0].oracle, 1, b->n_bits);
+            }
+            uint64_t at = 0, passed = 0, n;
+            do {
+                uint64_t before = at, most = 1 + below(&dice, 150), seen = 0;
+                n = cc_bitmap_advance(b, &at, most);
+                CHECK(at >= before && at <= b->n_bits && n <= most);
+                for (uint64_t bit = before; bit < at; bit++) {
+                    CHECK_EQ(rooms[0].oracle[bit], cc_bitmap_has(b, bit));
+                    seen += rooms[0].oracle[bit];
+                }
+                CHECK_EQ(seen, n);
+                CHECK(n < most ? at == b->n_bits : rooms[0].oracle[at - 1]); /* not one bit further than needed */
+                passed += n;
+            } while (n);
+            CHECK_EQ(cc_bitmap_count(b), passed);
         }
     }
 }
@@ -210,6 +238,7 @@ int main(void)
     RUN(runs_are_maximal_and_complete);
     RUN(every_variant_of_the_union_gives_the_same);
     RUN(runs_by_the_batch_are_the_same_runs);
+    RUN(advance_passes_as_many_bits_as_it_says);
     RUN(runs_at_edges);
     RUN(a_huge_and_almost_clean_bitmap);
     RUN(checksum_of_a_bitmap_sees_every_bit);
