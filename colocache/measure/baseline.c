@@ -30,27 +30,28 @@ struct pass {
     uint64_t n_bytes, next;
 };
 
-static void pass_side_by_side(const struct pass *pass, uint64_t first, uint64_t n_bytes)
+/* list_pages -- the offsets of the pages of [first, first + n_bytes) that are in the images; how many */
+static uint32_t list_pages(const struct pass *pass, uint64_t *at, uint64_t first, uint64_t n_bytes)
 {
-    uint64_t at[STRETCH_BYTES / CC_COPY_PAGE];
     uint32_t n = 0;
-    for (; n_bytes > n * (uint64_t)CC_COPY_PAGE; n++)
-        at[n] = first + n * (uint64_t)CC_COPY_PAGE;
-    pass->copy.pages(pass->to, pass->from, at, n, 0);
+    for (uint64_t page = first; page < pass->n_bytes && page - first < n_bytes; page += CC_COPY_PAGE)
+        at[n++] = page;
+    return n;
 }
 
+/* pass_worker -- a stretch is taken ahead, so that its first pages can come into the CPU's cache in time, as in the flush */
 static void pass_worker(void *context)
 {
     struct pass *pass = context;
-    for (;;) {
-        uint64_t at = cc_add(&pass->next, STRETCH_BYTES);
-        if (at >= pass->n_bytes)
-            break;
-        uint64_t n = pass->n_bytes - at < STRETCH_BYTES ? pass->n_bytes - at : STRETCH_BYTES;
-        if (pass->side_by_side)
-            pass_side_by_side(pass, at, n);
-        else
-            pass->copy.run(pass->to + at, pass->from + at, n);
+    uint64_t pages[STRETCH_BYTES / CC_COPY_PAGE + CC_COPY_LANES], next;
+    for (uint64_t at = cc_add(&pass->next, STRETCH_BYTES); at < pass->n_bytes; at = next) {
+        next = cc_add(&pass->next, STRETCH_BYTES);
+        if (pass->side_by_side) {
+            uint32_t n = list_pages(pass, pages, at, STRETCH_BYTES);
+            pass->copy.pages(pass->to, pass->from, pages, n, list_pages(pass, pages + n, next, CC_COPY_LANES * CC_COPY_PAGE));
+        } else {
+            pass->copy.run(pass->to + at, pass->from + at, pass->n_bytes - at < STRETCH_BYTES ? pass->n_bytes - at : STRETCH_BYTES);
+        }
     }
     pass->copy.fence();
 }

@@ -174,7 +174,8 @@ def _scaling(plt: Any, result: Result, rows: Sequence[Row]) -> Any:
             if len(line) > 1:
                 label = "single pages" if run == 1 else f"runs of {run}"
                 _line(axis, line, [row.threads for row in line], index, label)
-        peak = [(n, spread.p50) for (kind, n), spread in result.peak_spreads().items() if kind == backing]
+        peaks = result.peak_spreads()
+        peak = [(n, peaks[backing, n].p50) for n in sorted({row.threads for row in here}) if (backing, n) in peaks]
         axis.plot(*zip(*peak, strict=True), color="black", linestyle="--", linewidth=1, label="peak copy")
         axis.set_xticks(counts)
         axis.set_ylim(0, 1.2 * top)
