@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from colocache.measure import baseline
-from colocache.measure.host import copy_variants
+from colocache.measure.host import peak_passes
 from colocache.measure.patterns import Pattern
 
 CASE = "flush"
@@ -50,11 +50,12 @@ def test_numpy(bench: Any) -> None:
     bench.run("numpy", prepare, baseline.numpy_flush, lambda pattern: rig.check(pattern, "the numpy loop"))
 
 
-@pytest.mark.parametrize("variant", copy_variants())
-def test_peak(bench: Any, variant: str) -> None:
+@pytest.mark.parametrize(("variant", "side_by_side"), peak_passes())
+def test_peak(bench: Any, variant: str, side_by_side: bool) -> None:
     """The whole image in one sequential pass: its time is of all bytes, in extra_info."""
     rig = bench.rig
-    arguments = (rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant)
-    bench.run(f"peak {variant}", lambda _: arguments, rig.pool.sequential, n_bytes=rig.ram_bytes)
+    arguments = (rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant, side_by_side)
+    way = f"peak {variant}{' side by side' if side_by_side else ''}"
+    bench.run(way, lambda _: arguments, rig.pool.sequential, n_bytes=rig.ram_bytes)
     whole = rig.guest[:: max(1, rig.n_pages // 64)]
     assert (whole == rig.cached[:: max(1, rig.n_pages // 64)]).all()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from colocache.errors import ArgumentError
 from colocache.measure import baseline, bitmaps, cells, huge, report
 from colocache.measure.cells import CASES, Cell, Sample, fits, measure
 from colocache.measure.clock import Spread, quantile
-from colocache.measure.host import examine
+from colocache.measure.host import examine, peak_passes
 from colocache.measure.patterns import WORKLOADS, Pattern, n_intervals, recorded, synthetic
 from colocache.measure.rig import Rig, WrongResultError
 from colocache.measure.rows import Row
@@ -188,6 +189,22 @@ def test_the_baselines_copy_what_the_bitmap_says_and_empty_it(rig: Rig) -> None:
         assert copy(words) == pattern.n_dirty
         rig.check(pattern, "the baseline")
         assert not words.any()
+
+
+@pytest.mark.parametrize(("variant", "side_by_side"), peak_passes())
+def test_a_peak_pass_copies_every_page_and_not_a_byte_more(variant: str, side_by_side: bool) -> None:
+    n_pages = 512 + 512 + 37  # two stretches, and a part of one
+    rng = np.random.default_rng(7)
+    source = np.frombuffer(mmap.mmap(-1, (n_pages + 1) * 4096), np.uint8)
+    to = np.frombuffer(mmap.mmap(-1, (n_pages + 1) * 4096), np.uint8)
+    for n_threads in (1, 3):
+        source[:] = rng.integers(0, 256, source.size, np.uint8)
+        to[:] = rng.integers(0, 256, to.size, np.uint8)
+        after = to[-4096:].copy()
+        with baseline.Pool(n_threads) as pool:
+            pool.sequential(to.ctypes.data, source.ctypes.data, n_pages * 4096, variant, side_by_side)
+        assert np.array_equal(to[:-4096], source[:-4096])
+        assert np.array_equal(to[-4096:], after)
 
 
 def test_a_session_goes_on_after_a_wrong_cell_and_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

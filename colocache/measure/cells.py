@@ -17,7 +17,7 @@ from colocache._native import check, lib, struct
 from colocache.measure import baseline
 from colocache.measure.baseline import Pool
 from colocache.measure.clock import undisturbed
-from colocache.measure.host import copy_variants
+from colocache.measure.host import peak_passes
 from colocache.measure.patterns import Pattern, recorded, synthetic
 from colocache.measure.rig import BLOCK, PAGE, Rig, WrongResultError
 from colocache.measure.transfer import Transfer
@@ -88,18 +88,14 @@ def measure(rig: Rig, cell: Cell, number: int) -> Sample:
 
 
 def peak(rig: Rig, pool: Pool | None = None) -> int:
-    """Nanoseconds of the best sequential pass over the two images: memcpy and each page copy, all threads.
-
-    Each page copy straight on and with pages side by side: which is faster differs from CPU to CPU.
-    """
+    """Nanoseconds of the best sequential pass over the two images: memcpy and each page copy, all threads."""
     pool = pool or rig.pool
-    passes = []
-    for variant in copy_variants():
-        for side_by_side in (False, True) if variant != "libc" else (False,):
-            start = perf_counter_ns()
-            pool.sequential(rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant, side_by_side)
-            passes.append(perf_counter_ns() - start)
-    return min(passes)
+    took = []
+    for variant, side_by_side in peak_passes():
+        start = perf_counter_ns()
+        pool.sequential(rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant, side_by_side)
+        took.append(perf_counter_ns() - start)
+    return min(took)
 
 
 def _interleaved(rig: Rig, ways: dict[str, Callable[[], int]]) -> dict[str, int]:

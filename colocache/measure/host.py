@@ -62,6 +62,14 @@ def copy_variants() -> tuple[str, ...]:
     )
 
 
+def peak_passes() -> tuple[tuple[str, bool], ...]:
+    """Each pass that may be the peak, as (variant, side by side): straight on, or as the flush copies.
+
+    Which is faster differs from CPU to CPU; for memcpy there is one way only.
+    """
+    return tuple((name, way) for name in copy_variants() for way in (False, True) if not (name == "libc" and way))
+
+
 def _cpuinfo() -> tuple[str, bool]:
     """The CPU's name, and whether it runs under a hypervisor."""
     try:
