@@ -35,9 +35,10 @@ static inline __attribute__((always_inline)) void copy_run(char *dst, const char
 /* Scattered pages are bound by how many reads a core keeps under way, because the hardware prefetcher begins anew in each page.  So
  * CC_COPY_LANES of them are copied side by side, a turn of each, while the next ones come into the L2 cache in the same order.
  * Measured in a loop of nothing but these copies, two threads, 2 MiB mappings, shares of the best straight pass over the images, for
- * 10 and 50 % dirty: single pages on a Zen 4 0.89 and 0.93 (one after the other, with the head of the next prefetched: 0.77 and 0.80), on
- * an Intel Xeon with 300 MiB of L3 1.16 and 1.12 (0.84 and 0.92); runs of 64 pages 0.95 and 0.97 (0.95 and 0.97), 1.09 and 1.13 (0.95 and 1.00).  So
- * long runs are copied like this, too.  4 to 16 lanes and turns of 64 to 512 bytes gave no more, prefetching into L1 less; a line of
+ * 10 and 50 % dirty; in brackets one after the other, with the head of the next prefetched:
+ *   Zen 4                         single pages 0.89 and 0.93 (0.77 and 0.80), runs of 64 pages 0.95 and 0.97 (0.95 and 0.97)
+ *   Intel Xeon with 300 MiB of L3 single pages 1.16 and 1.12 (0.84 and 0.92), runs of 64 pages 1.09 and 1.13 (0.95 and 1.00)
+ * So long runs are copied like this, too.  4 to 16 lanes and turns of 64 to 512 bytes gave no more, prefetching into L1 less; a line of
  * each destination page prefetched for its translation cost 2 to 4 %. */
 static inline __attribute__((always_inline)) void copy_pages(char *dst, const char *src, const uint64_t *at, uint32_t n,
                                                              uint32_t n_next, copy_turn *turn)
