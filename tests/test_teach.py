@@ -47,7 +47,7 @@ def at(chapter: Chapter, title: str) -> Step:
 
 def test_every_chapter_of_the_issue_is_there(small: Lesson) -> None:
     assert [chapter.id for chapter in small.chapters if chapter.kind == "lesson"] == [
-        "in-step", "drifting", "arriving", "union", "seal", "flush", "conversation",
+        "in-step", "drifting", "arriving", "union", "seal", "flush", "conversation", "one-bitmap",
     ]  # fmt: skip
     assert sum(chapter.kind == "death" for chapter in small.chapters) == 6
     assert [chapter.id for chapter in small.chapters if chapter.kind == "counter"] == [
@@ -125,6 +125,25 @@ def test_the_union_is_exactly_both_bitmaps_and_exactly_where_the_images_differ(l
     only_svm = pages(both.bitmaps["svm"]) - pages(both.bitmaps["pvm"])
     assert {both.images["cache"][p] for p in only_svm} == {"P1"}, "the right bytes are of an older epoch"
     assert pages(at(chapter, "Pages that only the SVM wrote").focus) == only_svm
+
+
+def test_one_bitmap_for_both_works_and_loses_who_wrote_a_page_and_what_had_come(lesson: Lesson) -> None:
+    chapter, plain = lesson.chapter("one-bitmap"), lesson.chapter("union")
+    together, sealed, works, two, dead, attached = chapter.steps
+    union = pages(plain.steps[-1].bitmaps["flush"])
+    assert pages(together.bitmaps["svm"]) == union
+    assert not pages(together.bitmaps["pvm"])
+    assert pages(sealed.bitmaps["flush"]) == union
+    assert set(sealed.origin) == {".", "S"}, "nobody can tell who wrote a page"
+    assert works.verdict == {"kind": "epoch", "epoch": 2, "sentence": "Exactly epoch 2."}
+    assert two.origin == plain.steps[-1].origin
+    assert set(two.origin) == {".", "P", "S", "B"}
+    came = pages(dead.bitmaps["pvm"])
+    assert came
+    assert not dead.alive["svm"]
+    newer = {pfn for pfn in range(lesson.n_pages) if attached.images["cache"][pfn] != chapter.epochs[2][pfn]}
+    assert pages(attached.bitmaps["pvm"]) == came == newer, "the PVM's half still names what is newer than epoch 2"
+    assert attached.bitmaps["svm"] == "1" * lesson.n_pages
 
 
 def test_seal_moves_the_bits_and_touches_no_memory(lesson: Lesson) -> None:

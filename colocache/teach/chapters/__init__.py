@@ -12,6 +12,7 @@ from colocache.teach.chapters.deaths_pvm import death_pvm
 from colocache.teach.chapters.drifting import drifting
 from colocache.teach.chapters.flush import flush
 from colocache.teach.chapters.in_step import in_step
+from colocache.teach.chapters.one_bitmap import one_bitmap
 from colocache.teach.chapters.seal import seal
 from colocache.teach.chapters.union import union
 from colocache.teach.play import Script
@@ -24,6 +25,7 @@ CHAPTERS: tuple[Script, ...] = (
     seal,
     flush,
     conversation,
+    one_bitmap,
     death_first,
     death_receiving,
     death_idle,
