@@ -17,7 +17,9 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* Kernel interface of 6.7 (include/uapi/linux/{userfaultfd,fs}.h), for builds against older headers */
+#include "pagemap.h"
+
+/* Kernel interface of 6.7 (include/uapi/linux/userfaultfd.h), for builds against older headers */
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
 #endif
@@ -30,20 +32,7 @@
 #ifndef UFFD_FEATURE_WP_HUGETLBFS_SHMEM
 #define UFFD_FEATURE_WP_HUGETLBFS_SHMEM (1 << 12)
 #endif
-#define CC_PAGE_IS_WRITTEN (1ull << 1)
-#define CC_SCAN_WP_MATCHING (1ull << 0)
-#define CC_SCAN_CHECK_WPASYNC (1ull << 1)
 
-struct cc_page_region {
-    uint64_t start, end, categories;
-};
-
-struct cc_scan_arg {
-    uint64_t size, flags, start, end, walk_end, vec, vec_len, max_pages;
-    uint64_t category_inverted, category_mask, category_anyof_mask, return_mask;
-};
-
-#define CC_PAGEMAP_SCAN _IOWR('f', 16, struct cc_scan_arg)
 #define REGIONS 4096u
 
 struct uffd_source {

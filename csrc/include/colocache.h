@@ -485,6 +485,17 @@ int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_
 int colocache_source_discard(struct colocache_source *source);
 int colocache_source_close(struct colocache_source *source);
 
+/* ---- private memory of a mapping -------------------------------------------------------------------------- */
+
+/* A MAP_PRIVATE mapping of guest RAM shows the file until it is written; a page's first write makes a private copy.
+ * How many bytes of [addr, addr+len_bytes) are such copies, in memory or swapped, as the kernel counts them
+ * (PAGEMAP_SCAN, or /proc/PID/pagemap before Linux 6.7).  pid 0 is this process; another one takes the permission to
+ * trace it.  Page aligned.  Any thread; a snapshot, if somebody writes meanwhile. */
+int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint64_t *n_bytes_out);
+/* Drop them, in this process: every page of the range shows the file again.  Whoever uses the mapping stands still
+ * meanwhile.  Memory that is locked (mlock) can't be forgotten: -EINVAL, and some of it may be forgotten. */
+int colocache_private_forget(void *addr, uint64_t len_bytes);
+
 /* ---- seal, flush, abort, failover -------------------------------------------------------------------------- */
 
 struct colocache_seal_args {

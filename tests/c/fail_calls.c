@@ -17,6 +17,9 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
+#include <unistd.h>
+
+#include "pagemap.h"
 
 #ifndef KVM_RESET_DIRTY_RINGS
 #define KVM_RESET_DIRTY_RINGS _IO(KVMIO, 0xc7)
@@ -24,12 +27,12 @@
 
 const char *const call_names[N_CALLS] = {"mmap", "munmap", "ftruncate", "posix_fallocate", "open", "fcntl", "fstat", "fstatfs", "getrandom",
                                          "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "pread",
-                                         "lseek", "syscall", "sched_getaffinity"};
+                                         "lseek", "syscall", "sched_getaffinity", "madvise", "read"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
 bool failure_happened, counting;
-static bool owner_unnamed;
+static bool owner_unnamed, counted_otherwise;
 uint64_t kvm_log_words;
 struct kvm_ring_entry kvm_ring[256];
 
@@ -54,6 +57,8 @@ static const int errors[N_CALLS][8] = {
     [LSEEK] = {EINVAL, EIO},
     [SYSCALL] = {ENOSYS, EPERM, EMFILE},
     [SCHED_GETAFFINITY] = {EINVAL, EPERM},
+    [MADVISE] = {EAGAIN, EINVAL, ENOMEM},
+    [READ] = {EINTR, EIO},
 };
 
 const int *errors_of(enum call call)
@@ -65,7 +70,9 @@ bool is_absorbed(enum call call, int error)
 {
     if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || (call == PREAD && owner_unnamed))
         return true; /* nothing to undo; other entropy; one thread; all counts as data */
-    return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG));
+    if (call == IOCTL && error == ENOTTY && counted_otherwise) /* private pages, on a kernel without PAGEMAP_SCAN */
+        return true;
+    return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG || call == MADVISE));
 }
 
 const char *error_name(int error)
@@ -103,6 +110,8 @@ WRAP(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attr, void *
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
+WRAP(int, madvise, (void *addr, size_t n, int advice), (addr, n, advice), MADVISE, -1)
+WRAP(ssize_t, read, (int fd, void *buffer, size_t n), (fd, buffer, n), READ, -1)
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
 
 /* the pid of an owner that can't be read leaves it unnamed; a page that can't be read is an error */
@@ -200,8 +209,10 @@ int __wrap_ioctl(int fd, unsigned long request, ...)
     va_start(args, request);
     void *arg = argument(args);
     va_end(args);
-    if (happens(IOCTL))
+    if (happens(IOCTL)) {
+        counted_otherwise = request == CC_PAGEMAP_SCAN && ((struct cc_scan_arg *)arg)->flags == 0;
         return -1;
+    }
     if (request == KVM_GET_DIRTY_LOG) {
         memcpy(((struct kvm_dirty_log *)arg)->dirty_bitmap, &kvm_log_words, sizeof kvm_log_words);
     } else if (request == KVM_CLEAR_DIRTY_LOG) {

@@ -14,6 +14,7 @@
 #include <unistd.h>
 
 #include "fail_calls.h"
+#include "private.h"
 
 static const uint64_t n_pages[2] = {DENSE, SPARSE};
 
@@ -315,6 +316,30 @@ static int attach_again(struct world *world, uint32_t action)
 
 /* ---- the history, and what follows when it was given up -------------------------------------------------------------- */
 
+/* private_pages -- a mapping as a VM over bounded memory has it: what it is, how much of it is private, and that forgotten */
+static int private_pages(struct world *world)
+{
+    uint64_t n_bytes = 0;
+    uint8_t *at = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE, world->guest[0], 0);
+    must(at != MAP_FAILED, "mmap");
+    for (int rc = -1; rc < 0;) {
+        at[0] = at[3 * PAGE] = 1;
+        rc = INSIDE(cc_mapping_check("dense", at, DENSE * PAGE, world->guest[0], 0, false));
+        if (rc == 0)
+            rc = INSIDE(colocache_private_bytes(0, at, DENSE * PAGE, &n_bytes));
+        if (rc == 0)
+            rc = INSIDE(colocache_private_forget(at, DENSE * PAGE));
+        if (rc == 0 && (n_bytes != 2 * PAGE || at[3 * PAGE] != 0))
+            breach("%llu bytes were private", (unsigned long long)n_bytes);
+        if (rc < 0)
+            failed(world, "private pages", rc);
+        if (rc < 0 && world->give_up)
+            break;
+    }
+    munmap(at, DENSE * PAGE);
+    return world->give_up && world->n_failures ? -1 : 0;
+}
+
 int world_history(struct world *world)
 {
     struct colocache_images images[2];
@@ -322,7 +347,7 @@ int world_history(struct world *world)
     struct colocache *second;
     uint64_t epoch;
     int rc;
-    if (start(world) != 0 || whole_epoch(world, false) != 0 || whole_epoch(world, true) != 0 || whole_epoch(world, true) != 0)
+    if (private_pages(world) != 0 || start(world) != 0 || whole_epoch(world, false) != 0 || whole_epoch(world, true) != 0 || whole_epoch(world, true) != 0)
         return -1;
     images_of(world, images);
     rc = INSIDE(colocache_attach(world->control, &any_threads, images, 2, NULL, &second));

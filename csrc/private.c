@@ -1,0 +1,263 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * private.c -- a MAP_PRIVATE mapping of guest RAM: of what kind it is, how much of it is private copies, and forgetting those.
+ *
+ * The first write to a page of such a mapping makes a copy that only this process sees; all other pages are the file's, and show at once
+ * what is written to the file.  MADV_DONTNEED drops the copies, and the next access finds the file's page again.
+ *
+ * Forgetting, measured: one zap of everything is the cheapest on transparent huge pages (they are mapped again as huge pages, while a zap
+ * run by run splits them); on 4 KiB pages the guest pays for each page that it has to map anew, so that up to about 6 % of private pages
+ * are zapped run by run and the others stay mapped.
+ */
+#include "private.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <unistd.h>
+
+#include "internal.h"
+#include "pagemap.h"
+
+#define REGIONS 256u     /* of one scan, on the stack */
+#define ENTRIES 512u     /* of /proc/PID/pagemap at a time, on the stack */
+#define WHOLE_SHARE 16u  /* more than one page in so many: zap everything */
+#define PM_SWAPPED (1ull << 62)
+#define PM_PRESENT (1ull << 63)
+#define PM_FILE (1ull << 61) /* of a file, or shared */
+
+/* ---- of what kind a mapping is --------------------------------------------------------------------------------- */
+
+struct mapping {
+    uint64_t first, end, offset, inode;
+    uint32_t major, minor;
+    char access[5]; /* rwxs or rwxp */
+};
+
+/* check_one -- one mapping of those that make up the range, which it holds from `at` on */
+static int check_one(const char *name, const struct mapping *mapping, uint64_t at, const struct stat *file, uint64_t offset, bool shared)
+{
+    if (mapping->access[0] != 'r' || mapping->access[1] != 'w')
+        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is mapped %.2s at %#llx: map it with PROT_READ | PROT_WRITE", name,
+                       mapping->access, (unsigned long long)at);
+    if (mapping->inode != (uint64_t)file->st_ino || mapping->major != major(file->st_dev) || mapping->minor != minor(file->st_dev) ||
+        mapping->offset + (at - mapping->first) != offset)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is not a mapping of guest_fd with offset %llu at %#llx", name,
+                       (unsigned long long)offset, (unsigned long long)at);
+    if ((mapping->access[3] == 's') != shared)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is a MAP_%s mapping, this region's VM needs a MAP_%s one", name,
+                       shared ? "PRIVATE" : "SHARED", shared ? "SHARED" : "PRIVATE");
+    return 0;
+}
+
+/* check_line -- of /proc/self/maps; moves *at to the end of what it covers */
+static int check_line(const char *line, const char *name, uint64_t *at, uint64_t end, const struct stat *file, uint64_t offset, bool shared)
+{
+    unsigned long long first, last, file_offset, inode;
+    struct mapping mapping;
+    if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu", &first, &last, mapping.access, &file_offset, &mapping.major, &mapping.minor, &inode) != 7)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED, "/proc/self/maps has a line of another form: %.60s", line);
+    mapping.first = first, mapping.end = last, mapping.offset = file_offset, mapping.inode = inode;
+    if (mapping.end <= *at || mapping.first > *at || *at >= end)
+        return 0;
+    int rc = check_one(name, &mapping, *at, file, offset, shared);
+    *at = mapping.end < end ? mapping.end : end;
+    return rc;
+}
+
+int cc_mapping_check(const char *name, const void *addr, uint64_t len_bytes, int fd, uint64_t offset, bool shared)
+{
+    const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + len_bytes;
+    uint64_t at = begin;
+    struct stat file;
+    char text[8192]; /* holds the longest line, whose path has up to 4095 bytes */
+    size_t have = 0;
+    ssize_t n = 1;
+    if (fstat(fd, &file) != 0)
+        return cc_fail_errno("looking at an image");
+    int maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
+    if (maps < 0)
+        return cc_fail_errno("opening /proc/self/maps");
+    int rc = 0;
+    while (rc == 0 && n > 0 && at < end) {
+        n = read(maps, text + have, sizeof text - 1 - have);
+        if (n < 0 && errno == EINTR) {
+            n = 1;
+            continue;
+        }
+        if (n < 0) {
+            rc = cc_fail_errno("reading /proc/self/maps");
+            break;
+        }
+        have += (size_t)n;
+        text[have] = 0;
+        char *line = text, *newline;
+        while (rc == 0 && (newline = strchr(line, '\n')) != NULL) {
+            *newline = 0;
+            rc = check_line(line, name, &at, end, &file, offset + (at - begin), shared);
+            line = newline + 1;
+        }
+        have -= (size_t)(line - text);
+        memmove(text, line, have);
+        if (have == sizeof text - 1)
+            rc = cc_fail(COLOCACHE_E_UNSUPPORTED, "/proc/self/maps has a line of more than %zu bytes", sizeof text - 2);
+    }
+    close(maps);
+    if (rc == 0 && at < end)
+        rc = cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr %p is mapped for %llu bytes, the block has %llu", name, addr,
+                     (unsigned long long)(at - begin), (unsigned long long)len_bytes);
+    return rc;
+}
+
+/* ---- scanning -------------------------------------------------------------------------------------------------------- */
+
+static int check_range(const void *addr, uint64_t len_bytes)
+{
+    const uint64_t at = (uint64_t)(uintptr_t)addr;
+    if (!addr || at % CC_PAGE || len_bytes % CC_PAGE || len_bytes > CC_BLOCK_BYTES_MAX || at > UINT64_MAX - len_bytes)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "%llu bytes at %p: give a range of whole pages", (unsigned long long)len_bytes, addr);
+    return 0;
+}
+
+static int open_pagemap(int pid)
+{
+    char path[64];
+    snprintf(path, sizeof path, pid ? "/proc/%d/pagemap" : "/proc/self/pagemap", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    return fd >= 0 ? fd : cc_fail_errno("opening a process's pagemap");
+}
+
+/* scan_present -- the next stretches of present or swapped pages from *at on, with the two categories that matter here; moves *at to where
+ * the scan ended.  How many; -ENOTTY: this kernel has no PAGEMAP_SCAN. */
+static int scan_present(int pagemap, uint64_t *at, uint64_t end, struct cc_page_region *regions)
+{
+    struct cc_scan_arg scan = {
+        .size = sizeof scan,
+        .start = *at,
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)regions,
+        .vec_len = REGIONS,
+        .category_anyof_mask = CC_PAGE_IS_PRESENT | CC_PAGE_IS_SWAPPED,
+        .return_mask = CC_PAGE_IS_FILE | CC_PAGE_IS_HUGE,
+    };
+    int n;
+    do {
+        n = ioctl(pagemap, CC_PAGEMAP_SCAN, &scan);
+    } while (n < 0 && errno == EINTR);
+    if (n < 0)
+        return errno == ENOTTY || errno == EINVAL ? -ENOTTY : cc_fail_errno("PAGEMAP_SCAN");
+    *at = scan.walk_end > *at ? scan.walk_end : end;
+    return n;
+}
+
+static bool is_private(const struct cc_page_region *region)
+{
+    return !(region->categories & CC_PAGE_IS_FILE);
+}
+
+/* count_entries -- the same without PAGEMAP_SCAN: 8 bytes a page, by file position */
+static int count_entries(int pagemap, uint64_t at, uint64_t end, uint64_t *n_bytes)
+{
+    uint64_t entries[ENTRIES];
+    while (at < end) {
+        uint64_t wanted = (end - at) / CC_PAGE < ENTRIES ? (end - at) / CC_PAGE : ENTRIES;
+        ssize_t n = pread(pagemap, entries, wanted * 8, (off_t)(at / CC_PAGE * 8));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 8)
+            return n < 0 ? cc_fail_errno("reading a process's pagemap") : 0; /* 0: past the end of its address space */
+        for (ssize_t i = 0; i < n / 8; i++) {
+            if ((entries[i] & (PM_PRESENT | PM_SWAPPED)) && !(entries[i] & PM_FILE))
+                *n_bytes += CC_PAGE;
+        }
+        at += (uint64_t)(n / 8) * CC_PAGE;
+    }
+    return 0;
+}
+
+int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint64_t *n_bytes_out)
+{
+    struct cc_page_region regions[REGIONS];
+    if (!n_bytes_out || pid < 0)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "n_bytes_out is NULL, or pid is %d", pid);
+    int rc = check_range(addr, len_bytes);
+    if (rc)
+        return rc;
+    int pagemap = open_pagemap(pid);
+    if (pagemap < 0)
+        return pagemap;
+    const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + len_bytes;
+    uint64_t at = begin, n_bytes = 0;
+    while (rc >= 0 && at < end) {
+        rc = scan_present(pagemap, &at, end, regions);
+        for (int i = 0; i < rc; i++)
+            n_bytes += is_private(&regions[i]) ? regions[i].end - regions[i].start : 0;
+    }
+    if (rc == -ENOTTY) {
+        n_bytes = 0;
+        rc = count_entries(pagemap, begin, end, &n_bytes);
+    }
+    close(pagemap);
+    if (rc < 0)
+        return rc;
+    *n_bytes_out = n_bytes;
+    return 0;
+}
+
+/* ---- forgetting --------------------------------------------------------------------------------------------------------- */
+
+static int zap(uint64_t start, uint64_t end)
+{
+    int rc;
+    do {
+        rc = madvise((void *)(uintptr_t)start, end - start, MADV_DONTNEED);
+    } while (rc != 0 && errno == EAGAIN);
+    return rc == 0 ? 0 : cc_fail_errno("forgetting private pages (MADV_DONTNEED; memory that is locked can't be forgotten)");
+}
+
+/* zap_runs -- run by run while that is the cheaper way: 1 done, 0 zap the whole range instead.  What was zapped already is no loss. */
+static int zap_runs(int pagemap, uint64_t begin, uint64_t end)
+{
+    struct cc_page_region regions[REGIONS];
+    const uint64_t most = (end - begin) / WHOLE_SHARE;
+    uint64_t at = begin, n_bytes = 0;
+    while (at < end) {
+        int n = scan_present(pagemap, &at, end, regions);
+        if (n < 0)
+            return n == -ENOTTY ? 0 : n;
+        for (int i = 0; i < n; i++) {
+            if (!is_private(&regions[i])) {
+                if (regions[i].categories & CC_PAGE_IS_HUGE)
+                    return 0;
+                continue;
+            }
+            n_bytes += regions[i].end - regions[i].start;
+            if (n_bytes > most)
+                return 0;
+            int rc = zap(regions[i].start, regions[i].end);
+            if (rc)
+                return rc;
+        }
+    }
+    return 1;
+}
+
+int colocache_private_forget(void *addr, uint64_t len_bytes)
+{
+    int rc = check_range(addr, len_bytes);
+    if (rc || len_bytes == 0)
+        return rc;
+    const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + len_bytes;
+    int pagemap = open_pagemap(0);
+    if (pagemap < 0)
+        return pagemap;
+    rc = zap_runs(pagemap, begin, end);
+    close(pagemap);
+    if (rc < 0)
+        return rc;
+    return rc == 1 ? 0 : zap(begin, end);
+}
