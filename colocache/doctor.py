@@ -18,7 +18,8 @@ from colocache._native import lib
 from colocache.errors import ColocacheError
 from colocache.results import COPY_NAMES
 from colocache.spec import BlockSpec
-from colocache.vmm.machine import guest_kind_available, kvm_trouble
+from colocache.vmm.guests import guest_kind_available
+from colocache.vmm.kvm import kvm_trouble
 
 DEMO_BYTES = 256 << 20  # guest RAM of the demo; it needs three images of it: one of the primary, two of the secondary
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}

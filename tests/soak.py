@@ -31,7 +31,7 @@ from soak_process import SHM
 from soak_watch import Counts
 
 from colocache import backing, clean, list_regions
-from colocache.vmm.machine import kvm_trouble
+from colocache.vmm.kvm import kvm_trouble
 
 HUGE_PAGES_PER_PAIR = 100  # three images of 64 MiB in two blocks each, rounded up
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from soak_process import BROKEN_LINE, BrokenError, Event, Process
 
-from colocache.vmm.machine import blocks_for
+from colocache.vmm import blocks_for
 
 LATE_SECONDS_MAX = 90.0  # an event that must come did not: something hangs
 PATIENT = 300.0  # a reconnect limit that no busy machine reaches

@@ -16,9 +16,9 @@ import pytest
 
 import colocache
 from colocache import backing as bk
-from colocache.commands.tally import Tally, percentile, summary_of
+from colocache.demo.tally import Tally, percentile, summary_of
 from colocache.replication.spawn import python_command
-from colocache.vmm.machine import kvm_trouble
+from colocache.vmm.kvm import kvm_trouble
 
 FIELDS = {
     "guest", "backing", "flush", "ram_bytes", "checkpoints", "pvm_pages", "svm_pages", "both_pages", "flushed_pages",
@@ -121,7 +121,7 @@ def test_words_for_people_end_with_the_verdict_and_show_no_table_in_a_pipe() -> 
 
 def test_a_wrong_page_is_reported_and_the_exit_status_says_so() -> None:
     """The demo believes nobody: here the secondary's own report of wrong pages."""
-    from colocache.commands.demo_run import DemoOptions, DemoRun
+    from colocache.demo.run import DemoOptions, DemoRun
     from colocache.replication.signals import stop_on_signals
 
     with stop_on_signals() as stop:

@@ -16,7 +16,7 @@ import pytest
 import colocache
 from colocache.teach import heat, machines
 from colocache.teach.machines import EpochRecord, HeatRecording, RunOptions, mask, record_run
-from colocache.vmm.machine import kvm_trouble
+from colocache.vmm.kvm import kvm_trouble
 
 TROUBLE = kvm_trouble()
 needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=" -- ".join(TROUBLE or ()))

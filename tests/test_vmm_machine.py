@@ -241,7 +241,7 @@ def test_the_kind_that_is_taken_comes_with_its_reason() -> None:
 
 def test_without_kvm_the_reason_and_what_helps_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     sentence = ("this user may not open /dev/kvm", "`sudo usermod -aG kvm $USER`, then log in again")
-    monkeypatch.setattr("colocache.vmm.machine.kvm_trouble", lambda: sentence)
+    monkeypatch.setattr("colocache.vmm.kvm.kvm_trouble", lambda: sentence)
     assert guest_kind_available("auto") == ("process", f"{sentence[0]} ({sentence[1]})")
     with pytest.raises(MachineError, match=r"may not open /dev/kvm \(.*usermod"):
         guest_kind_available("kvm")

@@ -20,7 +20,7 @@ import pytest
 from colocache import Cache, Memory, MemoryShortError, RamImage, Sender, UnsupportedError, VetoError, message_header
 from colocache.vmm import DeviceStateError, GuestOptions, LoadReport, Machine, Ram, blocks_for, make_machine
 from colocache.vmm.base import ReferenceMachine
-from colocache.vmm.machine import kvm_trouble
+from colocache.vmm.kvm import kvm_trouble
 
 RAM_BYTES = 4 << 20
 END = 0x7E57  # a message type that ends the pages of an epoch

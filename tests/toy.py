@@ -26,7 +26,7 @@ from colocache.replication.messages import MessageType
 from colocache.replication.options import PrimaryOptions, SecondaryOptions, Timing
 from colocache.replication.primary import Primary
 from colocache.replication.secondary import Secondary
-from colocache.vmm.machine import DeviceStateError, LoadReport, Ram, VerifyReport
+from colocache.vmm import DeviceStateError, LoadReport, Ram, VerifyReport
 
 Rule = Callable[[str, MessageType, int], str]  # direction, type, epoch: what shall become of the message
 

@@ -11,7 +11,7 @@ import pytest
 
 from colocache import Cache, Memory, MemoryShortError, RamImage, UnsupportedError
 from colocache.vmm import GuestOptions, Machine, Ram, base, blocks_for, make_machine
-from colocache.vmm.machine import kvm_trouble
+from colocache.vmm.kvm import kvm_trouble
 
 RAM_BYTES = 3 << 20
 TROUBLE = kvm_trouble()

@@ -8,13 +8,14 @@ from typing import Any
 
 import click
 
-from colocache.commands.options import BACKINGS, FLUSHES, GUESTS, foreseen, print_json, size_option, streams_option
+from colocache.choices import GUEST_KINDS
+from colocache.commands.options import BACKINGS, FLUSHES, foreseen, print_json, size_option, streams_option
 
 KILL_POINTS = ("running", "receiving", "sealed", "random")
 
 
 @click.command()
-@click.option("--guest", type=click.Choice(GUESTS), default="auto", show_default=True, help="Kind of machine.")
+@click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine.")
 @size_option("--ram", default="256M", show_default=True, help="Guest RAM.")
 @size_option("--working-set", default="0", show_default="an eighth of RAM", help="Memory that the guest writes.")
 @click.option(
@@ -66,8 +67,8 @@ def demo(as_json: bool, **given: Any) -> None:
     report: dict[str, Any] = {}
     with stop_on_signals() as stop:
         # Imported here: from now on Ctrl-C is heard in order.
-        from colocache.commands.demo_run import DemoError, DemoOptions, DemoRun
-        from colocache.commands.demo_table import DemoTable
+        from colocache.demo.run import DemoError, DemoOptions, DemoRun
+        from colocache.demo.table import DemoTable
 
         options = DemoOptions(
             guest=given["guest"],

@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 
 import click
 
+from colocache.choices import GUEST_KINDS
 from colocache.errors import ColocacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 BACKINGS = ("auto", "hugetlb", "thp", "shm")
-GUESTS = ("auto", "kvm", "process")
 FLUSHES = ("copy",)
 
 
@@ -45,7 +45,7 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
 
 
 guest_options = options(
-    click.option("--guest", type=click.Choice(GUESTS), default="auto", show_default=True, help="Kind of machine."),
+    click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine."),
     size_option("--ram", default="256M", show_default=True, help="Guest RAM."),
     size_option("--working-set", default="0", show_default="an eighth of RAM", help="Memory that the guest writes."),
     click.option(

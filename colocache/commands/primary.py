@@ -79,7 +79,8 @@ def primary(**given: Any) -> None:
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
     from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
-    from colocache.vmm.machine import GuestOptions, blocks_for, guest_kind_available, make_machine
+    from colocache.vmm.guests import blocks_for, guest_kind_available, make_machine
+    from colocache.vmm.workload import GuestOptions
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -105,7 +106,7 @@ def primary(**given: Any) -> None:
     )
     events = Events("primary", machine_readable=given["events"])
     kind, why = guest_kind_available(given["guest"])
-    specs: tuple[BlockSpec, ...] = blocks_for(given["ram"])
+    specs: tuple[BlockSpec, ...] = blocks_for(given["ram"], kind)
     guest = GuestOptions(working_set_bytes=given["working_set"], steps_per_second=given["steps_per_second"])
     made: list[Primary] = []
 

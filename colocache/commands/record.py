@@ -10,7 +10,8 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from colocache.commands.options import BACKINGS, GUESTS, foreseen, print_json, size_option
+from colocache.choices import GUEST_KINDS
+from colocache.commands.options import BACKINGS, foreseen, print_json, size_option
 from colocache.commands.teach import write_file
 from colocache.teach.machines import HeatRecording, RunOptions, record_run
 
@@ -20,7 +21,7 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(epilog="The format of --export is described in `python -m pydoc colocache.teach.machines`.")
 @click.argument("png", type=FILE, required=False)
 @click.option("--export", type=FILE, help="Write the recording as JSON, for figures of your own.")
-@click.option("--guest", type=click.Choice(GUESTS), default="auto", show_default=True, help="Kind of machine.")
+@click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine.")
 @size_option("--ram", default="64M", show_default=True, help="Guest RAM; three times as much memory is used.")
 @size_option("--working-set", default="0", show_default="half of RAM", help="Memory that the guest writes.")
 @click.option(

@@ -81,7 +81,7 @@ def secondary(**given: Any) -> None:
     from colocache.replication.events import Events
     from colocache.replication.keeper import Keeper
     from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
-    from colocache.vmm.machine import guest_kind_available
+    from colocache.vmm.guests import guest_kind_available
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -104,7 +104,7 @@ def secondary(**given: Any) -> None:
         listener, address = Address.parse(given["listen"]).listen()
         stack.callback(address.remove)
         stack.enter_context(listener)
-        memory = _memory(given, stack)
+        memory = _memory(given, kind, stack)
         events.emit(
             "start",
             f"guest {kind} ({why}); memory {memory.backing}, region {memory.name} ({memory.why})",
@@ -132,13 +132,15 @@ def secondary(**given: Any) -> None:
     sys.exit(status if status >= 0 else 128 - status)
 
 
-def _memory(given: dict[str, Any], stack: contextlib.ExitStack) -> Memory:
+def _memory(given: dict[str, Any], kind: str, stack: contextlib.ExitStack) -> Memory:
     """The region: fresh, or one that a killed secondary left. It goes with this process, in order or not."""
     from colocache import Memory
-    from colocache.vmm.machine import blocks_for
+    from colocache.vmm.guests import blocks_for
 
     if not given["attach"]:
-        return stack.enter_context(Memory.create(given["name"], blocks_for(given["ram"]), backing=given["backing"]))
+        return stack.enter_context(
+            Memory.create(given["name"], blocks_for(given["ram"], kind), backing=given["backing"])
+        )
     memory = Memory.open(given["name"])
     stack.callback(memory.close)
     stack.callback(memory.unlink)  # not when its machine failed: see `kept` above

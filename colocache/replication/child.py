@@ -24,7 +24,8 @@ from colocache.replication.failover import ARBITERS
 from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
 from colocache.replication.signals import Wakeup, die_with_parent, end_as_by, stop_on_signals
-from colocache.vmm.machine import GuestOptions, make_machine
+from colocache.vmm.guests import make_machine
+from colocache.vmm.workload import GuestOptions
 
 EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
 EXIT_AGAIN = 75  # something broke that a fresh process may not have: the keeper starts one, which attaches

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from colocache.vmm.device_state import DeviceState, Shape, hash_bytes, pack, par
 from colocache.vmm.errors import MachineError
 from colocache.vmm.history import TIDY_ENTRIES, History, Words, consult, mix, wrong_pages
 from colocache.vmm.layout import BOOT, RAM, boot_image, layout_for, shadow_words
-from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport, blocks_for, fresh_salt
+from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
 from colocache.vmm.mailbox import Mailbox
 from colocache.vmm.runner import GuestThread
 from colocache.vmm.workload import PAGE, GuestOptions, workload_for
@@ -32,6 +33,11 @@ def program_bytes() -> bytes:
     length = ffi.new("uint64_t *")
     text = lib.guest_program_text(length)
     return bytes(ffi.buffer(text, length[0]))
+
+
+def fresh_salt() -> int:
+    """64 random bits that no other machine has."""
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def view_of(ram: Ram) -> Words:
@@ -112,8 +118,16 @@ class ReferenceMachine(ABC):
     # ---- life ----------------------------------------------------------------------------------------------------
 
     @classmethod
+    def trouble(cls) -> tuple[str, str] | None:
+        return None
+
+    @classmethod
     def blocks_for(cls, ram_bytes: int) -> tuple[BlockSpec, ...]:
-        return blocks_for(ram_bytes)
+        """ "boot", an odd number of pages, and "pc.ram", all the rest; ram_bytes is a multiple of 4096."""
+        from colocache import BlockSpec
+
+        layout = layout_for(ram_bytes)
+        return (BlockSpec(BOOT, layout.boot_pages * PAGE, PAGE), BlockSpec(RAM, layout.ram_pages * PAGE, PAGE))
 
     @property
     def steps(self) -> int:

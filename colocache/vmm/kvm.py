@@ -11,6 +11,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import platform
 import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING
 from colocache.vmm import kvm_api
 from colocache.vmm.base import ReferenceMachine
 from colocache.vmm.errors import DeviceStateError, MachineError
-from colocache.vmm.kvm_api import Kvm, Regs, Segment, Sregs, Vcpu
+from colocache.vmm.kvm_api import Kvm, KvmUnusableError, Regs, Segment, Sregs, Vcpu
 from colocache.vmm.layout import (
     CODE_PAGES,
     EXIT_PORT,
@@ -44,10 +45,25 @@ RFLAGS_CHANGE = 0x10CD5  # arithmetic flags and RF
 TSS_ADDR = 12 << 20  # three free pages for KVM itself on older Intel CPUs
 
 
+def kvm_trouble() -> tuple[str, str] | None:
+    """What keeps a KVM guest from running here and what helps, in a sentence each; None if nothing does."""
+    if platform.machine() != "x86_64":
+        return f"the KVM guest is x86-64 code and this machine is {platform.machine()}", "use --guest process"
+    try:
+        Kvm().close()
+    except KvmUnusableError as error:
+        return error.sentence, error.hint or "use --guest process"
+    return None
+
+
 class KvmMachine(ReferenceMachine):
     """See machine.Machine."""
 
     kind = "kvm"
+
+    @classmethod
+    def trouble(cls) -> tuple[str, str] | None:
+        return kvm_trouble()
 
     def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None:
         super().__init__(rams, options, mark_dirty)

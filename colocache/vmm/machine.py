@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine as replication sees it: guest RAM, pause and resume, dirty log, device state, and a check of every page.
 
-    blocks_for(ram_bytes) -> make_machine(kind, rams, options, mark_dirty)
+    guests.make_machine(kind, rams, options, mark_dirty), on RAM of the blocks that the kind's blocks_for names
     primary:    boot, resume, [sync_dirty_log ..., pause, sync_dirty_log, save_device_state, resume] ...
     secondary:  discard_dirty_log, [pause, sync_dirty_log, (seal, flush), load_device_state, resume] ...
 
@@ -10,34 +10,14 @@ A machine belongs to one thread; `steps`, `failure` and dirty_hint() may be read
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from colocache.errors import ArgumentError
-from colocache.vmm.errors import DeviceStateError, MachineError
-from colocache.vmm.layout import BOOT, RAM, layout_for
-from colocache.vmm.workload import PAGE, GuestOptions
+from colocache.vmm.workload import GuestOptions
 
 if TYPE_CHECKING:
     from colocache import BlockSpec, Cache, Sender
-
-__all__ = [
-    "DeviceStateError",
-    "GuestOptions",
-    "LoadReport",
-    "Machine",
-    "MachineError",
-    "Ram",
-    "VerifyReport",
-    "blocks_for",
-    "guest_kind_available",
-    "make_machine",
-]
-
-KINDS = ("auto", "kvm", "process")
 
 MarkDirty = Callable[[int, int, int], None]  # block index, first page, number of pages
 
@@ -85,11 +65,15 @@ class LoadReport:
 class Machine(Protocol):
     """A guest. Made stopped; its RAM is not touched before boot, load_device_state or resume."""
 
-    kind: str  # "kvm" or "process"
+    kind: str  # its name in guests.py
+
+    @classmethod
+    def trouble(cls) -> tuple[str, str] | None:
+        """What keeps this kind of guest from running here and what helps, in a sentence each; None if nothing does."""
 
     @classmethod
     def blocks_for(cls, ram_bytes: int) -> tuple[BlockSpec, ...]:
-        """See blocks_for below."""
+        """The RAM blocks of a guest with ram_bytes bytes in all. ArgumentError: it has no such size."""
 
     def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None: ...
 
@@ -140,64 +124,3 @@ class Machine(Protocol):
 
     def close(self) -> None:
         """Stop the guest for good and give back everything but RAM. May be called twice."""
-
-
-def blocks_for(ram_bytes: int) -> tuple[BlockSpec, ...]:
-    """The RAM blocks of a machine with ram_bytes bytes (a multiple of 4096) in all: "boot", an odd number of pages, and
-    "pc.ram", all the rest."""
-    from colocache import BlockSpec
-
-    layout = layout_for(ram_bytes)
-    return (BlockSpec(BOOT, layout.boot_pages * PAGE, PAGE), BlockSpec(RAM, layout.ram_pages * PAGE, PAGE))
-
-
-def guest_kind_available(kind: str = "auto") -> tuple[str, str]:
-    """(kind, why): the guest that `kind` gives on this machine, "kvm" or "process", and one sentence why.
-
-    "auto" takes kvm where it works. MachineError if kind is "kvm" and it does not, with the command that helps.
-    """
-    if kind not in KINDS:
-        raise ArgumentError(f"a guest of kind {kind!r}: give one of {', '.join(KINDS)}")
-    if kind == "process":
-        return "process", "a process guest was asked for"
-    trouble = kvm_trouble()
-    if trouble is None:
-        return "kvm", "/dev/kvm works"
-    sentence, hint = trouble
-    if kind == "kvm":
-        raise MachineError(sentence, hint=hint)
-    return "process", f"{sentence} ({hint})"
-
-
-def kvm_trouble() -> tuple[str, str] | None:
-    """What keeps a KVM guest from running here and what helps, in a sentence each; None if nothing does."""
-    if platform.machine() != "x86_64":
-        return f"the KVM guest is x86-64 code and this machine is {platform.machine()}", "use --guest process"
-    from colocache.vmm.kvm_api import Kvm, KvmUnusableError
-
-    try:
-        Kvm().close()
-    except KvmUnusableError as error:
-        return error.sentence, error.hint or "use --guest process"
-    return None
-
-
-def make_machine(kind: str, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> Machine:
-    """A stopped machine on RAM that is mapped already. `kind`: "auto", "kvm" or "process".
-
-    mark_dirty(block, first_pfn, n_pages) is called after the machine itself wrote guest RAM: Cache.mark_dirty or
-    Sender.mark_dirty.
-    """
-    found, _ = guest_kind_available(kind)
-    if found == "kvm":
-        from colocache.vmm.kvm import KvmMachine
-
-        return KvmMachine(rams, options, mark_dirty)
-    from colocache.vmm.process import ProcessMachine
-
-    return ProcessMachine(rams, options, mark_dirty)
-
-
-def fresh_salt() -> int:
-    """64 random bits that no other machine has."""
-    return int.from_bytes(os.urandom(8), "little")

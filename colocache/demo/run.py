@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from colocache import list_regions
-from colocache.commands.tally import Tally
+from colocache.demo.tally import Tally
 from colocache.errors import ColocacheError
 from colocache.replication.address import UNIX_PATH_BYTES_MAX
 from colocache.replication.signals import Stop
