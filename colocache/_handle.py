@@ -5,27 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import math
-import operator
 import os
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
-
-import numpy as np
-import numpy.typing as npt
+from typing import Any
 
 from colocache._native import check, ffi
-from colocache.errors import ArgumentError, ClosedError, OrderError
-
-U64_MAX = (1 << 64) - 1
-INT_MAX = (1 << 31) - 1
-
-
-class HasFileno(Protocol):
-    def fileno(self) -> int: ...
+from colocache.errors import ClosedError, OrderError
 
 
 class Handle:
@@ -118,41 +106,3 @@ class Handle:
 
 
 _leaving: set[Handle] = set()
-
-
-def u64(value: int, what: str) -> int:
-    """`value` as the C library takes it; ArgumentError if it is no integer from 0 to 2^64 - 1."""
-    try:
-        number = operator.index(value)
-    except TypeError as error:
-        raise ArgumentError(f"{what} is {value!r}, not an integer") from error
-    if not 0 <= number <= U64_MAX:
-        raise ArgumentError(f"{what} is {number}: it must be from 0 to 2^64 - 1")
-    return number
-
-
-def words_of(words: npt.ArrayLike, n_pages: int) -> tuple[npt.NDArray[np.uint64], Any]:
-    """Contiguous u64 words for n_pages bits, and the C pointer into them; ArgumentError for another length or type."""
-    array = np.ascontiguousarray(words)
-    if array.dtype != np.uint64:
-        raise ArgumentError(f"bitmap words are {array.dtype}, not uint64")
-    if array.ndim != 1 or array.size != -(-n_pages // 64):
-        raise ArgumentError(f"{array.size} bitmap words for {n_pages} pages: it takes {-(-n_pages // 64)}")
-    return array, ffi.from_buffer("uint64_t[]", array)
-
-
-def fd_of(fd: int | HasFileno) -> int:
-    """A descriptor number from itself or from a socket or file."""
-    number = fd if isinstance(fd, int) else fd.fileno()
-    if not 0 <= number <= INT_MAX:
-        raise ArgumentError(f"descriptor {number} is not open")
-    return number
-
-
-def milliseconds(timeout: float | None) -> int:
-    """Seconds as C takes them; None, for ever, is -1."""
-    if timeout is None:
-        return -1
-    if not timeout >= 0:
-        raise ArgumentError(f"timeout is {timeout}: seconds from 0, or None for ever")
-    return min(math.ceil(timeout * 1000), INT_MAX) if timeout < INT_MAX else INT_MAX

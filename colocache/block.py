@@ -3,23 +3,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from colocache import bitmap
-from colocache._handle import Handle, u64
+from colocache._arguments import u64
+from colocache._handle import Handle
 from colocache._native import check, ffi, lib
 from colocache.errors import BlockError, RangeError
 from colocache.results import BlockInfo
 
-if TYPE_CHECKING:
-    from colocache.cache import Cache
-
 Pages = npt.NDArray[np.uint8]
+MarkDirty = Callable[[int, int, int], None]  # index of a block, first page, number of pages
+
+
+class Writers:
+    """The writable views of guest RAM that are open: no dirty log sees what is written through them."""
+
+    def __init__(self, mark_dirty: MarkDirty) -> None:
+        self._mark_dirty = mark_dirty
+        self._open: dict[int, tuple[int, int, int, weakref.ref[Any]]] = {}
+        self._numbers = itertools.count()
+
+    @contextmanager
+    def writing(self, block: int, first_pfn: int, n_pages: int, memory: memoryview) -> Iterator[None]:
+        """A view's range: marked now, by each mark_all until its memory is let go, and when it is given back."""
+        self._mark_dirty(block, first_pfn, n_pages)
+        self._open[next(self._numbers)] = (block, first_pfn, n_pages, weakref.ref(memory.obj))
+        try:
+            yield
+        finally:
+            self._mark_dirty(block, first_pfn, n_pages)
+
+    def mark_all(self) -> None:
+        """Mark what open views may have written; one that is gone is marked a last time."""
+        for key, (block, first_pfn, n_pages, alive) in list(self._open.items()):
+            gone = alive() is None
+            self._mark_dirty(block, first_pfn, n_pages)
+            if gone:
+                self._open.pop(key, None)
 
 
 class Block:
@@ -31,11 +59,12 @@ class Block:
     page_size: int
     len_bytes: int
     guest_addr: int  # where guest RAM is mapped in this process
+    cache_addr: int  # where the cache image is
 
-    def __init__(self, cache: Cache, handle: Handle, index: int) -> None:
+    def __init__(self, handle: Handle, index: int, writers: Writers) -> None:
         """Not for users: see Cache.blocks."""
-        self._cache = cache
         self._handle = handle
+        self._writers = writers
         self.index = index
         info = self._info()
         facts = BlockInfo.of(info, index)
@@ -43,6 +72,7 @@ class Block:
         self.page_size, self.len_bytes = facts.page_size, facts.len_bytes
         self._guest, self._cached = info.guest_addr, info.cache_addr
         self.guest_addr = int(ffi.cast("uintptr_t", info.guest_addr))
+        self.cache_addr = int(ffi.cast("uintptr_t", info.cache_addr))
 
     def _info(self) -> Any:
         info = ffi.new("struct colocache_block_info *")
@@ -83,7 +113,7 @@ class Block:
         if count == 0:
             raise RangeError(f"a writable view of no page of block {self.name}")
         memory = self._view(self._guest, first, count)
-        with self._cache._writing(self.index, first, count, memory):
+        with self._writers.writing(self.index, first, count, memory):
             yield self._pages(memory)
 
     def span(self, first_pfn: int, n_pages: int | None) -> tuple[int, int]:

@@ -3,28 +3,31 @@
 
 from __future__ import annotations
 
-import itertools
 import select
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from colocache._handle import Handle, HasFileno, fd_of, milliseconds, u64, words_of
+from colocache._arguments import (
+    Buffer,
+    HasFileno,
+    bytes_of,
+    fd_of,
+    milliseconds,
+    u64,
+    words_of,
+)
+from colocache._callbacks import Asked, Check, LogSink
+from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
-from colocache.block import Block, Blocks
+from colocache.block import Block, Blocks, Writers
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, TimedOutError
 from colocache.memory import Memory
 from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Stats, Status
-
-Check = Callable[[memoryview], object]
-LogSink = Callable[[int, str], object]  # level 0 debug, 1 info, 2 warning; a sentence
-Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 
 class Cache:
@@ -41,9 +44,8 @@ class Cache:
         self._handle = handle
         self._keep = keep  # what C refers to as long as the handle lives
         self.recovery = recovery
-        self._writers: dict[int, tuple[int, int, int, weakref.ref[Any]]] = {}
-        self._writer_numbers = itertools.count()
-        self.blocks = Blocks([Block(self, handle, index) for index in range(self.status().n_blocks)])
+        self._writers = Writers(self.mark_dirty)
+        self.blocks = Blocks([Block(handle, index, self._writers) for index in range(self.status().n_blocks)])
 
     # ---- create, attach, close ----
 
@@ -115,7 +117,7 @@ class Cache:
 
     def receive(self, epoch: int, block: Block | str | int, pfn: int, data: Buffer) -> None:
         """One page of `epoch` into the cache image. EpochError, SealedError, BlockError, RangeError, LengthError."""
-        source = _bytes_of(data)
+        source = bytes_of(data)
         index, number, page = self._block(block), u64(epoch, "epoch"), u64(pfn, "page")
         with self._handle as cc:
             check(lib.colocache_receive_page(cc, number, index, page, source, len(source)))
@@ -133,7 +135,7 @@ class Cache:
         if given.size and (given.dtype.kind not in "iu" or (given.dtype.kind == "i" and given.min() < 0)):
             raise ArgumentError(f"page numbers are integers from 0, these are {given.dtype} from {given.min()}")
         numbers = np.ascontiguousarray(given, np.uint64)
-        source = _bytes_of(data)
+        source = bytes_of(data)
         pointer = ffi.from_buffer("uint64_t[]", numbers)
         index, number = self._block(block), u64(epoch, "epoch")
         with self._handle as cc:
@@ -189,7 +191,7 @@ class Cache:
 
     def sync_dirty_log(self, source: DirtyLog) -> None:
         """Get, OR into the SVM bitmap, clear. vCPUs stopped. LogLostError: then dirty_log_lost."""
-        self._mark_writers()
+        self._writers.mark_all()
         with self._handle as cc, source._handle as log:
             check(lib.colocache_sync_dirty_log(cc, log))
 
@@ -197,7 +199,7 @@ class Cache:
         self, block: Block | str | int, words: npt.ArrayLike, first_pfn: int = 0, n_pages: int | None = None
     ) -> None:
         """OR u64 words of any log: bit 0 of words[0] is page first_pfn. The caller clears that log. TailError."""
-        self._mark_writers()
+        self._writers.mark_all()
         one = block if isinstance(block, Block) else self.blocks[block]
         first, count = one.span(first_pfn, n_pages)
         _array, pointer = words_of(words, count)
@@ -209,24 +211,6 @@ class Cache:
         with self._handle as cc:
             check(lib.colocache_dirty_log_lost(cc))
 
-    @contextmanager
-    def _writing(self, block: int, first_pfn: int, n_pages: int, memory: memoryview) -> Iterator[None]:
-        """A writable view's range: marked now, at each sync until its memory is let go, and when it is given back."""
-        self.mark_dirty(block, first_pfn, n_pages)
-        self._writers[next(self._writer_numbers)] = (block, first_pfn, n_pages, weakref.ref(memory.obj))
-        try:
-            yield
-        finally:
-            self.mark_dirty(block, first_pfn, n_pages)
-
-    def _mark_writers(self) -> None:
-        """Mark what writable views may have written; one that is gone is marked a last time."""
-        for key, (block, first_pfn, n_pages, alive) in list(self._writers.items()):
-            gone = alive() is None
-            self.mark_dirty(block, first_pfn, n_pages)
-            if gone:
-                self._writers.pop(key, None)
-
     # ---- seal, flush, abort, failover ----
 
     def seal(self, epoch: int, *, n_pages: int | None = None, check: Check | None = None) -> SealResult:
@@ -236,11 +220,11 @@ class Cache:
         refuses it by raising: VetoError, with that exception as __cause__. An error aborts the epoch; nothing is lost.
         EpochError, SealedError, FailedOverError (take over instead), NoMemoryError.
         """
-        self._mark_writers()
+        self._writers.mark_all()
         args, result = struct("colocache_seal_args"), struct("colocache_seal_result")
         args.epoch = u64(epoch, "epoch")
         args.n_pages = lib.COLOCACHE_ANY_COUNT if n_pages is None else u64(n_pages, "number of pages")
-        asked = _Asked(self._handle, check)
+        asked = Asked(self._handle, check)
         context = ffi.new_handle(asked)  # must live as long as C may call
         if check is not None:  # else the pause does without a step through Python
             args.check, args.check_context = lib.colocache_py_check, context
@@ -318,47 +302,6 @@ class Cache:
 
     def __repr__(self) -> str:
         return "<Cache: closed>" if self._handle.closed else f"<Cache: {self.status()}>"
-
-
-class _Asked:
-    """A check that C asks, and what it raised."""
-
-    def __init__(self, handle: Handle, check: Check | None) -> None:
-        self.handle, self.check = handle, check
-        self.error: BaseException | None = None
-
-
-def _outside(_kind: type[BaseException], error: BaseException, trace: TracebackType) -> None:
-    """Ctrl-C in the few instructions of a callback that are not in its own try: seal still must raise it."""
-    asked = trace.tb_frame.f_locals.get("asked") if trace is not None else None
-    if isinstance(asked, _Asked) and asked.error is None:
-        asked.error = error
-
-
-@ffi.def_extern(name="colocache_py_check", error=1, onerror=_outside)  # type: ignore[untyped-decorator]
-def _py_check(context: Any, state: Any, len_bytes: int) -> int:
-    asked: _Asked = ffi.from_handle(context)
-    try:
-        if asked.check is not None:
-            asked.check(asked.handle.memory(state, len_bytes).toreadonly())
-    except BaseException as error:  # noqa: BLE001 an exception can't pass through C: seal raises it
-        asked.error = error
-        return 1
-    return 0
-
-
-@ffi.def_extern(name="colocache_py_log")  # type: ignore[untyped-decorator]
-def _py_log(context: Any, level: int, sentence: Any) -> None:
-    sink: LogSink = ffi.from_handle(context)
-    sink(level, ffi.string(sentence).decode("utf-8", "replace"))
-
-
-def _bytes_of(data: Buffer) -> Any:
-    """The bytes of a buffer where they are, without a copy."""
-    try:
-        return ffi.from_buffer("unsigned char[]", data)
-    except (TypeError, ValueError, BufferError) as error:
-        raise ArgumentError(f"pages come as contiguous bytes, not as this {type(data).__name__}: {error}") from error
 
 
 def _options(threads: int, copy: str, device_state_max: int, log: LogSink | None) -> tuple[Any, list[Any]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-from colocache._handle import Handle, HasFileno, fd_of, u64
+from colocache._arguments import HasFileno, fd_of, u64
+from colocache._handle import Handle
 from colocache._native import check, ffi, lib
 from colocache.errors import ArgumentError
 

@@ -4,14 +4,23 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 from colocache._native import check, ffi, lib, struct
-from colocache.memory import Memory, check_name, file_name, open_shm
+from colocache.names import check_name, file_name, open_shm
 from colocache.results import BlockInfo, Inspection, Status
 from colocache.spec import BLOCKS_MAX
 
 
-def inspect(region: Memory | str | int) -> Inspection:
+class HasControl(Protocol):
+    """A Memory, as far as looking at it goes."""
+
+    control_fd: int
+
+    def check_open(self) -> None: ...
+
+
+def inspect(region: HasControl | str | int) -> Inspection:
     """A region by its memory, its name, or a descriptor of its control object.
 
     NotColocacheError (there is none, or it is something else), LayoutError, CorruptError.
@@ -22,10 +31,10 @@ def inspect(region: Memory | str | int) -> Inspection:
             return _inspect(fd)
         finally:
             os.close(fd)
-    if isinstance(region, Memory):
-        region.check_open()
-        return _inspect(region.control_fd)
-    return _inspect(region)
+    if isinstance(region, int):
+        return _inspect(region)
+    region.check_open()
+    return _inspect(region.control_fd)
 
 
 def _inspect(control_fd: int) -> Inspection:

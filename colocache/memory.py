@@ -1,118 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a secondary: names, files and their end. The only importer of posix_ipc; C gets descriptors.
+"""The memory of a secondary: making its files, finding them again, handing them to a child, and their end.
 
-A region NAME is the POSIX shared-memory object `/colocache.NAME.control`, and per block I the images
-`colocache.NAME.guest.I` and `colocache.NAME.cache.I`: POSIX shared memory, files on a hugetlbfs mount, or memfds
-without a name, which go with the last process that holds them.
-
-Whoever has a region's memory holds a shared flock on its control object, apart from the owner's lock that the C library
-takes: while either is held, `clean` leaves the region alone. The kernel drops both at death.
+The C library gets descriptors. An image is a file with a name (see names.py), or a memfd without one, which goes with
+the last process that holds it.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
-import errno
 import fcntl
 import json
 import os
-import re
 import secrets
 import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import posix_ipc
-
 from colocache import backing as bk
 from colocache.errors import (
     ArgumentError,
-    BusyError,
     ClosedError,
     ColocacheError,
-    ExistsError,
     LengthError,
     MemoryShortError,
     NoStateError,
-    NotColocacheError,
     SystemCallError,
     UnsupportedError,
 )
+from colocache.inspection import inspect
+from colocache.names import check_name, file_name, hold, identity, open_file, open_shm, remove_file
+from colocache.regions import remove_region
 from colocache.spec import BlockSpec, Images, check_blocks
-
-NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3})")
-
-
-def check_name(name: str) -> str:
-    """The name itself; ArgumentError if a region can't be called so."""
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ArgumentError(f"{name!r} is no name of a region: 1 to 64 of A-Z a-z 0-9 . _ -")
-    return name
-
-
-def file_name(name: str, part: str) -> str:
-    return f"colocache.{name}.{part}"
-
-
-def open_shm(file: str, *, create: bool = False) -> int:
-    """Descriptor of a POSIX shared-memory object, new and empty if `create`."""
-    try:
-        flags = posix_ipc.O_CREX if create else 0
-        return int(posix_ipc.SharedMemory(f"/{file}", flags, mode=0o600, size=0).fd)
-    except posix_ipc.ExistentialError as error:
-        if create:
-            raise ExistsError(f"POSIX shared memory /{file} is there already") from error
-        raise NotColocacheError(f"there is no POSIX shared memory /{file}") from error
-    except posix_ipc.PermissionsError as error:
-        raise SystemCallError(f"no permission for POSIX shared memory /{file}", errno=errno.EACCES) from error
-    except OSError as error:
-        code = error.errno or errno.EIO
-        raise SystemCallError(f"POSIX shared memory /{file}: {error.strerror}", errno=code) from error
-
-
-def open_file(folder: Path, file: str, *, create: bool = False) -> int:
-    """Descriptor of an image by name, in POSIX shared memory or on a hugetlbfs mount."""
-    if folder == bk.SHM_DIR:
-        return open_shm(file, create=create)
-    try:
-        flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if create else 0)
-        return os.open(folder / file, flags, 0o600)
-    except FileExistsError as error:
-        raise ExistsError(f"{folder / file} is there already") from error
-    except OSError as error:
-        code = error.errno or errno.EIO
-        raise SystemCallError(f"{folder / file}: {error.strerror}", errno=code) from error
-
-
-def remove_file(folder: Path, file: str) -> None:
-    """Remove a name; one that is gone already is fine."""
-    try:
-        if folder == bk.SHM_DIR:
-            posix_ipc.unlink_shared_memory(f"/{file}")
-        else:
-            (folder / file).unlink(missing_ok=True)
-    except posix_ipc.ExistentialError:
-        pass
-    except (posix_ipc.PermissionsError, OSError) as error:
-        raise SystemCallError(f"{folder / file} can't be removed: {error}", errno=errno.EACCES) from error
-
-
-def identity(fd: int) -> tuple[int, int]:
-    stat = os.fstat(fd)
-    return stat.st_dev, stat.st_ino
-
-
-def hold(control_fd: int, name: str) -> None:
-    """Take the shared lock that tells `clean` to leave the region alone; BusyError while it is being removed."""
-    try:
-        fcntl.flock(control_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BusyError(f"region {name} is being removed by another process", hint="try again") from error
-    if os.fstat(control_fd).st_nlink == 0:
-        raise NotColocacheError(f"region {name} was removed just now")
 
 
 @contextlib.contextmanager
@@ -224,8 +144,6 @@ class Memory:
     @classmethod
     def open(cls, name: str) -> Memory:
         """The region that a process left: its images by name. NotColocacheError, NoStateError (images are gone)."""
-        from colocache.inspection import inspect
-
         check_name(name)
         memory = cls(name, "shm", persistent=True, why="opened by name")
         memory._opened = True
@@ -356,8 +274,6 @@ class Memory:
                 remove_file(folder, file)
 
     def _unlink_opened(self) -> None:
-        from colocache.regions import remove_region
-
         self.check_open()
         fcntl.flock(self.control_fd, fcntl.LOCK_UN)  # ours is not in the way of the removal
         try:

@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from colocache import backing as bk
 from colocache.errors import BusyError, ColocacheError, NotColocacheError
-from colocache.memory import FILE, check_name, file_name, open_shm, remove_file
+from colocache.inspection import inspect
+from colocache.names import FILE, check_name, file_name, open_shm, remove_file
 
 # struct flock: type, whence, padding, start, len, pid, padding; start 0 and len 0 are the whole file, however it grows
 WHOLE_FILE = struct.pack("hhxxxxqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -98,7 +99,7 @@ def remove_region(name: str) -> RegionName:
     return region
 
 
-@contextmanager
+@contextlib.contextmanager
 def _locked(name: str) -> Iterator[None]:
     """The locks of owner and holders, on an open file description of our own; none where there is no control object.
 
@@ -131,11 +132,7 @@ def owner_of(control_fd: int) -> str:
         match = re.search(r"\bFLOCK\b.*?\s(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ", line)
         if match and int(match[2]) == inode:
             pids.add(int(match[1]))
-    try:
-        from colocache.inspection import inspect
-
+    with contextlib.suppress(ColocacheError):  # not filled in yet, or damaged: it is owned all the same
         pids.add(inspect(control_fd).status.owner_pid)
-    except (ColocacheError, ImportError):
-        pass  # not filled in yet, or damaged: it is owned all the same
     alive = sorted(pid for pid in pids if pid > 0 and Path(f"/proc/{pid}").exists())
     return " and ".join(f"process {pid}" for pid in alive) or "another process"

@@ -7,7 +7,8 @@ from types import TracebackType
 
 import numpy.typing as npt
 
-from colocache._handle import Handle, HasFileno, fd_of, milliseconds, u64, words_of
+from colocache._arguments import HasFileno, fd_of, milliseconds, u64, words_of
+from colocache._handle import Handle
 from colocache._native import check, ffi, lib, struct
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, BlockError, LengthError
