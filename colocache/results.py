@@ -272,6 +272,20 @@ class SendResult:
 
 
 @dataclass(frozen=True)
+class PageRun:
+    """Pages taken to be sent: `n_pages` of block `block` from `first_pfn` on; `zero`: all of them are zero pages."""
+
+    block: int
+    first_pfn: int
+    n_pages: int
+    zero: bool
+
+    @classmethod
+    def of(cls, c: Any) -> PageRun:
+        return cls(c.block, c.first_pfn, c.n_pages, bool(c.zero))
+
+
+@dataclass(frozen=True)
 class Header:
     """The 40 bytes before each message: type, epoch, length of the body in bytes, two words of the type's own."""
 

@@ -12,7 +12,7 @@ from colocache._handle import Handle
 from colocache._native import check, ffi, lib, struct
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, BlockError, LengthError
-from colocache.results import Header, SendResult
+from colocache.results import Header, PageRun, SendResult
 
 HEADER_BYTES: int = lib.COLOCACHE_HEADER_BYTES
 MSG_PAGES: int = lib.COLOCACHE_MSG_PAGES
@@ -88,7 +88,8 @@ class Sender:
     ) -> SendResult:
         """Send pending pages of this stripe on a stream socket, at most max_pages (0 = all), gathered from guest RAM.
 
-        `timeout`: longest wait in seconds without a byte moving. PeerLostError, TimedOutError: then reconnect, resend.
+        `timeout`: longest wait in seconds without a byte moving. PeerLostError, TimedOutError: what did not go out
+        whole is pending as before; reconnect, then `resend`.
         """
         result = struct("colocache_send_result")
         number, wait = u64(epoch, "epoch"), milliseconds(timeout)
@@ -97,6 +98,21 @@ class Sender:
         with self._handle as sender:
             check(lib.colocache_sender_send(sender, fd_of(fd), wait, number, part, parts, limit, result))
         return SendResult.of(result)
+
+    def take(
+        self, *, stripe: int = 0, n_stripes: int = 1, max_pages: int = 0, max_runs: int = 1024
+    ) -> tuple[PageRun, ...]:
+        """Take pending pages of this stripe, for a transport of your own: runs in ascending order; empty, none is left.
+
+        Read their bytes after this, send a stripe's runs in their order; `mark_dirty` those that were not delivered.
+        """
+        part, parts, limit = _index(stripe), _index(n_stripes), u64(max_pages, "number of pages")
+        if not 1 <= max_runs <= 1 << 20:
+            raise ArgumentError(f"at most {max_runs} runs were asked for: take 1 to {1 << 20} at once")
+        runs, n_runs = ffi.new("struct colocache_run[]", max_runs), ffi.new("uint32_t *")
+        with self._handle as sender:
+            check(lib.colocache_sender_next(sender, part, parts, limit, runs, max_runs, n_runs))
+        return tuple(PageRun.of(runs[i]) for i in range(n_runs[0]))
 
     def received(self) -> None:
         """RECEIVED came, or the peer said at reconnection that it sealed: nothing is unacknowledged any more."""

@@ -285,3 +285,31 @@ def test_a_block_with_pages_of_64_kib_is_sent_in_those() -> None:
         assert sender.count() == (5, 5)
         with pytest.raises(RangeError):
             sender.mark_dirty(0, 5)
+
+
+def test_a_transport_of_ones_own_takes_each_pending_page_once(sender: Sender, ram: RamImage) -> None:
+    """What it could not deliver it marks, and it comes again; zero pages are said to be such."""
+    ram.view[500:503] = 0
+    sender.mark_dirty(1, 498, 6)
+    runs = sender.take()
+    assert [(run.block, run.first_pfn, run.n_pages, run.zero) for run in runs] == [
+        (1, 498, 2, False),
+        (1, 500, 3, True),
+        (1, 503, 1, False),
+    ]
+    assert sender.count() == (0, 6)
+    assert sender.take() == ()
+    sender.mark_dirty(runs[1].block, runs[1].first_pfn, runs[1].n_pages)
+    assert sender.take(max_pages=2) == (colocache.PageRun(1, 500, 2, True),)
+    assert sender.count() == (1, 6)
+    with pytest.raises(ArgumentError):
+        sender.take(max_runs=0)
+
+
+def test_a_send_that_failed_leaves_what_it_did_not_send_pending(sender: Sender) -> None:
+    left, right = socket.socketpair()
+    right.close()
+    sender.mark_all()
+    with left, pytest.raises(PeerLostError):
+        sender.send(left, epoch=1, timeout=5)
+    assert sender.count() == (1013, 1013)

@@ -54,6 +54,7 @@
  *  colocache_sender_resend.  Anything else (a new region, nothing sealed): colocache_sender_mark_all, as resend would leave out
  *  every page acknowledged before and nobody would notice.  While the fate of an epoch in flight is unknown take nothing from the log:
  *  "it is sealed" would clear what is not in it.
+ *  A transport of your own: colocache_sender_next instead of colocache_sender_send.
  *  Nobody but you sends messages other than PAGES; colocache_message_header makes headers for them.
  *
  * ---- Memory you bring ----
@@ -569,6 +570,14 @@ struct colocache_send_result {
     uint64_t n_packets;
 };
 
+struct colocache_run {                 /* pages taken to be sent */
+    uint32_t block;                    /* index of the block */
+    uint32_t zero;                     /* 1: all of them are zero pages, their bytes need not be sent */
+    uint64_t first_pfn;
+    uint64_t n_pages;
+    const void *addr;                  /* of the first one, in the memory given to colocache_sender_add_block */
+};
+
 /* A sender knows the primary's RAM blocks, at their addresses (yours; it maps nothing), and per block two bitmaps:
  * pending (still to be sent) and unacked (taken from the log since the last RECEIVED).  sender_send may run in several
  * threads on several sockets; mark_dirty in any thread; the rest in one thread at a time. */
@@ -592,9 +601,18 @@ int colocache_sender_mark_all(struct colocache_sender *sender);
  * Stops after max_pages (0 = all).  With several streams, thread i of n sends the pages of stripe i, so that a page
  * always travels on the same connection and its versions stay in order; stripes count from 0.  When an epoch's pages are out, send a
  * message of yours on each stream: it is what lets that stream's colocache_receive_stream return.  timeout_ms as above.
- * E_PEER_LOST, E_TIMEOUT, E_EPOCH (0). */
+ * E_PEER_LOST, E_TIMEOUT, E_EPOCH (0).  After an error the pages of the packet that broke off, and those not sent yet, are pending
+ * as before; *out counts the packets that went out whole.  Whether these arrived is not known: colocache_sender_resend after the
+ * reconnection makes them pending again. */
 int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe,
                           uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out);
+/* For a transport of your own (RDMA, TLS, shared memory): take pending pages of a stripe, as runs in ascending order, at most
+ * max_runs of them and max_pages pages (0 = no limit).  *n_runs_out 0: the stripe has nothing pending.  A page's pending bit is
+ * taken before this returns, so read its bytes after it; what the guest writes later is in the next log.  Send the pages of a
+ * stripe in the order in which they were taken.  A run that could not be delivered: colocache_sender_mark_dirty, and its pages are
+ * pending again.  Stripes and threads as in colocache_sender_send, with which it may be mixed. */
+int colocache_sender_next(struct colocache_sender *sender, uint32_t stripe, uint32_t n_stripes, uint64_t max_pages,
+                          struct colocache_run *runs, uint32_t max_runs, uint32_t *n_runs_out);
 /* RECEIVED came (or the peer said at reconnection that it sealed): nothing is unacknowledged any more. */
 int colocache_sender_received(struct colocache_sender *sender);
 /* After an abort or a reconnection: everything unacknowledged is pending again. */

@@ -276,9 +276,10 @@ static void marks_beside_received_lose_no_unacked_bit(void)
     begin();
     marker_stop = 0;
     REQUIRE(pthread_create(&thread, NULL, marker, NULL) == 0);
-    int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
     for (int i = 0; i < 3000; i++) {
-        (void)colocache_sender_send(primary.sender, null, 0, 1, 0, 1, 0, NULL); /* no socket: what was pending is taken, and not sent */
+        struct colocache_run runs[64];
+        uint32_t n_runs;
+        CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 0, runs, 64, &n_runs));
         CHECK_RC(0, colocache_sender_received(primary.sender));
         CHECK_RC(0, i % 100 ? 0 : colocache_sender_resend(primary.sender));
     }
@@ -290,7 +291,69 @@ static void marks_beside_received_lose_no_unacked_bit(void)
     CHECK_RC(0, colocache_sender_received(primary.sender));
     CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &after));
     CHECK_EQ(pending, after); /* exactly what was not sent stays */
-    close(null);
+    end();
+}
+
+/* ---- a transport of the caller's own ----------------------------------------------------------------------------------- */
+
+/* take_runs -- pages that colocache_sender_next hands out, checked against the oracle and crossed off there; how many */
+static uint64_t take_runs(uint32_t stripe, uint32_t n_stripes, uint64_t max_pages, uint32_t max_runs)
+{
+    struct colocache_run runs[16];
+    uint32_t n_runs = 99;
+    uint64_t n_pages = 0;
+    CHECK_RC(0, colocache_sender_next(primary.sender, stripe, n_stripes, max_pages, runs, max_runs, &n_runs));
+    REQUIRE(n_runs <= max_runs);
+    for (uint32_t i = 0; i < n_runs; i++) {
+        REQUIRE(runs[i].block < N_BLOCKS && runs[i].first_pfn + runs[i].n_pages <= blocks[runs[i].block]);
+        CHECK(runs[i].addr == primary.ram[runs[i].block] + runs[i].first_pfn * 4096);
+        for (uint64_t pfn = runs[i].first_pfn; pfn < runs[i].first_pfn + runs[i].n_pages; pfn++) {
+            static const uint8_t zeros[4096];
+            CHECK_EQ(1, primary.pending[runs[i].block][pfn]); /* pending, and handed out once */
+            CHECK_EQ(pfn / 4096 % n_stripes, stripe);
+            CHECK_EQ(memcmp(primary.ram[runs[i].block] + pfn * 4096, zeros, 4096) == 0, runs[i].zero);
+            primary.pending[runs[i].block][pfn] = 0;
+            n_pages++;
+        }
+    }
+    CHECK(!max_pages || n_pages <= max_pages);
+    return n_pages;
+}
+
+static void every_pending_page_is_handed_out_once(void)
+{
+    struct dice dice = {77};
+    begin();
+    for (uint64_t round = 0; round < 200; round++) {
+        uint32_t n_stripes = 1 + (uint32_t)below(&dice, 3), done = 0;
+        guest_writes(&dice, round);
+        while (done != (1u << n_stripes) - 1) {
+            uint32_t stripe = (uint32_t)below(&dice, n_stripes);
+            uint64_t n_pages = take_runs(stripe, n_stripes, below(&dice, 2) ? 0 : 1 + below(&dice, 40), 1 + (uint32_t)below(&dice, 16));
+            done |= n_pages ? 0 : 1u << stripe;
+            counts_are_the_oracles();
+        }
+    }
+    end();
+}
+
+static void a_run_that_was_not_delivered_is_pending_again(void)
+{
+    begin();
+    struct colocache_run run;
+    uint32_t n_runs;
+    CHECK_RC(0, colocache_sender_mark_dirty(primary.sender, 1, 500, 9));
+    CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 4, &run, 1, &n_runs));
+    CHECK_EQ(1, n_runs);
+    CHECK_EQ(4, run.n_pages);
+    CHECK_RC(0, colocache_sender_mark_dirty(primary.sender, run.block, run.first_pfn, run.n_pages));
+    memset(primary.pending[1] + 500, 1, 9);
+    memset(primary.unacked[1] + 500, 1, 9);
+    counts_are_the_oracles();
+    CHECK_EQ(9, take_runs(0, 1, 0, 16));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_next(primary.sender, 1, 1, 0, &run, 1, &n_runs));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_next(primary.sender, 0, 1, 0, &run, 0, &n_runs));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_next(primary.sender, 0, 1, 0, NULL, 1, &n_runs));
     end();
 }
 
@@ -304,10 +367,13 @@ static void a_lost_or_silent_peer_ends_the_send(void)
         memset(primary.ram[b], 0x55, blocks[b] * 4096);
     struct colocache_send_result result = {.struct_size = sizeof result};
     CHECK_RC(COLOCACHE_E_TIMEOUT, colocache_sender_send(primary.sender, pair[0], 20, 1, 0, 1, 0, &result)); /* nobody reads */
+    const uint64_t in_socket = result.n_pages; /* whole packets */
     close(pair[1]);
     CHECK_RC(COLOCACHE_E_PEER_LOST, colocache_sender_send(primary.sender, pair[0], 20, 1, 0, 1, 0, &result));
-    uint64_t unacked = 0;
-    CHECK_RC(0, colocache_sender_count(primary.sender, NULL, &unacked));
+    uint64_t pending = 0, unacked = 0;
+    CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &unacked));
+    CHECK_EQ(0, result.n_pages);
+    CHECK_EQ(9300 - in_socket, pending); /* what was not handed over whole is pending as before */
     CHECK_EQ(9300, unacked); /* so a reconnection sends everything */
     CHECK_RC(-EBADF, colocache_sender_send(primary.sender, -1, 20, 1, 0, 1, 0, NULL));
     pair[1] = open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -348,6 +414,8 @@ int main(void)
     RUN(an_aborted_epoch_is_sent_again);
     RUN(stripes_together_send_everything_once);
     RUN(marks_beside_received_lose_no_unacked_bit);
+    RUN(every_pending_page_is_handed_out_once);
+    RUN(a_run_that_was_not_delivered_is_pending_again);
     RUN(a_lost_or_silent_peer_ends_the_send);
     RUN(a_senders_arguments_are_checked);
     return DONE();

@@ -1,0 +1,36 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * sender.h -- the primary's half, as its two files see it: sender.c (what is pending and what is unacked) and sender_send.c (taking
+ * pages that are pending, for a socket or for a caller that transports them).
+ *
+ *   what        who sets                                who takes
+ *   unacked     sender.c, before `pending`              colocache_sender_received: what is not pending
+ *   pending     sender.c; sender_send.c what came back  sender_send.c, before a page is read
+ */
+#ifndef CC_SENDER_H
+#define CC_SENDER_H
+
+#include <stdint.h>
+
+#include "bitmap.h"
+#include "colocache.h"
+
+struct cc_sender_block {
+    char name[COLOCACHE_NAME_BYTES];
+    const uint8_t *addr;
+    uint64_t n_pages;
+    uint32_t page_size, page_shift;
+    struct cc_bitmap pending, unacked;
+    uint64_t *memory; /* words and summaries of both */
+};
+
+struct colocache_sender {
+    uint32_t n_blocks;
+    uint32_t sent; /* pages went out: the blocks stay as they are */
+    struct cc_sender_block blocks[COLOCACHE_BLOCKS_MAX];
+};
+
+/* Pages that were taken from `pending` and not handed over; any thread. */
+void cc_sender_mark_again(struct cc_sender_block *block, uint64_t first_pfn, uint64_t n_pages);
+
+#endif

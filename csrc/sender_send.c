@@ -1,0 +1,214 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * sender_send.c -- pending pages taken, stripe by stripe: into PAGES packets for a socket, or as runs for a caller's own transport.
+ *
+ * A page's pending bit is taken before the page is read, so a write that comes later, and is in the log, makes it pending again.  What was
+ * taken and could not be handed over is marked again, in the order of a dirty page: unacked before pending.
+ */
+#include "internal.h"
+
+#include <string.h>
+
+#include "sender.h"
+#include "stream.h"
+
+/* ---- the pages of a stripe --------------------------------------------------------------------------------------------- */
+
+#define GROUP_WORDS 64u /* of 64 pages each, 16 MiB: what the stripes are dealt in turn */
+
+/* Where a call stands.  `bits` are pages of word `word` that it has taken and not used yet; 0: the words from there are not looked at. */
+struct walk {
+    struct colocache_sender *sender;
+    uint32_t stripe, n_stripes, block;
+    uint64_t word, group_end, bits;
+};
+
+static void to_group(struct walk *walk, uint64_t first_word)
+{
+    walk->word = first_word;
+    walk->group_end = first_word + GROUP_WORDS;
+}
+
+static struct walk walk_from(struct colocache_sender *sender, uint32_t stripe, uint32_t n_stripes)
+{
+    struct walk walk = {.sender = sender, .stripe = stripe, .n_stripes = n_stripes};
+    to_group(&walk, (uint64_t)stripe * GROUP_WORDS);
+    return walk;
+}
+
+/* next_page -- take the next pending page; false if the stripe has none.  A word is looked at once: marks that go on can't hold it. */
+static bool next_page(struct walk *walk, uint64_t *pfn)
+{
+    while (!walk->bits) {
+        if (walk->block == walk->sender->n_blocks)
+            return false;
+        struct cc_bitmap *pending = &walk->sender->blocks[walk->block].pending;
+        uint64_t end = walk->group_end < pending->n_words ? walk->group_end : pending->n_words;
+        if (walk->word < end && cc_bitmap_take_next(pending, &walk->word, end, &walk->bits))
+            break;
+        if (walk->group_end < pending->n_words) {
+            to_group(walk, walk->group_end + (uint64_t)(walk->n_stripes - 1) * GROUP_WORDS);
+        } else {
+            walk->block++;
+            to_group(walk, (uint64_t)walk->stripe * GROUP_WORDS);
+        }
+    }
+    *pfn = walk->word * 64 + (uint64_t)__builtin_ctzll(walk->bits);
+    walk->bits &= walk->bits - 1;
+    walk->word += !walk->bits;
+    return true;
+}
+
+/* put_back -- what was taken and not used, and one page in hand if there is one */
+static void put_back(struct walk *walk, const uint64_t *in_hand)
+{
+    if (in_hand)
+        cc_sender_mark_again(&walk->sender->blocks[walk->block], *in_hand, 1);
+    for (; walk->bits; walk->bits &= walk->bits - 1)
+        cc_sender_mark_again(&walk->sender->blocks[walk->block], walk->word * 64 + (uint64_t)__builtin_ctzll(walk->bits), 1);
+}
+
+static bool page_is_zero(const struct cc_sender_block *block, uint64_t pfn)
+{
+    return cc_is_zero(block->addr + (pfn << block->page_shift), block->page_size);
+}
+
+static int check_stripe(const struct colocache_sender *sender, uint32_t stripe, uint32_t n_stripes)
+{
+    if (!sender)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the sender is NULL");
+    if (n_stripes == 0 || stripe >= n_stripes)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "there is no stripe %u of %u: stripes count from 0", stripe, n_stripes);
+    return 0;
+}
+
+/* ---- for a caller's own transport ---------------------------------------------------------------------------------------- */
+
+int colocache_sender_next(struct colocache_sender *sender, uint32_t stripe, uint32_t n_stripes, uint64_t max_pages,
+                          struct colocache_run *runs, uint32_t max_runs, uint32_t *n_runs_out)
+{
+    int rc = check_stripe(sender, stripe, n_stripes);
+    if (rc)
+        return rc;
+    if (!runs || !max_runs || !n_runs_out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "there is no room for runs: give an array of at least one, and where their number goes");
+    cc_publish32(&sender->sent, 1);
+    struct walk walk = walk_from(sender, stripe, n_stripes);
+    uint32_t n_runs = 0;
+    uint64_t n_pages = 0, pfn;
+    while ((!max_pages || n_pages < max_pages) && next_page(&walk, &pfn)) {
+        const struct cc_sender_block *block = &sender->blocks[walk.block];
+        const uint32_t zero = page_is_zero(block, pfn);
+        struct colocache_run *last = n_runs ? &runs[n_runs - 1] : NULL;
+        if (last && last->block == walk.block && last->first_pfn + last->n_pages == pfn && last->zero == zero) {
+            last->n_pages++;
+        } else if (n_runs < max_runs) {
+            runs[n_runs++] = (struct colocache_run){.block = walk.block, .zero = zero, .first_pfn = pfn, .n_pages = 1,
+                                                    .addr = block->addr + (pfn << block->page_shift)};
+        } else {
+            put_back(&walk, &pfn);
+            break;
+        }
+        n_pages++;
+    }
+    put_back(&walk, NULL);
+    *n_runs_out = n_runs;
+    return 0;
+}
+
+/* ---- packets ------------------------------------------------------------------------------------------------------------ */
+
+struct outgoing {
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    struct cc_run runs[COLOCACHE_PACKET_RUNS_MAX];
+    struct iovec iov[COLOCACHE_PACKET_RUNS_MAX + 2];
+    uint32_t block, n_runs, n_pages, n_data_pages;
+};
+
+/* add_page -- to the last run if it goes on, else to a new one; false if the packet is full */
+static bool add_page(struct outgoing *packet, uint64_t pfn, bool zero)
+{
+    struct cc_run *last = packet->n_runs ? &packet->runs[packet->n_runs - 1] : NULL;
+    uint32_t flags = zero ? CC_RUN_ZERO : 0;
+    bool goes_on = last && last->first_pfn + last->n_pages == pfn && last->flags == flags;
+    if (packet->n_pages == COLOCACHE_PACKET_PAGES_MAX || (!goes_on && packet->n_runs == COLOCACHE_PACKET_RUNS_MAX))
+        return false;
+    if (goes_on)
+        last->n_pages++;
+    else
+        packet->runs[packet->n_runs++] = (struct cc_run){.first_pfn = pfn, .n_pages = 1, .flags = flags};
+    packet->n_pages++;
+    packet->n_data_pages += !zero;
+    return true;
+}
+
+/* send_packet -- its pages are pending again if it can't be sent whole */
+static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, struct outgoing *packet,
+                       struct colocache_send_result *result)
+{
+    struct cc_sender_block *block = &sender->blocks[packet->block];
+    uint64_t run_bytes = packet->n_runs * sizeof packet->runs[0];
+    uint64_t data_bytes = (uint64_t)packet->n_data_pages << block->page_shift;
+    struct cc_message message = {.type = COLOCACHE_MSG_PAGES, .a = packet->block, .b = packet->n_runs, .epoch = epoch,
+                                 .body_len_bytes = run_bytes + data_bytes};
+    cc_message_put(packet->header, &message);
+    message.checksum = cc_message_checksum(packet->header, packet->runs, run_bytes);
+    cc_message_put(packet->header, &message);
+
+    uint32_t n_iov = 0;
+    packet->iov[n_iov++] = (struct iovec){.iov_base = packet->header, .iov_len = sizeof packet->header};
+    packet->iov[n_iov++] = (struct iovec){.iov_base = packet->runs, .iov_len = run_bytes};
+    for (uint32_t i = 0; i < packet->n_runs; i++) {
+        const struct cc_run *run = &packet->runs[i];
+        if (!(run->flags & CC_RUN_ZERO)) /* sendmsg only reads: the cast away from const is the interface's */
+            packet->iov[n_iov++] = (struct iovec){.iov_base = (void *)(uintptr_t)(block->addr + (run->first_pfn << block->page_shift)),
+                                                  .iov_len = (uint64_t)run->n_pages << block->page_shift};
+    }
+    int rc = cc_write_all(fd, packet->iov, n_iov, timeout_ms);
+    if (rc == 0) {
+        result->n_pages += packet->n_pages;
+        result->n_zero += packet->n_pages - packet->n_data_pages;
+        result->n_bytes += sizeof packet->header + run_bytes + data_bytes;
+        result->n_packets++;
+    }
+    for (uint32_t i = 0; rc && i < packet->n_runs; i++)
+        cc_sender_mark_again(block, packet->runs[i].first_pfn, packet->runs[i].n_pages);
+    packet->n_runs = packet->n_pages = packet->n_data_pages = 0;
+    return rc;
+}
+
+int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe,
+                          uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out)
+{
+    int rc = check_stripe(sender, stripe, n_stripes);
+    if (rc)
+        return rc;
+    if (epoch == 0 || epoch == UINT64_MAX)
+        return cc_fail(COLOCACHE_E_EPOCH, "pages can't be sent with epoch %llu: epochs begin at 1", (unsigned long long)epoch);
+    struct colocache_send_result result = {0};
+    rc = cc_give_struct(out, &result, sizeof result, "send result"); /* a caller's mistake is found before anything is sent */
+    if (rc)
+        return rc;
+    cc_publish32(&sender->sent, 1);
+    struct walk walk = walk_from(sender, stripe, n_stripes);
+    struct outgoing packet; /* 32 KiB of stack */
+    packet.n_runs = packet.n_pages = packet.n_data_pages = 0;
+    uint64_t pfn;
+    while (rc == 0 && (!max_pages || result.n_pages + packet.n_pages < max_pages) && next_page(&walk, &pfn)) {
+        const bool zero = page_is_zero(&sender->blocks[walk.block], pfn);
+        if (packet.n_pages && packet.block != walk.block)
+            rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+        packet.block = walk.block;
+        if (rc == 0 && !add_page(&packet, pfn, zero)) {
+            rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+            add_page(&packet, pfn, zero);
+        }
+        if (rc)
+            put_back(&walk, &pfn);
+    }
+    put_back(&walk, NULL);
+    if (rc == 0 && packet.n_pages)
+        rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+    int given = cc_give_struct(out, &result, sizeof result, "send result");
+    return rc ? rc : given;
+}
