@@ -6,6 +6,7 @@
 #include <signal.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -200,7 +201,7 @@ static void wrong_arguments_are_refused(void)
 static void locked_memory_is_told(void)
 {
     setup(false);
-    if (mlock(private_at, PAGE) != 0) {
+    if (syscall(SYS_mlock, private_at, PAGE) != 0) { /* the system call: a sanitizer makes mlock do nothing */
         teardown();
         SKIP("mlock is not allowed here");
     }
