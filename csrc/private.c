@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * private.c -- a MAP_PRIVATE mapping of guest RAM: of what kind it is, how much of it is private copies, and forgetting those.
+ * private.c -- a MAP_PRIVATE mapping of guest RAM: how much of it is private copies, and forgetting those.
  *
  * The first write to a page of such a mapping makes a copy that only this process sees; all other pages are the file's, and show at once
  * what is written to the file.  MADV_DONTNEED drops the copies, and the next access finds the file's page again.
@@ -9,18 +9,14 @@
  * run by run splits them); on 4 KiB pages the guest pays for each page that it has to map anew, so that up to about 6 % of private pages
  * are zapped run by run and the others stay mapped.
  */
-#include "private.h"
+#include "internal.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <stdio.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <sys/stat.h>
-#include <sys/sysmacros.h>
 #include <unistd.h>
 
-#include "internal.h"
 #include "pagemap.h"
 
 #define REGIONS 256u     /* of one scan, on the stack */
@@ -29,89 +25,6 @@
 #define PM_SWAPPED (1ull << 62)
 #define PM_PRESENT (1ull << 63)
 #define PM_FILE (1ull << 61) /* of a file, or shared */
-
-/* ---- of what kind a mapping is --------------------------------------------------------------------------------- */
-
-struct mapping {
-    uint64_t first, end, offset, inode;
-    uint32_t major, minor;
-    char access[5]; /* rwxs or rwxp */
-};
-
-/* check_one -- one mapping of those that make up the range, which it holds from `at` on */
-static int check_one(const char *name, const struct mapping *mapping, uint64_t at, const struct stat *file, uint64_t offset, bool shared)
-{
-    if (mapping->access[0] != 'r' || mapping->access[1] != 'w')
-        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is mapped %.2s at %#llx: map it with PROT_READ | PROT_WRITE", name,
-                       mapping->access, (unsigned long long)at);
-    if (mapping->inode != (uint64_t)file->st_ino || mapping->major != major(file->st_dev) || mapping->minor != minor(file->st_dev) ||
-        mapping->offset + (at - mapping->first) != offset)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is not a mapping of guest_fd with offset %llu at %#llx", name,
-                       (unsigned long long)offset, (unsigned long long)at);
-    if ((mapping->access[3] == 's') != shared)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr is a MAP_%s mapping, this region's VM needs a MAP_%s one", name,
-                       shared ? "PRIVATE" : "SHARED", shared ? "SHARED" : "PRIVATE");
-    return 0;
-}
-
-/* check_line -- of /proc/self/maps; moves *at to the end of what it covers */
-static int check_line(const char *line, const char *name, uint64_t *at, uint64_t end, const struct stat *file, uint64_t offset, bool shared)
-{
-    unsigned long long first, last, file_offset, inode;
-    struct mapping mapping;
-    if (sscanf(line, "%llx-%llx %4s %llx %x:%x %llu", &first, &last, mapping.access, &file_offset, &mapping.major, &mapping.minor, &inode) != 7)
-        return cc_fail(COLOCACHE_E_UNSUPPORTED, "/proc/self/maps has a line of another form: %.60s", line);
-    mapping.first = first, mapping.end = last, mapping.offset = file_offset, mapping.inode = inode;
-    if (mapping.end <= *at || mapping.first > *at || *at >= end)
-        return 0;
-    int rc = check_one(name, &mapping, *at, file, offset, shared);
-    *at = mapping.end < end ? mapping.end : end;
-    return rc;
-}
-
-int cc_mapping_check(const char *name, const void *addr, uint64_t len_bytes, int fd, uint64_t offset, bool shared)
-{
-    const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + len_bytes;
-    uint64_t at = begin;
-    struct stat file;
-    char text[8192]; /* holds the longest line, whose path has up to 4095 bytes */
-    size_t have = 0;
-    ssize_t n = 1;
-    if (fstat(fd, &file) != 0)
-        return cc_fail_errno("looking at an image");
-    int maps = open("/proc/self/maps", O_RDONLY | O_CLOEXEC);
-    if (maps < 0)
-        return cc_fail_errno("opening /proc/self/maps");
-    int rc = 0;
-    while (rc == 0 && n > 0 && at < end) {
-        n = read(maps, text + have, sizeof text - 1 - have);
-        if (n < 0 && errno == EINTR) {
-            n = 1;
-            continue;
-        }
-        if (n < 0) {
-            rc = cc_fail_errno("reading /proc/self/maps");
-            break;
-        }
-        have += (size_t)n;
-        text[have] = 0;
-        char *line = text, *newline;
-        while (rc == 0 && (newline = strchr(line, '\n')) != NULL) {
-            *newline = 0;
-            rc = check_line(line, name, &at, end, &file, offset + (at - begin), shared);
-            line = newline + 1;
-        }
-        have -= (size_t)(line - text);
-        memmove(text, line, have);
-        if (have == sizeof text - 1)
-            rc = cc_fail(COLOCACHE_E_UNSUPPORTED, "/proc/self/maps has a line of more than %zu bytes", sizeof text - 2);
-    }
-    close(maps);
-    if (rc == 0 && at < end)
-        rc = cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest_addr %p is mapped for %llu bytes, the block has %llu", name, addr,
-                     (unsigned long long)(at - begin), (unsigned long long)len_bytes);
-    return rc;
-}
 
 /* ---- scanning -------------------------------------------------------------------------------------------------------- */
 

@@ -27,7 +27,7 @@
 
 const char *const call_names[N_CALLS] = {"mmap", "munmap", "ftruncate", "posix_fallocate", "open", "fcntl", "fstat", "fstatfs", "getrandom",
                                          "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "pread",
-                                         "lseek", "syscall", "sched_getaffinity", "madvise", "read"};
+                                         "lseek", "syscall", "sched_getaffinity", "madvise"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
@@ -58,7 +58,6 @@ static const int errors[N_CALLS][8] = {
     [SYSCALL] = {ENOSYS, EPERM, EMFILE},
     [SCHED_GETAFFINITY] = {EINVAL, EPERM},
     [MADVISE] = {EAGAIN, EINVAL, ENOMEM},
-    [READ] = {EINTR, EIO},
 };
 
 const int *errors_of(enum call call)
@@ -111,7 +110,6 @@ WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
 WRAP(int, madvise, (void *addr, size_t n, int advice), (addr, n, advice), MADVISE, -1)
-WRAP(ssize_t, read, (int fd, void *buffer, size_t n), (fd, buffer, n), READ, -1)
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
 
 /* the pid of an owner that can't be read leaves it unnamed; a page that can't be read is an error */

@@ -14,7 +14,6 @@
 #include <unistd.h>
 
 #include "fail_calls.h"
-#include "private.h"
 
 static const uint64_t n_pages[2] = {DENSE, SPARSE};
 
@@ -316,7 +315,7 @@ static int attach_again(struct world *world, uint32_t action)
 
 /* ---- the history, and what follows when it was given up -------------------------------------------------------------- */
 
-/* private_pages -- a mapping as a VM over bounded memory has it: what it is, how much of it is private, and that forgotten */
+/* private_pages -- a mapping as a VM over bounded memory has it: how much of it is private, and that forgotten */
 static int private_pages(struct world *world)
 {
     uint64_t n_bytes = 0;
@@ -324,9 +323,7 @@ static int private_pages(struct world *world)
     must(at != MAP_FAILED, "mmap");
     for (int rc = -1; rc < 0;) {
         at[0] = at[3 * PAGE] = 1;
-        rc = INSIDE(cc_mapping_check("dense", at, DENSE * PAGE, world->guest[0], 0, false));
-        if (rc == 0)
-            rc = INSIDE(colocache_private_bytes(0, at, DENSE * PAGE, &n_bytes));
+        rc = INSIDE(colocache_private_bytes(0, at, DENSE * PAGE, &n_bytes));
         if (rc == 0)
             rc = INSIDE(colocache_private_forget(at, DENSE * PAGE));
         if (rc == 0 && (n_bytes != 2 * PAGE || at[3 * PAGE] != 0))

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* test_private.c -- private copies of pages: counted as the kernel counts, forgotten whole or run by run, and never made by asking. */
+/* test_private.c -- private copies of pages: counted as the kernel counts, and forgotten whole or run by run. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -11,7 +11,6 @@
 #include <unistd.h>
 
 #include "check.h"
-#include "private.h"
 
 #define PAGE 4096u
 #define PAGES 2048u
@@ -151,38 +150,6 @@ static void another_process_is_counted(void)
     teardown();
 }
 
-static void asking_for_the_kind_makes_no_private_copy(void)
-{
-    setup(false);
-    CHECK_RC(0, cc_mapping_check("ram", private_at, LEN, file_fd, 0, false));
-    CHECK_RC(0, cc_mapping_check("ram", file_at, LEN, file_fd, 0, true));
-    CHECK_RC(0, cc_mapping_check("ram", private_at + 3 * PAGE, PAGE, file_fd, 3 * PAGE, false));
-    CHECK_EQ(0, private_pages());
-    teardown();
-}
-
-static void mappings_of_another_kind_are_refused(void)
-{
-    setup(false);
-    int other = memfd_create("other", MFD_CLOEXEC);
-    REQUIRE(other >= 0 && ftruncate(other, LEN) == 0);
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", file_at, LEN, file_fd, 0, false));
-    CHECK(strstr(colocache_last_error(), "MAP_SHARED") != NULL);
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", private_at, LEN, file_fd, 0, true));
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", private_at, LEN, other, 0, false));
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", private_at, LEN, file_fd, PAGE, false));
-    CHECK_RC(0, mprotect(private_at + 5 * PAGE, PAGE, PROT_READ));
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", private_at, LEN, file_fd, 0, false));
-    CHECK(strstr(colocache_last_error(), "r-") != NULL);
-    CHECK_RC(0, cc_mapping_check("ram", private_at, 5 * PAGE, file_fd, 0, false));
-    munmap(private_at + LEN - PAGE, PAGE);
-    CHECK_RC(0, mprotect(private_at + 5 * PAGE, PAGE, PROT_READ | PROT_WRITE));
-    CHECK_RC(COLOCACHE_E_ARGUMENT, cc_mapping_check("ram", private_at, LEN, file_fd, 0, false)); /* too short */
-    CHECK(strstr(colocache_last_error(), "is mapped for") != NULL);
-    close(other);
-    teardown();
-}
-
 static void wrong_arguments_are_refused(void)
 {
     uint64_t n;
@@ -218,8 +185,6 @@ int main(void)
     RUN(private_pages_over_huge_pages_are_forgotten);
     RUN(few_are_forgotten_run_by_run);
     RUN(another_process_is_counted);
-    RUN(asking_for_the_kind_makes_no_private_copy);
-    RUN(mappings_of_another_kind_are_refused);
     RUN(wrong_arguments_are_refused);
     RUN(locked_memory_is_told);
     return DONE();
