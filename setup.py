@@ -9,6 +9,7 @@ The package then holds
     colocache/lib/pkgconfig/          colocache.pc, relative to itself
     colocache/include/colocache.h     the public header
     colocache/_engine.abi3.so         cffi's module, run path $ORIGIN/lib
+    colocache/vmm/qemu/preload.so     what runs inside a QEMU guest's process
 
 Variables of the environment that the build reads:
 
@@ -36,6 +37,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 GUEST = ROOT / "colocache" / "vmm" / "_guest_build.py"
+PRELOAD = ROOT / "colocache" / "vmm" / "qemu" / "preload.c"
 BASELINE = ROOT / "colocache" / "measure" / "_baseline_build.py"
 SONAME = "libcolocache.so.0"
 
@@ -57,11 +59,16 @@ def need_headers() -> None:
 
 def need_compiler() -> None:
     """Stop with one sentence where there is no C compiler."""
-    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
+    compiler = compiler_words()[0]
     if shutil.which(compiler) is None:
         raise SetupError(
             f"no C compiler ({compiler}): install one, on Debian or Ubuntu with `apt install gcc libc6-dev`"
         )
+
+
+def compiler_words() -> list[str]:
+    """The C compiler's command, as setuptools would pick it."""
+    return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 
 
 def replace_file(source: str, target: str) -> str:
@@ -92,6 +99,8 @@ class BuildEngine(build_ext):
         lib.mkdir(parents=True, exist_ok=True)
         include.mkdir(parents=True, exist_ok=True)
         self.build_library(lib)
+        if PRELOAD.is_file():
+            self.build_preload()
         shutil.copyfile(CSRC / "include" / "colocache.h", include / "colocache.h")
         for ext in self.extensions:
             ext.library_dirs.append(str(lib))
@@ -130,15 +139,26 @@ class BuildEngine(build_ext):
         archive.unlink(missing_ok=True)  # ar adds to what is there: an object of a removed source would stay
         self.compiler.create_static_lib(objects, "colocache", output_dir=str(lib))
 
+    def build_preload(self) -> None:
+        """With flags of its own: it runs in a program that was built without our sanitizers and crash points."""
+        made = Path(self.build_lib) / PRELOAD.relative_to(ROOT).with_suffix(".so")
+        made.parent.mkdir(parents=True, exist_ok=True)
+        command = [*compiler_words(), *CFLAGS, "-shared", "-Wl,-z,relro,-z,now", str(PRELOAD), "-o", str(made)]
+        if os.environ.get("COLOCACHE_BUILD_WERROR") == "1":
+            command.append("-Werror")
+        if subprocess.run(command, cwd=ROOT, check=False).returncode:
+            raise CompileError(f"{PRELOAD.relative_to(ROOT)} does not compile")
+        if self.in_source:
+            replace_file(str(made), str(PRELOAD.with_suffix(".so")))
+
     def compile_all(self, sources: list[Path], flags: list[str]) -> list[str]:
         """Object files of `sources`: those older than their source, a header or this file, or of other flags, anew."""
         temp = Path(self.build_temp) / "csrc"
         temp.mkdir(parents=True, exist_ok=True)
         stamp = temp / "flags"
         # CFLAGS of the environment come last; those that Python itself was built with are its own business.
-        compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
         compile_one = [
-            *compiler,
+            *compiler_words(),
             *flags,
             *shlex.split(os.environ.get("CFLAGS", "")),
             "-I",

@@ -1,0 +1,112 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * preload.c -- what runs inside a QEMU of ours, by LD_PRELOAD: three things that can't be done from outside.
+ *
+ *   - it dies with the thread that started it;
+ *   - it makes a userfaultfd of its own memory and hands it out, so that another process can log its writes;
+ *   - it punches no hole into guest memory.  A balloon or free page reporting gives memory back by holes in the *file*,
+ *     private mapping or not: in a secondary that would change the image that must stay the newest epoch.
+ *
+ * COLOCACHE_QEMU in the environment says how, and is removed: "SOCKET PARENT DEVICE INODE", the descriptor of a
+ * connected stream socket to hand out through, the process that must still be the parent, and the file of guest memory.
+ * Without it, as in a program that QEMU starts, the library does nothing.
+ */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/userfaultfd.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+
+static bool guarding;
+static unsigned long long image_device, image_inode;
+
+/* hand_out -- {errno or 0} and, if 0, the descriptor; false if the other side is gone */
+static bool hand_out(int socket, int fd, int32_t error)
+{
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    memset(&control, 0, sizeof control);
+    struct iovec body = {.iov_base = &error, .iov_len = sizeof error};
+    struct msghdr message = {.msg_iov = &body, .msg_iovlen = 1};
+    if (!error) {
+        message.msg_control = control.bytes;
+        message.msg_controllen = sizeof control.bytes;
+        struct cmsghdr *head = CMSG_FIRSTHDR(&message);
+        head->cmsg_level = SOL_SOCKET;
+        head->cmsg_type = SCM_RIGHTS;
+        head->cmsg_len = CMSG_LEN(sizeof fd);
+        memcpy(CMSG_DATA(head), &fd, sizeof fd);
+    }
+    ssize_t sent;
+    do {
+        sent = sendmsg(socket, &message, MSG_NOSIGNAL);
+    } while (sent < 0 && errno == EINTR);
+    return sent == (ssize_t)sizeof error;
+}
+
+__attribute__((constructor)) static void start(void)
+{
+    const char *order = getenv("COLOCACHE_QEMU");
+    int socket;
+    long parent;
+    if (!order)
+        return;
+    if (sscanf(order, "%d %ld %llu %llu", &socket, &parent, &image_device, &image_inode) != 4)
+        _exit(127);
+    unsetenv("COLOCACHE_QEMU");
+    guarding = true;
+    /* Asked for first, then checked: a parent that died before is no parent any more, one that dies from now on is told of. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) != 0 || getppid() != parent)
+        _exit(127);
+    /* Faults of user mode suffice: what the kernel or KVM writes is seen by the asynchronous form all the same. */
+    int uffd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+    bool told = hand_out(socket, uffd, uffd < 0 ? errno : 0);
+    if (uffd >= 0)
+        close(uffd);
+    close(socket);
+    if (!told)
+        _exit(127);
+}
+
+/* Anything that changes what the file holds; to allocate is fine. */
+static bool makes_holes(int fd, int mode)
+{
+    struct stat file;
+    return guarding && (mode & ~FALLOC_FL_KEEP_SIZE) != 0 && fstat(fd, &file) == 0 && file.st_dev == image_device &&
+           file.st_ino == image_inode;
+}
+
+__attribute__((visibility("default"))) int fallocate(int fd, int mode, off_t offset, off_t len)
+{
+    if (makes_holes(fd, mode)) {
+        errno = EOPNOTSUPP;
+        return -1;
+    }
+    return (int)syscall(SYS_fallocate, fd, mode, offset, len);
+}
+
+/* On 64-bit machines off_t and off64_t are the same type, and glibc has both names. */
+__attribute__((visibility("default"))) int fallocate64(int fd, int mode, off64_t offset, off64_t len)
+{
+    return fallocate(fd, mode, offset, len);
+}

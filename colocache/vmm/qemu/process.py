@@ -1,0 +1,316 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One QEMU process: started on an image, spoken to, seen to die.
+
+    started -> (load ->) cont -> stop -> save -> cont ... -> kill
+
+It dies with this process (preload.c), and kill() comes back only when its death was seen: until then it may still write
+what it maps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from colocache.vmm.qemu import mapping
+from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.driver import driver
+from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
+from colocache.vmm.qemu.events import DEATH, Mailbox
+from colocache.vmm.qemu.qmp import Event, Qmp
+from colocache.vmm.qemu.wiring import Wiring, arguments, fd_path
+
+PRELOAD = Path(__file__).with_name("preload.so")
+START_SECONDS = 30.0
+LOAD_SECONDS = 10.0
+DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
+WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
+HANDED = struct.Struct("=i")  # what preload.c sends with the descriptor: errno or 0
+
+OnOutput = Callable[[bytes], None]
+
+
+class QemuProcess:
+    """A QEMU that has come up and stands.
+
+    line       the guest
+    image      descriptor of the file of guest memory; stays the caller's
+    shared     True: it writes the image; False: private copies
+    incoming   True: it waits for load()
+    on_output  is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
+    """
+
+    def __init__(
+        self,
+        line: CommandLine,
+        image: int,
+        *,
+        shared: bool,
+        incoming: bool = False,
+        on_output: OnOutput | None = None,
+        on_event: Callable[[Event], None] = lambda _: None,
+    ) -> None:
+        self._driver = driver()
+        self._file = os.fstat(image)
+        self._incoming = incoming
+        self._len_bytes = line.ram_bytes
+        self._events = Mailbox(on_event)
+        self._words = b""
+        self._qmp: Qmp | None = None
+        self._open: list[socket.socket | int] = []  # what close() closes
+        self._reading: list[int] = []  # descriptors the driver's loop reads
+        self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
+        self._console: socket.socket | None = None
+        self._stream: socket.socket | None = None
+        self.userfault = -1
+        try:
+            self._start(line, image, shared, on_output)
+        except BaseException:
+            self.kill()
+            raise
+
+    # ---- start ---------------------------------------------------------------------------------------------------
+
+    def _start(self, line: CommandLine, image: int, shared: bool, on_output: OnOutput | None) -> None:
+        if not PRELOAD.is_file():
+            raise QemuError(f"{PRELOAD} is missing", hint="install the package with `pip install .`")
+        ends = {name: self._pair() for name in ("qmp", "handoff", "console", "stream")}
+        theirs = {name: pair[1].fileno() for name, pair in ends.items()}
+        wiring = Wiring(image, shared, theirs["qmp"], theirs["console"], self._incoming)
+        read, write = os.pipe2(os.O_CLOEXEC)
+        self._mine(read)
+        try:
+            self._process = self._driver.start(
+                arguments(line, wiring),
+                [image, self._state, *theirs.values()],
+                self._environment(theirs["handoff"]),
+                write,
+            )
+        except OSError as error:
+            raise QemuError(f"{line.program} does not start: {error.strerror}") from error
+        finally:
+            os.close(write)
+            for _, end in ends.values():
+                end.close()
+        self.pid = self._process.pid
+        self.pidfd = self._mine(os.pidfd_open(self.pid))
+        self._reading.append(self.pidfd)
+        self._driver.soon(self._driver.loop.add_reader, self.pidfd, self._dead)
+        self._stream_number = theirs["stream"]
+        self._read(read, self._heard)
+        self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
+        self._console, self._stream = ends["console"][0], ends["stream"][0]
+        self._console.setblocking(False)
+        self._read(self._console.fileno(), on_output or (lambda _: None))  # unread, it would stall the guest
+        try:
+            self._qmp = Qmp(ends["qmp"][0], self._events.put, START_SECONDS)
+        except QemuDiedError:
+            raise self._death("ended before it came up") from None
+        if self._incoming:
+            self._wait_for_state()
+
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair()
+        self._mine(ours)
+        return ours, theirs
+
+    def _mine(self, descriptor: Any) -> Any:
+        self._open.append(descriptor)
+        return descriptor
+
+    def _environment(self, handoff: int) -> dict[str, str]:
+        before = os.environ.get("LD_PRELOAD")
+        return {
+            **os.environ,
+            "LD_PRELOAD": f"{PRELOAD}:{before}" if before else str(PRELOAD),
+            "COLOCACHE_QEMU": f"{handoff} {os.getpid()} {self._file.st_dev} {self._file.st_ino}",
+        }
+
+    def _take_userfault(self, handoff: socket.socket) -> int:
+        handoff.settimeout(START_SECONDS)
+        try:
+            message, fds, _, _ = socket.recv_fds(handoff, HANDED.size, 1)
+        except TimeoutError:
+            raise QemuSlowError(f"QEMU did not start within {START_SECONDS:g} s") from None
+        if len(message) != HANDED.size:
+            raise self._death("ended before it came up")
+        (error,) = HANDED.unpack(message)
+        if error or not fds:
+            raise QemuError(
+                f"the log of QEMU's memory is unavailable: userfaultfd failed with {os.strerror(error)}",
+                hint="it needs Linux 6.7 or newer, and a container that allows userfaultfd",
+            )
+        return fds[0]
+
+    def _wait_for_state(self) -> None:
+        self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+        self.qmp.execute("migrate-incoming", uri=f"fd:{self._stream_number}")
+
+    # ---- what it says --------------------------------------------------------------------------------------------
+
+    def _read(self, fd: int, sink: OnOutput) -> None:
+        """From now on hand what comes from fd to `sink`, in the driver's thread."""
+        os.set_blocking(fd, False)
+        self._reading.append(fd)
+
+        def come() -> None:
+            try:
+                data = os.read(fd, 1 << 16)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if data:
+                sink(data)
+            else:
+                self._driver.loop.remove_reader(fd)
+
+        self._driver.soon(self._driver.loop.add_reader, fd, come)
+
+    def _dead(self) -> None:
+        self._driver.loop.remove_reader(self.pidfd)
+        self._events.put({"event": DEATH, "data": {}})
+
+    def _heard(self, data: bytes) -> None:
+        self._words = (self._words + data)[-WORDS_KEPT:]
+
+    def _death(self, what: str) -> QemuDiedError:
+        """The error that says how it ended; waits a moment for its last words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(1.0)
+        self._driver.call(_nothing(), "answer", DEATH_SECONDS)  # what it wrote before it died has been read after this
+        status = self._process.poll()
+        how = f"exit status {status}"
+        if status is None:
+            how = "it still runs"
+        elif status < 0:
+            how = f"killed by {signal.Signals(-status).name}"
+        words = self._words.decode(errors="replace").strip().splitlines()
+        return QemuDiedError(f"QEMU (process {self.pid}) {what}, {how}" + (f": {words[-1]}" if words else ""))
+
+    @property
+    def qmp(self) -> Qmp:
+        if self._qmp is None:
+            raise QemuDiedError("this QEMU was closed")
+        return self._qmp
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process has not ended. Any thread."""
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def address(self) -> int:
+        """Where it maps guest memory."""
+        return mapping.find(self.pid, self._file, self._len_bytes)
+
+    def private_bytes(self) -> int:
+        """Bytes of guest memory of which it has copies of its own."""
+        return mapping.private_bytes(self.pid, self._file)
+
+    def write_console(self, data: bytes) -> int:
+        """Give the guest console input: the number of bytes taken, which may be fewer."""
+        if self._console is None:
+            raise QemuDiedError("this QEMU was closed")
+        try:
+            return self._console.send(data)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._death("ended") from error
+
+    # ---- running -------------------------------------------------------------------------------------------------
+
+    def cont(self) -> None:
+        """Let it run."""
+        self.qmp.execute("cont")
+
+    def stop(self) -> None:
+        """Stop it; back when no vCPU runs and no device writes any more."""
+        self.qmp.execute("stop")
+
+    def status(self) -> str:
+        """QEMU's own word: "running", "paused", "shutdown", "inmigrate", ..."""
+        return str(self.qmp.execute("query-status")["status"])
+
+    def save(self, limit_bytes: int) -> bytes:
+        """The state of all devices, without RAM. Only while it stands: QEMU itself would not refuse.
+
+        Saving may write guest RAM. The log is taken again after it.
+        """
+        status = self.status()
+        if status == "running":
+            raise QemuError("a device state of a running QEMU would be torn: stop it first")
+        self.qmp.execute("xen-save-devices-state", filename=fd_path(self._state), live=False)
+        n_bytes = os.fstat(self._state).st_size
+        if not 0 < n_bytes <= limit_bytes:
+            raise QemuError(f"QEMU saved a device state of {n_bytes} bytes; at most {limit_bytes} are allowed")
+        return os.pread(self._state, n_bytes, 0)
+
+    def load(self, state: bytes | memoryview) -> None:
+        """Become the machine that `state` is of; it stands. QemuLoadError: this process is good for nothing any more.
+
+        QEMU is not asked how far it is: a question would wait for a lock that the load holds. It tells.
+        """
+        if self._stream is None or not self._incoming:
+            raise QemuError("this QEMU does not wait for a device state")
+        stream, self._stream = self._stream, None
+        try:
+            stream.settimeout(LOAD_SECONDS)
+            stream.sendall(state)
+            stream.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            raise QemuLoadError(f"QEMU (process {self.pid}) did not take the device state: {error}") from error
+        event = self._events.wait(
+            lambda event: event["event"] == "MIGRATION" and event["data"]["status"] in ("completed", "failed"),
+            LOAD_SECONDS,
+        )
+        if event is None:
+            raise QemuLoadError(f"QEMU (process {self.pid}) did not load the device state within {LOAD_SECONDS:g} s")
+        if event["event"] == DEATH:
+            raise QemuLoadError(str(self._death("ended while it loaded the device state")))
+        if event["data"]["status"] != "completed":
+            raise QemuLoadError(str(self._death("refused the device state")))
+        self._incoming = False
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def kill(self) -> None:
+        """Kill it and see it dead. May be called twice; QemuSlowError if the kernel keeps it."""
+        process = getattr(self, "_process", None)
+        if process is not None and process.poll() is None:
+            process.kill()
+            try:
+                process.wait(DEATH_SECONDS)
+            except subprocess.TimeoutExpired:
+                raise QemuSlowError(f"QEMU (process {process.pid}) did not die within {DEATH_SECONDS:g} s") from None
+        qmp, self._qmp = self._qmp, None
+        if qmp is not None:
+            qmp.close()
+        reading, self._reading = self._reading, []
+        opened, self._open = self._open, []
+        self._console = self._stream = None
+
+        async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew
+            for fd in reading:
+                self._driver.loop.remove_reader(fd)
+            for one in opened:
+                if isinstance(one, socket.socket):
+                    one.close()
+                else:
+                    os.close(one)
+
+        self._driver.call(close(), "let go", DEATH_SECONDS)
+
+
+async def _nothing() -> None:
+    """For whoever waits until the thread of driver.py has done what came before."""

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Our options, added to the user's: guest memory, the conversation, the console, and what makes the device state fit.
+
+Everything that a QEMU shares with us is a descriptor it inherits. There are no names that somebody else could open.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.option_strings import escape
+
+RAM_ID = "colocache.ram"
+QMP_ID = "colocache.qmp"
+CONSOLE_ID = "colocache.console"
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Descriptors, by their numbers in the QEMU that inherits them.
+
+    image     the file of guest memory
+    shared    True: QEMU's writes go to the image; False: to private copies of its own
+    qmp       a connected stream socket
+    console   likewise, or -1 for none
+    incoming  whether this QEMU waits for a device state
+    """
+
+    image: int
+    shared: bool
+    qmp: int
+    console: int
+    incoming: bool
+
+
+def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
+    """The whole command, for exec."""
+    backend = (
+        f"memory-backend-file,id={RAM_ID},size={line.ram_bytes}B,mem-path={escape(fd_path(wiring.image))},"
+        f"share={'on' if wiring.shared else 'off'}"
+    )
+    words = [line.program, *line.args]
+    words += ["-object", backend]
+    # No description of the format after the state, and no section about the configuration before it: a state that is
+    # saved without RAM has neither, and the loader would wait for them.
+    words += ["-machine", f"memory-backend={RAM_ID},suppress-vmdesc=on"]
+    words += ["-global", "migration.send-configuration=off"]
+    words += ["-only-migratable"]  # saving a device that can't be saved is a segmentation fault of the primary
+    words += ["-no-shutdown", "-S"]
+    words += ["-no-user-config", "-display", "none", "-vga", "none", "-nic", "none", "-monitor", "none"]
+    words += ["-chardev", f"socket,id={QMP_ID},fd={wiring.qmp}", "-mon", f"chardev={QMP_ID},mode=control"]
+    if line.console and wiring.console >= 0:
+        words += ["-chardev", f"socket,id={CONSOLE_ID},fd={wiring.console}", "-serial", f"chardev:{CONSOLE_ID}"]
+    else:
+        words += ["-serial", "none"]
+    if wiring.incoming:
+        words += ["-incoming", "defer"]
+    return words
+
+
+def fd_path(fd: int) -> str:
+    """The path under which a process opens its own descriptor anew."""
+    return f"/proc/self/fd/{fd}"
