@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from colocache.replication.spawn import python_command
+from colocache.children import python_command
 
 RAM = ("--ram", "16M", "--guest", "process", "--backing", "shm")
 

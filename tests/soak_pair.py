@@ -21,7 +21,7 @@ from soak_process import BrokenError, Event, Found, Region, child_of, wait_dead
 from soak_watch import LATE_SECONDS_MAX, PATIENT, Counts, Watched
 
 from colocache import clean
-from colocache.replication.spawn import python_command
+from colocache.children import python_command
 
 AIM_SECONDS_MAX = 20.0
 MOMENTS = ("any", "event", "receiving", "sealed", "committed")

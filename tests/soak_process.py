@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from colocache import inspect
+from colocache.children import python_command
 from colocache.errors import ColocacheError
-from colocache.replication.spawn import python_command
 
 Event = dict[str, Any]
 SHM = Path("/dev/shm")

@@ -18,7 +18,7 @@ from vmm_support import needs_kvm
 
 import colocache
 from colocache import backing as bk
-from colocache.replication.spawn import python_command
+from colocache.children import python_command
 
 from support import files_of
 

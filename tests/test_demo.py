@@ -16,8 +16,8 @@ import pytest
 
 import colocache
 from colocache import backing as bk
+from colocache.children import python_command
 from colocache.demo.tally import Tally, percentile, summary_of
-from colocache.replication.spawn import python_command
 from colocache.vmm.kvm import kvm_trouble
 
 FIELDS = {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from c_tools import run, tool
 
-from colocache.replication.spawn import python_command
+from colocache.children import python_command
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ("--ram", "32M", "--working-set", "16M", "--checkpoints", "4", "--interval", "0.05", "--run-on", "0.1")

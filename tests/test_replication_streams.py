@@ -17,12 +17,12 @@ from test_replication_strangers import FakePeer, packet
 from toy import PAGE, QUICK, Pair, Rule, pair_of
 
 from colocache import BlockSpec, ColocacheError, Memory
+from colocache.children import python_command
 from colocache.errors import ArgumentError
 from colocache.replication.address import Address
 from colocache.replication.errors import RefusedError
 from colocache.replication.messages import AbortKind, Hello, MessageType, decode_reason
 from colocache.replication.options import PrimaryOptions, SecondaryOptions
-from colocache.replication.spawn import python_command
 
 M = MessageType
 # Pages are dealt out to the streams by 4096: with four streams each has some.

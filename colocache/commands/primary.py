@@ -72,13 +72,14 @@ def primary(**given: Any) -> None:
     every page of its memory was what the guest's history says.
     """
     from colocache import BlockSpec, RamImage, Sender
+    from colocache.children import die_with_parent
     from colocache.replication.address import Address
     from colocache.replication.blocks import hello_blocks, rams_of_images
     from colocache.replication.events import Events
     from colocache.replication.failover import ARBITERS
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
-    from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+    from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.vmm.guests import blocks_for, guest_kind_available, make_machine
     from colocache.vmm.workload import GuestOptions
 

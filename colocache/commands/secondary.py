@@ -77,10 +77,11 @@ def secondary(**given: Any) -> None:
     which waits (event `held`): SIGUSR2, the word that the primary is dead, loads the epoch into a fresh machine, which
     takes over; Ctrl-C or SIGTERM gives the memory up. A SIGUSR2 that came before the load failed does not count.
     """
+    from colocache.children import die_with_parent
     from colocache.replication.address import Address
     from colocache.replication.events import Events
     from colocache.replication.keeper import Keeper
-    from colocache.replication.signals import die_with_parent, end_as_by, stop_on_signals
+    from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.vmm.guests import guest_kind_available
 
     if given["die_with_parent"]:

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from colocache import list_regions
+from colocache.children import python_command
 from colocache.demo.tally import Tally
 from colocache.errors import ColocacheError
 from colocache.replication.address import UNIX_PATH_BYTES_MAX
 from colocache.replication.signals import Stop
-from colocache.replication.spawn import python_command
 
 KILL_POINTS = ("running", "receiving", "sealed", "random")
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs

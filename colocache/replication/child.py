@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colocache import Cache, Memory
+from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.replication.blocks import hello_blocks, rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
@@ -23,7 +24,7 @@ from colocache.replication.events import Events
 from colocache.replication.failover import ARBITERS
 from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
-from colocache.replication.signals import Wakeup, die_with_parent, end_as_by, stop_on_signals
+from colocache.replication.signals import Wakeup, end_as_by, stop_on_signals
 from colocache.vmm.guests import make_machine
 from colocache.vmm.workload import GuestOptions
 
@@ -64,7 +65,7 @@ class ChildConfig:
 def main() -> None:
     """Entry of the child process."""
     config = ChildConfig.decode(sys.argv[1])
-    die_with_parent(config.keeper_pid, signal.SIGKILL)
+    die_with_parent(config.keeper_pid)
     events = Events("secondary", machine_readable=config.machine_readable)
     failover_wanted = Wakeup()
     secondary: list[Secondary] = []

@@ -19,11 +19,11 @@ import subprocess
 from collections.abc import Callable
 
 from colocache import Memory, Phase, inspect
+from colocache.children import python_command
 from colocache.errors import ColocacheError
 from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfig
 from colocache.replication.events import Events
 from colocache.replication.signals import Stop
-from colocache.replication.spawn import python_command
 
 RESTARTS_MAX = 5  # without an epoch committed in between: then it is not bad luck
 STOP_SECONDS = 15.0  # for a child to end in order

@@ -7,7 +7,6 @@ A second Ctrl-C raises KeyboardInterrupt: whoever presses twice does not want to
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
@@ -17,8 +16,6 @@ import weakref
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
-
-PR_SET_PDEATHSIG = 1
 
 
 class Flag:
@@ -125,10 +122,3 @@ def end_as_by(signum: int) -> NoReturn:
     signal.signal(signum, signal.SIG_DFL)
     os.kill(os.getpid(), signum)
     os._exit(128 + signum)  # only if somebody blocks the signal
-
-
-def die_with_parent(parent_pid: int, signum: int) -> None:
-    """Have the kernel send `signum` to this process when its parent dies. `parent_pid`: who that must be."""
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
-    if os.getppid() != parent_pid:  # it died before we asked
-        os.kill(os.getpid(), signum)

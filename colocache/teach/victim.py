@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from colocache import Cache, Memory
+from colocache.children import die_with_parent, python_command
 from colocache.errors import ColocacheError
 from colocache.teach import tags
 from colocache.teach.primary import WAIT_SECONDS
@@ -41,13 +42,14 @@ class Victim:
         self._list = os.memfd_create("colocache.teach.list")
         fds = (*memory.fds, sock, wake_write, self._list)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "colocache.teach.victim"],
+            python_command("colocache.teach.victim", "main"),
             start_new_session=True,  # Ctrl-C is the parent's, who ends the child
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds, text=True,
         )  # fmt: skip
         os.close(wake_write)
         self.last: dict[str, Any] = {}
-        self._say({"manifest": memory.manifest(), "sock": sock, "wake": wake_write, "list": self._list})
+        fds_there = {"sock": sock, "wake": wake_write, "list": self._list}
+        self._say({"manifest": memory.manifest(), "parent": os.getpid(), **fds_there})
         self._hear()
 
     def _say(self, line: dict[str, Any]) -> None:
@@ -163,16 +165,15 @@ class _Child(Secondary):
         signal.pause()
 
 
-def die_with_parent() -> None:
-    """A child that stands still in mid-flush would never see its parent go: let the kernel end it then."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
 def main() -> None:
     """Read what to do from stdin until it ends."""
-    die_with_parent()
-    start = json.loads(sys.stdin.readline())
+    with contextlib.suppress(KeyboardInterrupt):
+        if line := sys.stdin.readline():
+            _obey(json.loads(line))
+
+
+def _obey(start: dict[str, Any]) -> None:
+    die_with_parent(start["parent"])  # one that stands still in mid-flush would never see it go
     memory = Memory.from_manifest(start["manifest"])
     cache = Cache.create(memory, threads=1, device_state_max=4096)
     svm = _Child(memory, cache, start["sock"])
@@ -190,8 +191,3 @@ def main() -> None:
 
 def _answer(svm: Secondary, result: Any) -> None:
     print(json.dumps({"result": result, "bits": svm.bits(), "status": svm.status()}), flush=True)
-
-
-if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
