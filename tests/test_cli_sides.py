@@ -16,8 +16,9 @@ from cli_sides import RAM, Sides, wrong_pages
 from click.testing import CliRunner
 
 import colocache
+from colocache.children import python_command
 from colocache.cli import cli
-from colocache.replication.spawn import python_command
+from colocache.demo.tally import Tally
 
 
 @pytest.fixture
@@ -141,6 +142,15 @@ def test_a_restarted_machine_takes_over_when_the_primary_is_gone_too(sides: Side
     assert secondary.until("takeover")["epoch"] == 4
     assert secondary.end()[0] == 0
     assert wrong_pages(secondary) == 0
+    # What the demo adds up has the pages that were verified at the restart.
+    tally = Tally()
+    for event in secondary.events:
+        tally.add(event)
+    at_restart = secondary.until("resumed")["verified_pages"]
+    checked = [event["verified_pages"] for event in secondary.events if event["event"] in ("takeover", "ran_on")]
+    assert at_restart == 4096
+    done = sum(event["verified_pages"] for event in secondary.events if event["event"] == "checkpoint")
+    assert tally.verified_pages == done + at_restart + sum(checked)
 
 
 def test_a_keeper_gives_up_a_machine_that_is_killed_again_and_again(sides: Sides) -> None:

@@ -65,7 +65,7 @@ class Tally:
             self.pauses.append(event["pause_ms"])
             for stage, value in event["stages"].items():
                 self.stages.setdefault(stage.removesuffix("_ms"), []).append(value)
-        if "wrong_pages" in event and name in ("checkpoint", "restored", "takeover", "ran_on"):
+        if "wrong_pages" in event and name != "end":  # each check says what it found; the end repeats all of them
             self.verified_pages += event["verified_pages"]
             self.wrong_pages += event["wrong_pages"]
         if name in ("lost", "promoted", "takeover", "ran_on"):
