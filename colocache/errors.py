@@ -198,6 +198,13 @@ class OrderError(ColocacheError):
     code = -20027
 
 
+class StrategyError(ColocacheError):
+    """The sealed epoch needs a flush strategy that this build does not have; nothing was changed."""
+
+    code = -20028
+    hint = "attach with the build that sealed it"
+
+
 class ClosedError(ColocacheError, ValueError):
     """The object was closed, or belongs to the process this one was forked from."""
 

@@ -5,17 +5,18 @@
 #include "internal.h"
 
 #include <errno.h>
-#include <fcntl.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
+#include "block.h"
+#include "error.h"
 #include "fault.h"
-
-#define PAGE_SIZE_MIN 4096u
-#define PAGE_SIZE_MAX (2u << 20)
+#include "image.h"
+#include "bounds.h"
+#include "map.h"
+#include "version.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
 {
@@ -27,31 +28,16 @@ int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
 
 int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
-    if (first_pfn >= block->n_pages || n_pages > block->n_pages - first_pfn) /* no sum that could overflow */
-        return cc_fail(COLOCACHE_E_RANGE, "pages %llu+%llu lie past the end of block %s, which has %llu",
-                       (unsigned long long)first_pfn, (unsigned long long)n_pages, block->name,
-                       (unsigned long long)block->n_pages);
-    return 0;
+    return cc_bounds_range(block->name, block->n_pages, first_pfn, n_pages);
 }
 
 /* ---- checking what the caller gives ----------------------------------------------------------------------------- */
 
-static int check_sizes(const char *name, uint64_t len_bytes, uint32_t page_size)
-{
-    if (page_size < PAGE_SIZE_MIN || page_size > PAGE_SIZE_MAX || (page_size & (page_size - 1)))
-        return cc_fail(COLOCACHE_E_LENGTH, "block %s has page size %u: it must be a power of two from %u to %u", name, page_size,
-                       PAGE_SIZE_MIN, PAGE_SIZE_MAX);
-    if (len_bytes == 0 || len_bytes % page_size || len_bytes > CC_BLOCK_BYTES_MAX)
-        return cc_fail(COLOCACHE_E_LENGTH, "block %s is %llu bytes: it must be a positive multiple of its page size %u, at most %llu",
-                       name, (unsigned long long)len_bytes, page_size, (unsigned long long)CC_BLOCK_BYTES_MAX);
-    return 0;
-}
-
 static int check_images(const struct colocache_images *images)
 {
-    if (!images->name || !*images->name || strnlen(images->name, COLOCACHE_NAME_BYTES) >= COLOCACHE_NAME_BYTES)
-        return cc_fail(COLOCACHE_E_BLOCK, "a block's name must have 1 to %d bytes", COLOCACHE_NAME_BYTES - 1);
-    int rc = check_sizes(images->name, images->len_bytes, images->page_size);
+    int rc = cc_bounds_name(images->name);
+    if (rc == 0)
+        rc = cc_bounds_block(images->name, images->len_bytes, images->page_size);
     if (rc)
         return rc;
     bool by_address = images->guest_fd < 0 && images->cache_fd < 0;
@@ -62,8 +48,8 @@ static int check_images(const struct colocache_images *images)
     if (!by_address && images->cache_addr)
         return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: cache_addr is only for blocks by address alone, which have both descriptors -1",
                        images->name);
-    if ((uintptr_t)images->guest_addr % PAGE_SIZE_MIN || (uintptr_t)images->cache_addr % PAGE_SIZE_MIN)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: addresses must be multiples of %u", images->name, PAGE_SIZE_MIN);
+    if ((uintptr_t)images->guest_addr % CC_PAGE || (uintptr_t)images->cache_addr % CC_PAGE)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: addresses must be multiples of %u", images->name, CC_PAGE);
     return 0;
 }
 
@@ -85,13 +71,12 @@ void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint
                        (uint64_t *)(void *)(summaries + kind * summary_bytes), n_pages);
 }
 
-/* cc_block_check_entry -- does a table entry make sense by itself and in a region of file_bytes? */
 int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes)
 {
     if (strnlen(entry->name, COLOCACHE_NAME_BYTES) == COLOCACHE_NAME_BYTES || !entry->name[0])
         return cc_fail(COLOCACHE_E_CORRUPT, "a block in the control region has no proper name");
-    if (check_sizes(entry->name, entry->len_bytes, entry->page_size))
-        return COLOCACHE_E_CORRUPT; /* the sentence is check_sizes' */
+    if (cc_bounds_block(entry->name, entry->len_bytes, entry->page_size))
+        return COLOCACHE_E_CORRUPT; /* the sentence has been left */
     uint64_t expected = bitmap_bytes_for(entry->len_bytes / entry->page_size);
     bool fits = entry->bitmap_offset % CC_PAGE == 0 && entry->bitmap_offset >= CC_DEVICES_OFFSET &&
                 entry->bitmap_offset <= file_bytes && entry->bitmap_bytes == expected &&
@@ -106,6 +91,22 @@ int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes
 
 /* ---- from an entry and the caller's images to a block ------------------------------------------------------------------ */
 
+/* check_mappings -- of the caller: the VM's writes must reach the file, and nothing that the library touches may be missing */
+static int check_mappings(const struct colocache_images *images)
+{
+    char what[COLOCACHE_NAME_BYTES + 32];
+    int rc = 0;
+    if (images->guest_addr) {
+        snprintf(what, sizeof what, "block %s: guest_addr", images->name);
+        rc = cc_map_check(what, images->guest_addr, images->len_bytes, images->guest_fd, images->guest_offset);
+    }
+    if (rc == 0 && images->cache_addr) {
+        snprintf(what, sizeof what, "block %s: cache_addr", images->name);
+        rc = cc_map_check(what, images->cache_addr, images->len_bytes, images->cache_fd, images->cache_offset);
+    }
+    return rc;
+}
+
 /* build -- everything of a block but its entry; on error what was made is given back */
 static int build(struct colocache *cc, struct cc_block *block, const struct colocache_images *images,
                  const struct cc_block_entry *entry, uint64_t guest_granule, uint64_t cache_granule)
@@ -119,7 +120,10 @@ static int build(struct colocache *cc, struct cc_block *block, const struct colo
     block->n_pages = entry->len_bytes / entry->page_size;
     block->sparse = entry->sparse;
 
-    int rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, guest_granule, images->guest_addr);
+    int rc = check_mappings(images);
+    if (rc)
+        return rc;
+    rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, guest_granule, images->guest_addr);
     if (rc == 0)
         rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, cache_granule, images->cache_addr);
     if (rc == 0 && block->sparse) {
@@ -128,7 +132,7 @@ static int build(struct colocache *cc, struct cc_block *block, const struct colo
             rc = cc_fail(-ENOMEM, "no memory for the page table of sparse block %s", block->name);
     }
     if (rc == 0)
-        rc = cc_map_file(cc->control_fd, entry->bitmap_offset, entry->bitmap_bytes, true, &block->bitmap_map);
+        rc = cc_map_file(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, true, &block->bitmap_map);
     if (rc) {
         cc_block_release(block);
         return rc;
@@ -158,7 +162,7 @@ static int check_disjoint(const struct colocache *cc, const struct cc_block_entr
 {
     const struct cc_image_identity *ours[] = {&entry->guest, &entry->cache};
     for (uint32_t i = 0; i < cc->n_blocks && entry->guest.inode; i++) {
-        const struct cc_block_entry *other = &cc->table[i];
+        const struct cc_block_entry *other = &cc->region.table[i];
         for (int k = 0; k < 2; k++) {
             if (overlap(ours[k], entry->len_bytes, &other->guest, other->len_bytes) ||
                 overlap(ours[k], entry->len_bytes, &other->cache, other->len_bytes))
@@ -207,33 +211,28 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
         rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
     if (rc)
         return rc;
-    entry.bitmap_offset = cc->control->bitmap_end;
+    entry.bitmap_offset = cc->region.control->bitmap_end;
     entry.bitmap_bytes = bitmap_bytes_for(entry.len_bytes / entry.page_size);
     uint64_t end = entry.bitmap_offset + entry.bitmap_bytes;
-    if (ftruncate(cc->control_fd, (off_t)end) != 0)
+    if (ftruncate(cc->region.fd, (off_t)end) != 0)
         return cc_fail_errno("enlarging the control region");
     CC_CRASH_POINT("add_block: the region is larger");
-    rc = cc_reserve(cc->control_fd, entry.bitmap_offset, entry.bitmap_bytes, "the bitmaps in the control region");
+    rc = cc_map_reserve(cc->region.fd, entry.bitmap_offset, entry.bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0)
         rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
-    if (rc == 0) {
-        rc = cc_block_check_shared(&cc->blocks[cc->n_blocks], images);
-        if (rc)
-            cc_block_release(&cc->blocks[cc->n_blocks]);
-    }
     if (rc) { /* as before the call */
-        if (ftruncate(cc->control_fd, (off_t)entry.bitmap_offset) != 0)
+        if (ftruncate(cc->region.fd, (off_t)entry.bitmap_offset) != 0)
             cc_log(cc, COLOCACHE_LOG_WARN, "could not shrink the control region after an error");
         return rc;
     }
     CC_CRASH_POINT("add_block: before the entry");
-    CC_HALF(&cc->table[cc->n_blocks], &entry, sizeof entry, "add_block: half an entry");
-    cc->table[cc->n_blocks] = entry;
+    CC_HALF(&cc->region.table[cc->n_blocks], &entry, sizeof entry, "add_block: half an entry");
+    cc->region.table[cc->n_blocks] = entry;
     CC_CRASH_POINT("add_block: after the entry");
-    cc->control->bitmap_end = end;
+    cc->region.control->bitmap_end = end;
     CC_CRASH_POINT("add_block: before the count");
     cc->n_blocks++;
-    cc_publish(&cc->control->n_blocks, cc->n_blocks);
+    cc_publish(&cc->region.control->n_blocks, cc->n_blocks);
     CC_CRASH_POINT("add_block: after the count");
     return 0;
 }
@@ -244,7 +243,7 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
     int rc = check_images(images);
     if (rc)
         return rc;
-    const struct cc_block_entry *entry = &cc->table[index];
+    const struct cc_block_entry *entry = &cc->region.table[index];
     if (images->guest_fd < 0)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s was given by address: such memory dies with its process", entry->name);
     if (images->len_bytes != entry->len_bytes || images->page_size != entry->page_size)
@@ -272,7 +271,7 @@ int colocache_add_block(struct colocache *cc, const struct colocache_images *ima
         return rc;
     if (!cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    if (cc_peek(&cc->control->receiving) || cc_peek(&cc->control->commit_word))
+    if (cc_peek(&cc->region.control->receiving) || cc_peek(&cc->region.control->commit_word))
         return cc_fail(COLOCACHE_E_ORDER, "blocks are added before the first page comes");
     rc = cc_block_add(cc, &given);
     if (rc == 0 && block_out)

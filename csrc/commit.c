@@ -7,11 +7,14 @@
  * death of a process can tear.  So at every instant exactly one record is named, and it is complete.  A named record
  * whose checksum fails is therefore damage, never a crash: it is refused, and the older record is never used.
  */
-#include "internal.h"
+#include "commit.h"
 
 #include <string.h>
 
+#include "atomics.h"
 #include "checksum.h"
+#include "colocache.h"
+#include "error.h"
 #include "fault.h"
 
 static uint64_t record_checksum(const struct cc_record *record)
@@ -19,7 +22,6 @@ static uint64_t record_checksum(const struct cc_record *record)
     return cc_checksum(record, offsetof(struct cc_record, checksum));
 }
 
-/* cc_commit_read -- the record that is named: 1 there is one, 0 nothing was ever sealed, E_CORRUPT.  Any thread, also while one publishes. */
 int cc_commit_read(const struct cc_control *control, struct cc_record *out)
 {
     uint64_t word = cc_observe(&control->commit_word);
@@ -44,7 +46,7 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used",
                        (unsigned long long)word, (unsigned long long)out->checksum, (unsigned long long)expected);
     if (out->generation != word || out->epoch == 0 || out->committed > 1 || out->device_area > 1 ||
-        out->strategy != CC_STRATEGY_COPY || out->device_bytes > control->device_state_max_bytes)
+        out->device_bytes > control->device_state_max_bytes)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",
                        (unsigned long long)word, (unsigned long long)out->generation, (unsigned long long)out->epoch);
     for (size_t i = 0; i < sizeof out->reserved / sizeof *out->reserved; i++) {
@@ -54,7 +56,6 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
     return 1;
 }
 
-/* cc_commit_publish -- make `record` the valid one.  Everything it speaks of is in place already. */
 void cc_commit_publish(struct cc_control *control, struct cc_record *record)
 {
     uint64_t word = cc_observe(&control->commit_word) + 1;
@@ -68,17 +69,9 @@ void cc_commit_publish(struct cc_control *control, struct cc_record *record)
     CC_CRASH_POINT("commit: after the word");
 }
 
-uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
+void cc_commit_flushed(struct cc_control *control, struct cc_record *record)
 {
-    return cc->devices + area * cc->control->device_area_bytes;
-}
-
-int cc_commit_check_device_state(struct colocache *cc, const struct cc_record *record)
-{
-    uint64_t found = cc_checksum(cc_device_area(cc, record->device_area), record->device_bytes);
-    if (found != record->device_checksum)
-        return cc_fail(COLOCACHE_E_CORRUPT, "device state of epoch %llu (%llu bytes) has checksum %016llx, its record says %016llx",
-                       (unsigned long long)record->epoch, (unsigned long long)record->device_bytes,
-                       (unsigned long long)found, (unsigned long long)record->device_checksum);
-    return 0;
+    record->committed = 1;
+    record->flush_checksum = 0; /* the flush set may be written again from here on */
+    cc_commit_publish(control, record);
 }

@@ -6,15 +6,18 @@
  * free and KVM_CLEAR_DIRTY_LOG write-protects; a page written between the two would be in no log, so both happen here, one after the other,
  * while the vCPUs stand still (secondary) or before any of the pages is read (primary, which only needs extra bits to be possible).
  */
-#include "internal.h"
+#define _GNU_SOURCE
+#include "source.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
+
+#include "bitmap.h"
+#include "error.h"
 
 struct kvm_source {
     struct colocache_source base;
@@ -25,30 +28,13 @@ struct kvm_source {
     struct colocache_kvm_slot slots[];
 };
 
-static int vm_ioctl(int fd, unsigned long request, void *arg)
-{
-    int rc;
-    do {
-        rc = ioctl(fd, request, arg);
-    } while (rc < 0 && errno == EINTR);
-    return rc;
-}
-
-static int lost(const struct colocache_kvm_slot *slot, const char *what)
-{
-    int saved = errno;
-    return cc_fail(COLOCACHE_E_LOG_LOST, "%s of KVM slot %u failed: %s; call colocache_dirty_log_lost", what, slot->slot,
-                   colocache_strerror(-saved));
-}
-
-static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot *slot,
-                     int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot *slot, cc_take_fn *take, void *context)
 {
     uint64_t n_words = cc_words_for(slot->n_pages);
     memset(source->words, 0, n_words * 8);
     struct kvm_dirty_log get = {.slot = slot->slot, .dirty_bitmap = source->words};
-    if (vm_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
-        return lost(slot, "KVM_GET_DIRTY_LOG");
+    if (cc_source_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
+        return cc_source_lost("KVM_GET_DIRTY_LOG");
     if (slot->n_pages % 64) /* the slot's last word may carry no bits past its end, but that is the kernel's promise, not ours */
         source->words[n_words - 1] &= cc_word_mask(0, slot->n_pages % 64);
     int rc = take(context, slot->block, slot->first_pfn, slot->n_pages, source->words);
@@ -61,19 +47,19 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
         uint64_t n = slot->n_pages - first < (1u << 31) ? slot->n_pages - first : 1u << 31;
         struct kvm_clear_dirty_log clear = {.slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first,
                                             .dirty_bitmap = source->words + first / 64};
-        if (vm_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
-            return lost(slot, "KVM_CLEAR_DIRTY_LOG");
+        if (cc_source_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
+            return cc_source_lost("KVM_CLEAR_DIRTY_LOG");
         first += n;
     }
     return 0;
 }
 
-static int kvm_sync(struct colocache_source *base, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int kvm_sync(struct colocache_source *base, cc_take_fn *take, void *context)
 {
     struct kvm_source *source = (struct kvm_source *)base;
     int rc = 0;
     for (uint32_t i = 0; i < source->n_slots && rc == 0; i++)
-        rc = cc_source_ask(take, context, source->slots[i].block, source->slots[i].first_pfn, source->slots[i].n_pages);
+        rc = cc_source_fits(take, context, source->slots[i].block, source->slots[i].first_pfn, source->slots[i].n_pages);
     for (uint32_t i = 0; i < source->n_slots && rc == 0; i++)
         rc = sync_slot(source, &source->slots[i], take, context);
     return rc;
@@ -91,15 +77,14 @@ static void kvm_close(struct colocache_source *base)
 int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots, int manual_protect,
                          struct colocache_source **out)
 {
-    if (!slots || !n_slots || n_slots > 65536 || !out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "a KVM log needs 1 to 65536 slots and a place for the result");
+    if (!out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
+    int rc = cc_source_check_slots(slots, n_slots);
+    if (rc)
+        return rc;
     uint64_t most = 0;
-    for (uint32_t i = 0; i < n_slots; i++) {
-        if (slots[i].n_pages == 0 || slots[i].n_pages > (1ull << 38))
-            return cc_fail(COLOCACHE_E_LENGTH, "KVM slot %u has %llu pages", slots[i].slot, (unsigned long long)slots[i].n_pages);
-        if (slots[i].n_pages > most)
-            most = slots[i].n_pages;
-    }
+    for (uint32_t i = 0; i < n_slots; i++)
+        most = slots[i].n_pages > most ? slots[i].n_pages : most;
     struct kvm_source *source = calloc(1, sizeof *source + n_slots * sizeof slots[0]);
     if (!source)
         return cc_fail(-ENOMEM, "no memory for %u KVM slots", n_slots);
@@ -110,7 +95,7 @@ int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint
     source->words = calloc(cc_words_for(most), 8);
     source->vm_fd = fcntl(vm_fd, F_DUPFD_CLOEXEC, 3);
     if (!source->words || source->vm_fd < 0) {
-        int rc = source->words ? cc_fail_errno("duplicating the VM's descriptor") : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
+        rc = source->words ? cc_fail_errno("duplicating the VM's descriptor") : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
         kvm_close(&source->base);
         return rc;
     }

@@ -7,9 +7,13 @@
  */
 #include "internal.h"
 
-#include <stdio.h>
-
+#include "block.h"
+#include "clock.h"
+#include "error.h"
 #include "fault.h"
+#include "source.h"
+#include "sparse.h"
+#include "stats.h"
 
 /* mark -- OR into the SVM bitmap inside the mark gate, so that a seal's union and clear see all of it or nothing */
 static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
@@ -48,7 +52,12 @@ int colocache_sync_words(struct colocache *cc, uint32_t block, uint64_t first_pf
 
 static int take_into_svm(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
 {
-    int rc = mark(context, block, first_pfn, n_pages, words);
+    struct cc_block *found;
+    int rc = cc_block_get(context, block, &found);
+    if (rc == 0)
+        rc = cc_source_page_size(found->name, found->page_size);
+    if (rc == 0)
+        rc = mark(context, block, first_pfn, n_pages, words);
     CC_CRASH_POINT("sync: taken, before the log is cleared");
     return rc;
 }
@@ -72,53 +81,12 @@ int colocache_dirty_log_lost(struct colocache *cc)
         const struct cc_block *block = &cc->blocks[i];
         uint64_t at = 0, first, n_bytes;
         /* What is a hole in both images of a sparse block is zero in both: nobody wrote it, and it must not be allocated. */
-        while (cc_block_next_data(block, at, &first, &n_bytes)) {
+        while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             int rc = mark(cc, i, first >> block->page_shift, n_bytes >> block->page_shift, NULL);
             if (rc)
                 return rc;
             at = first + n_bytes;
         }
     }
-    return 0;
-}
-
-/* ---- what sources share ---------------------------------------------------------------------------------------------- */
-
-int cc_source_ask(int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context, uint32_t block,
-                  uint64_t first_pfn, uint64_t n_pages)
-{
-    const uint64_t nothing = 0;
-    if (first_pfn > UINT64_MAX - n_pages)
-        return cc_fail(COLOCACHE_E_RANGE, "a dirty log of %llu pages from page %llu of block %u on", (unsigned long long)n_pages,
-                       (unsigned long long)first_pfn, block);
-    return take(context, block, first_pfn + n_pages - 1, 1, &nothing); /* no bits of the last page: checked, and sets none */
-}
-
-int cc_source_not_taken(const char *log)
-{
-    char why[256];
-    snprintf(why, sizeof why, "%s", colocache_last_error()); /* a copy: the next sentence takes its place */
-    return cc_fail(COLOCACHE_E_LOG_LOST, "%s was cleared but could not be taken: %s; call colocache_dirty_log_lost", log, why);
-}
-
-/* ---- sources by themselves -------------------------------------------------------------------------------------------- */
-
-static int throw_away(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
-{
-    (void)context, (void)block, (void)first_pfn, (void)n_pages, (void)words;
-    return 0;
-}
-
-int colocache_source_discard(struct colocache_source *source)
-{
-    if (!source)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the source is NULL");
-    return source->sync(source, throw_away, NULL);
-}
-
-int colocache_source_close(struct colocache_source *source)
-{
-    if (source)
-        source->close(source);
     return 0;
 }

@@ -9,15 +9,21 @@
  *
  * Nothing in a ring is believed: an entry of a slot or page that this source does not know is counted as a lost log, never ignored.
  */
-#include "internal.h"
+#define _GNU_SOURCE
+#include "source.h"
 
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/ioctl.h>
 #include <unistd.h>
+
+#include "atomics.h"
+#include "bitmap.h"
+#include "error.h"
+#include "map.h"
 
 #ifndef KVM_RESET_DIRTY_RINGS /* Linux 5.11 */
 #define KVM_RESET_DIRTY_RINGS _IO(KVMIO, 0xc7)
@@ -97,7 +103,7 @@ static void harvest(struct ring_source *source, struct ring *ring)
     }
 }
 
-static int hand_on(struct ring_source *source, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int hand_on(struct ring_source *source, cc_take_fn *take, void *context)
 {
     for (uint32_t i = 0; i < source->n_slots; i++) {
         struct ring_slot *slot = &source->slots[i];
@@ -112,34 +118,21 @@ static int hand_on(struct ring_source *source, int (*take)(void *, uint32_t, uin
     return 0;
 }
 
-/* reset -- the clear: taken entries are free again and their pages write-protected */
-static int reset(const struct ring_source *source)
-{
-    int rc;
-    do {
-        rc = ioctl(source->vm_fd, KVM_RESET_DIRTY_RINGS, 0);
-    } while (rc < 0 && errno == EINTR);
-    if (rc >= 0)
-        return 0;
-    int saved = errno;
-    return cc_fail(COLOCACHE_E_LOG_LOST, "KVM_RESET_DIRTY_RINGS failed: %s; call colocache_dirty_log_lost", colocache_strerror(-saved));
-}
-
-static int ring_sync(struct colocache_source *base, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int ring_sync(struct colocache_source *base, cc_take_fn *take, void *context)
 {
     struct ring_source *source = (struct ring_source *)base;
     pthread_mutex_lock(&source->lock);
     int rc = 0;
     for (uint32_t i = 0; i < source->n_slots && rc == 0; i++) {
         const struct colocache_kvm_slot *slot = &source->slots[i].given;
-        rc = cc_source_ask(take, context, slot->block, slot->first_pfn, slot->n_pages);
+        rc = cc_source_fits(take, context, slot->block, slot->first_pfn, slot->n_pages);
     }
     for (uint32_t i = 0; i < source->n_rings && rc == 0; i++)
         harvest(source, &source->rings[i]);
     if (rc == 0)
         rc = hand_on(source, take, context);
-    if (rc == 0)
-        rc = reset(source);
+    if (rc == 0 && cc_source_ioctl(source->vm_fd, KVM_RESET_DIRTY_RINGS, NULL) < 0) /* the clear: entries are free, pages write-protected */
+        rc = cc_source_lost("KVM_RESET_DIRTY_RINGS");
     if (rc == 0 && source->n_unknown)
         rc = cc_fail(COLOCACHE_E_LOG_LOST, "%llu entries of the dirty rings name slots or pages this source was not given; call "
                      "colocache_dirty_log_lost", (unsigned long long)source->n_unknown);
@@ -161,18 +154,6 @@ static void ring_close(struct colocache_source *base)
     free(source->slots);
     free(source->words);
     free(source);
-}
-
-static int check_slots(const struct colocache_kvm_slot *slots, uint32_t n_slots, uint64_t *n_words_out)
-{
-    uint64_t n_words = 0;
-    for (uint32_t i = 0; i < n_slots; i++) {
-        if (slots[i].n_pages == 0 || slots[i].n_pages > (1ull << 38))
-            return cc_fail(COLOCACHE_E_LENGTH, "KVM slot %u has %llu pages", slots[i].slot, (unsigned long long)slots[i].n_pages);
-        n_words += cc_words_for(slots[i].n_pages);
-    }
-    *n_words_out = n_words;
-    return 0;
 }
 
 /* take_slots -- copies of the caller's slots, in order, each with its part of `words` */
@@ -212,8 +193,8 @@ int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots,
                               const struct colocache_kvm_ring *rings, uint32_t n_rings, uint32_t ring_bytes,
                               struct colocache_source **out)
 {
-    if (!slots || !n_slots || n_slots > 65536 || !rings || !n_rings || n_rings > 65536 || !out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "a dirty-ring log needs 1 to 65536 slots and rings, and a place for the result");
+    if (!rings || !n_rings || n_rings > CC_SOURCE_PARTS_MAX || !out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "a dirty-ring log needs 1 to %u rings, and a place for the result", CC_SOURCE_PARTS_MAX);
     if (ring_bytes < 4096 || (ring_bytes & (ring_bytes - 1)))
         return cc_fail(COLOCACHE_E_ARGUMENT, "a dirty ring of %u bytes: KVM's are a power of two, at least 4096", ring_bytes);
     for (uint32_t i = 0; i < n_rings; i++) {
@@ -222,10 +203,12 @@ int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots,
         if ((uintptr_t)rings[i].addr % sizeof(struct ring_entry))
             return cc_fail(COLOCACHE_E_ARGUMENT, "ring %u begins at %p, which is not aligned to its entries", i, rings[i].addr);
     }
-    uint64_t n_words = 0;
-    int rc = check_slots(slots, n_slots, &n_words);
+    int rc = cc_source_check_slots(slots, n_slots);
     if (rc)
         return rc;
+    uint64_t n_words = 0;
+    for (uint32_t i = 0; i < n_slots; i++)
+        n_words += cc_words_for(slots[i].n_pages);
     struct ring_source *source = calloc(1, sizeof *source);
     if (!source)
         return cc_fail(-ENOMEM, "no memory for a dirty-ring log");

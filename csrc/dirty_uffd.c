@@ -6,7 +6,8 @@
  * waits; PAGEMAP_SCAN reports such pages and protects them again in one step, so there is no moment between get and clear.
  * Works without privilege (UFFD_USER_MODE_ONLY) and sees writes of kernel and KVM too.  On hugetlb the unit is 2 MiB.
  */
-#include "internal.h"
+#define _GNU_SOURCE
+#include "source.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -17,6 +18,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "bitmap.h"
+#include "error.h"
 #include "pagemap.h"
 
 /* Kernel interface of 6.7 (include/uapi/linux/userfaultfd.h), for builds against older headers */
@@ -45,13 +48,13 @@ struct uffd_source {
 
 /* take_region -- pages [start, end) of a range were written: hand them on as words of ones, at most 4096 pages at a time */
 static int take_region(const struct colocache_uffd_range *range, const struct cc_page_region *region,
-                       int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+                       cc_take_fn *take, void *context)
 {
     static const uint64_t ones[64] = {
         [0 ... 63] = ~0ull,
     };
     uint64_t base = (uint64_t)(uintptr_t)range->addr;
-    uint64_t first = (region->start - base) / CC_PAGE, n = (region->end - region->start) / CC_PAGE;
+    uint64_t first = (region->start - base) / CC_SOURCE_PAGE, n = (region->end - region->start) / CC_SOURCE_PAGE;
     if (first >= range->n_pages) /* hugetlb: the last 2 MiB page may reach past the range */
         return 0;
     if (n > range->n_pages - first)
@@ -76,17 +79,17 @@ static int take_region(const struct colocache_uffd_range *range, const struct cc
     return 0;
 }
 
-static int uffd_sync(struct colocache_source *base, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int uffd_sync(struct colocache_source *base, cc_take_fn *take, void *context)
 {
     struct uffd_source *source = (struct uffd_source *)base;
     for (uint32_t i = 0; i < source->n_ranges; i++) {
-        int rc = cc_source_ask(take, context, source->ranges[i].block, source->ranges[i].first_pfn, source->ranges[i].n_pages);
+        int rc = cc_source_fits(take, context, source->ranges[i].block, source->ranges[i].first_pfn, source->ranges[i].n_pages);
         if (rc)
             return rc;
     }
     for (uint32_t i = 0; i < source->n_ranges; i++) {
         const struct colocache_uffd_range *range = &source->ranges[i];
-        uint64_t at = (uint64_t)(uintptr_t)range->addr, end = at + range->n_pages * CC_PAGE;
+        uint64_t at = (uint64_t)(uintptr_t)range->addr, end = at + range->n_pages * CC_SOURCE_PAGE;
         while (at < end) {
             struct cc_scan_arg scan = {
                 .size = sizeof scan,
@@ -98,13 +101,9 @@ static int uffd_sync(struct colocache_source *base, int (*take)(void *, uint32_t
                 .category_mask = CC_PAGE_IS_WRITTEN,
                 .return_mask = CC_PAGE_IS_WRITTEN,
             };
-            int n = ioctl(source->pagemap, CC_PAGEMAP_SCAN, &scan);
-            if (n < 0 && errno == EINTR)
-                continue;
-            if (n < 0) {
-                int saved = errno;
-                return cc_fail(COLOCACHE_E_LOG_LOST, "PAGEMAP_SCAN failed: %s; call colocache_dirty_log_lost", colocache_strerror(-saved));
-            }
+            int n = cc_source_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &scan);
+            if (n < 0)
+                return cc_source_lost("PAGEMAP_SCAN");
             for (int r = 0; r < n; r++) {
                 if (take_region(range, &source->regions[r], take, context) != 0)
                     return cc_source_not_taken("the log of this process"); /* the scan has protected the pages again */
@@ -128,16 +127,6 @@ static void uffd_close(struct colocache_source *base)
     free(source);
 }
 
-/* ask -- an ioctl, again if a signal came in between */
-static int ask(int fd, unsigned long request, void *arg)
-{
-    int rc;
-    do {
-        rc = ioctl(fd, request, arg);
-    } while (rc != 0 && errno == EINTR);
-    return rc;
-}
-
 static int open_uffd(void)
 {
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
@@ -145,7 +134,7 @@ static int open_uffd(void)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd is not to be had: %s", colocache_strerror(-errno));
     struct uffdio_api api = {.api = UFFD_API,
                              .features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM};
-    if (ask(fd, UFFDIO_API, &api) != 0) {
+    if (cc_source_ioctl(fd, UFFDIO_API, &api) != 0) {
         int saved = errno;
         close(fd);
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd has no asynchronous write-protection (Linux 6.7 and newer do): %s",
@@ -157,25 +146,25 @@ static int open_uffd(void)
 /* arm -- register a range and protect all of it */
 static int arm(const struct uffd_source *source, const struct colocache_uffd_range *range)
 {
-    uint64_t start = (uint64_t)(uintptr_t)range->addr, len = range->n_pages * CC_PAGE;
+    uint64_t start = (uint64_t)(uintptr_t)range->addr, len = range->n_pages * CC_SOURCE_PAGE;
     struct uffdio_register registration = {.range = {.start = start, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
-    if (ask(source->uffd, UFFDIO_REGISTER, &registration) != 0)
+    if (cc_source_ioctl(source->uffd, UFFDIO_REGISTER, &registration) != 0)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "write-protection of %llu pages at %p can't be registered: %s",
                        (unsigned long long)range->n_pages, range->addr, colocache_strerror(-errno));
     struct uffdio_writeprotect protect = {.range = {.start = start, .len = len}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     int rc;
     do {
-        rc = ioctl(source->uffd, UFFDIO_WRITEPROTECT, &protect);
-    } while (rc != 0 && (errno == EINTR || errno == EAGAIN));
+        rc = cc_source_ioctl(source->uffd, UFFDIO_WRITEPROTECT, &protect);
+    } while (rc != 0 && errno == EAGAIN); /* the address space is just changing */
     return rc == 0 ? 0 : cc_fail_errno("write-protecting guest RAM");
 }
 
 int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_ranges, struct colocache_source **out)
 {
-    if (!ranges || !n_ranges || n_ranges > 65536 || !out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "a userfaultfd log needs 1 to 65536 ranges and a place for the result");
+    if (!ranges || !n_ranges || n_ranges > CC_SOURCE_PARTS_MAX || !out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "a userfaultfd log needs 1 to %u ranges and a place for the result", CC_SOURCE_PARTS_MAX);
     for (uint32_t i = 0; i < n_ranges; i++) {
-        if (!ranges[i].n_pages || ranges[i].n_pages > (1ull << 38) || (uintptr_t)ranges[i].addr % CC_PAGE)
+        if (!ranges[i].n_pages || ranges[i].n_pages > CC_SOURCE_PAGES_MAX || (uintptr_t)ranges[i].addr % CC_SOURCE_PAGE)
             return cc_fail(COLOCACHE_E_ARGUMENT, "range %u: %llu pages at %p", i, (unsigned long long)ranges[i].n_pages, ranges[i].addr);
     }
     struct uffd_source *source = calloc(1, sizeof *source + n_ranges * sizeof ranges[0]);

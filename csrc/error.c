@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "internal.h"
+/* error.c -- a sentence per code, and the last one with its numbers, per thread. */
+#define _GNU_SOURCE /* strerror_r that returns the text */
+#include "error.h"
 
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <string.h>
+
+#include "colocache.h"
 
 static _Thread_local char last_error[512];
 
@@ -39,6 +43,7 @@ static const struct {
     {COLOCACHE_E_UNSUPPORTED, "the kernel, the CPU or this build lacks what was asked for"},
     {COLOCACHE_E_LOG_LOST, "a dirty log could not be read: every page must count as written"},
     {COLOCACHE_E_ORDER, "this call is not allowed in the present state"},
+    {COLOCACHE_E_STRATEGY, "the sealed epoch needs a flush strategy that this build does not have: attach with the build that sealed it"},
 };
 
 /* system_sentence -- strerror without its shared buffer; GNU's strerror_r may or may not use ours */
@@ -78,43 +83,4 @@ int cc_fail_errno(const char *what)
 {
     int saved = errno;
     return cc_fail(-saved, "%s failed: %s", what, system_sentence(saved));
-}
-
-void cc_log(const struct colocache *cc, int level, const char *format, ...)
-{
-    if (!cc->log)
-        return;
-    char sentence[512];
-    va_list args;
-    va_start(args, format);
-    vsnprintf(sentence, sizeof sentence, format, args);
-    va_end(args);
-    cc->log(cc->log_context, level, sentence);
-}
-
-int cc_take_struct(void *ours, uint64_t our_bytes, const void *given, uint64_t least_bytes, const char *what)
-{
-    memset(ours, 0, our_bytes);
-    if (!given)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "%s is NULL", what);
-    uint64_t given_bytes;
-    memcpy(&given_bytes, given, sizeof given_bytes);
-    if (given_bytes < least_bytes || given_bytes > 65536)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "%s.struct_size is %llu, must be at least %llu: set it to sizeof", what,
-                       (unsigned long long)given_bytes, (unsigned long long)least_bytes);
-    memcpy(ours, given, given_bytes < our_bytes ? given_bytes : our_bytes);
-    return 0;
-}
-
-int cc_give_struct(void *given, const void *ours, uint64_t our_bytes, const char *what)
-{
-    if (!given)
-        return 0;
-    uint64_t given_bytes;
-    memcpy(&given_bytes, given, sizeof given_bytes);
-    if (given_bytes < sizeof given_bytes || given_bytes > 65536)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "%s.struct_size is %llu: set it to sizeof", what, (unsigned long long)given_bytes);
-    uint64_t n = given_bytes < our_bytes ? given_bytes : our_bytes;
-    memcpy((char *)given + sizeof given_bytes, (const char *)ours + sizeof given_bytes, n - sizeof given_bytes);
-    return 0;
 }

@@ -1,10 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-#include "internal.h"
-
 #include "fault.h"
 
 #include <stdlib.h>
 #include <string.h>
+
+#include "colocache.h"
+#include "error.h"
+#include "page_copy.h"
 
 #ifdef COLOCACHE_FAULTS
 

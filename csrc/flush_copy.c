@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * flush_copy.c -- the copy strategy: runs of the flush set, cache to guest RAM.  The only writer of guest RAM.
+ * flush_copy.c -- the copy strategy: runs of the flush set, cache to guest RAM, all of them while the VM stands.
  *
  * The threads take pieces of the flush set from one cursor that goes over all blocks in ascending order (measured faster than any
  * other on 4 KiB mappings).  A piece is a share of the dirty bytes that are left, however they lie: few pieces are needed and all
@@ -10,9 +10,12 @@
  */
 #include "internal.h"
 
-#include "fault.h"
-
 #include <string.h>
+
+#include "block.h"
+#include "fault.h"
+#include "flush_set.h"
+#include "strategy.h"
 
 #define THREAD_BYTES (1u << 20) /* what a thread must find to copy: waking it takes as long as copying a quarter of that */
 #define PIECE_BYTES_MAX (1u << 20)
@@ -133,9 +136,10 @@ static void copy_worker(void *context)
     pthread_mutex_unlock(&job->cursor);
 }
 
-/* cc_flush_copy -- copy the flush set of every block; all stores are visible when it returns */
-void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
+/* begin -- copy the flush set of every block; all stores are visible when it returns */
+static int begin(struct colocache *cc, struct colocache_flush_result *out)
 {
+    CC_CRASH_POINT("flush: before the first page");
     struct copy_job job = {.cc = cc, .n_threads = 1};
     for (uint32_t i = 0; i < cc->n_blocks; i++)
         job.left_bytes += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]) << cc->blocks[i].page_shift;
@@ -150,38 +154,20 @@ void cc_flush_copy(struct colocache *cc, struct colocache_flush_result *out)
     out->n_pages = job.n_pages;
     out->n_runs = job.n_runs;
     out->n_bytes = job.n_bytes;
-}
-
-/* cc_flush_copy_word -- the pages of one bitmap word, before there is anything to lose (preflush) */
-uint64_t cc_flush_copy_word(struct colocache *cc, struct cc_block *block, uint64_t word, uint64_t bits)
-{
-    uint64_t n_pages = (uint64_t)__builtin_popcountll(bits);
-    for (; bits; bits &= bits - 1) {
-        uint64_t pfn = word * 64 + (uint64_t)__builtin_ctzll(bits);
-        uint8_t *to = cc_guest_page(block, pfn), *from = cc_cache_page(block, pfn);
-        CC_COPY_RUN(&cc->copy, to, from, block->page_size, block->page_size, "preflush: a page, half and whole");
-    }
-    cc->copy.fence();
-    return n_pages;
-}
-
-/* cc_flush_copy_all -- guest RAM := cache, every page that is there in either (a sparse image's holes stay holes) */
-int cc_flush_copy_all(struct colocache *cc, uint64_t *n_pages_out)
-{
-    for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        struct cc_block *block = &cc->blocks[i];
-        uint64_t at = 0, first, n_bytes;
-        while (cc_block_next_data(block, at, &first, &n_bytes)) {
-            uint64_t pfn = first >> block->page_shift, n_pages = n_bytes >> block->page_shift;
-            int rc = cc_block_allocate(block, pfn, n_pages);
-            if (rc)
-                return rc;
-            CC_COPY_RUN(&cc->copy, cc_guest_page(block, pfn), cc_cache_page(block, pfn), n_bytes, block->page_size,
-                        "restart: a page, half and whole");
-            *n_pages_out += n_pages;
-            at = first + n_bytes;
-        }
-    }
-    cc->copy.fence();
+    CC_CRASH_POINT("flush: after the last page");
     return 0;
 }
+
+static int finish(struct colocache *cc, struct colocache_flush_result *out)
+{
+    (void)cc, (void)out;
+    return 0; /* the VM stood until all was copied */
+}
+
+static int replay(struct colocache *cc, struct colocache_flush_result *out)
+{
+    int rc = cc_flush_set_allocate(cc); /* this process doesn't know yet which pages of a sparse block are there */
+    return rc ? rc : begin(cc, out);
+}
+
+const struct cc_strategy cc_flush_copy = {.number = 1, .begin = begin, .finish = finish, .replay = replay};

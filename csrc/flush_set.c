@@ -1,18 +1,19 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * flush_set.c -- what must be copied at this epoch: PVM bits or SVM bits.
+ * flush_set.c -- what must be copied at this epoch: PVM bits or SVM bits.  And the only place that clears a bit.
  *
- * A page only the PVM wrote must come over; a page only the SVM wrote must go back; so it is the union, and both
- * bitmaps are needed.  Both are read here and cleared elsewhere (checkpoint.c), after the seal.
+ * A page only the PVM wrote must come over; a page only the SVM wrote must go back; so it is the union, and both bitmaps are needed.
+ * Seal moves: the union is there and the commit word stored before a bit is cleared.  A death in between leaves extra bits, which
+ * cost a few copies; a bit cleared too early would be a page that stays wrong.
  */
 #include "internal.h"
 
-#include <string.h>
-
 #include "checksum.h"
+#include "error.h"
 #include "fault.h"
+#include "flush_set.h"
+#include "sparse.h"
 
-/* cc_flush_set_unite -- flush set := PVM | SVM for every block, with its counts and its checksum; both gates are closed */
 int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, uint64_t *checksum_out)
 {
     struct cc_union_counts counts = {0};
@@ -42,7 +43,6 @@ int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, 
     return 0;
 }
 
-/* cc_flush_set_checksum -- the same checksum, from the flush sets as they stand: what an attach compares with */
 uint64_t cc_flush_set_checksum(struct colocache *cc)
 {
     uint64_t sum = 0;
@@ -51,8 +51,7 @@ uint64_t cc_flush_set_checksum(struct colocache *cc)
     return cc_checksum_finish(sum);
 }
 
-/* cc_flush_set_allocate -- sparse images: what the flush will touch must be there before the commit point, and before a replay.  Most of it is known to be;
- * what is known lies as scattered as the pages, so it is fetched some runs ahead. */
+/* Most of it is known to be there; what is known lies as scattered as the pages, so it is fetched some runs ahead. */
 int cc_flush_set_allocate(struct colocache *cc)
 {
     struct cc_bit_run runs[CC_RUNS_MIN * 4];
@@ -66,11 +65,39 @@ int cc_flush_set_allocate(struct colocache *cc)
             for (uint32_t i = 0; i < n; i++)
                 __builtin_prefetch(&block->allocated[runs[i].first / 64]);
             for (uint32_t i = 0; i < n; i++) {
-                int rc = cc_block_allocate(block, runs[i].first, runs[i].n);
+                int rc = cc_sparse_allocate(block, runs[i].first, runs[i].n);
                 if (rc)
                     return rc;
             }
         }
     }
     return 0;
+}
+
+void cc_flush_set_moved(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
+        CC_CRASH_POINT("seal: between clearing PVM and SVM bits");
+        cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM]);
+        CC_CRASH_POINT("seal: bits are cleared");
+    }
+}
+
+void cc_flush_set_forget(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+            cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
+            cc_bitmap_clear_all(&cc->blocks[i].bitmaps[kind]);
+            CC_CRASH_POINT("attach: a bitmap is cleared");
+        }
+    }
+}
+
+/* A page that comes again after its bit was taken sets the bit again. */
+bool cc_flush_set_take_arrived(struct cc_block *block, uint64_t *word, uint64_t *bits_out)
+{
+    struct cc_bitmap *pvm = &block->bitmaps[COLOCACHE_BITMAP_PVM];
+    return cc_bitmap_take_next(pvm, word, pvm->n_words, bits_out);
 }

@@ -8,8 +8,7 @@
  *     bitmaps  per block, in the order of add_block, from its entry's bitmap_offset, each part beginning on a page:
  *                  PVM words | SVM words | flush-set words | PVM summary | SVM summary | flush-set summary
  *
- * Who writes what: `receiving`, receive.c; `commit_word` and `records`, commit.c; `taken_over`, checkpoint.c; entries and the
- * rest, control.c and block.c before the first page comes.  Reserved bytes are zero and attach checks it.
+ * Who writes what: internal.h.  Reserved bytes are zero and attach checks it.
  */
 #ifndef CC_LAYOUT_H
 #define CC_LAYOUT_H
@@ -24,21 +23,20 @@
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
-#define CC_BLOCK_BYTES_MAX (1ull << 50) /* 1 PiB: offsets plus lengths stay far below 2^63 */
+#define CC_DEVICE_STATE_DEFAULT (64ull << 20)
+#define CC_DEVICE_STATE_LIMIT (1ull << 40) /* with COLOCACHE_BLOCKS_MAX blocks of COLOCACHE_BLOCK_BYTES_MAX: every sum of offsets stays below 2^63 */
 
 static inline uint64_t cc_round_to_page(uint64_t n)
 {
     return (n + CC_PAGE - 1) / CC_PAGE * CC_PAGE;
 }
 
-enum cc_strategy { CC_STRATEGY_COPY = 1 };
-
 /* What the commit word names: an epoch that is sealed, and whether its flush is complete. */
 struct cc_record {
     uint64_t generation;      /* the commit word that names this record */
     uint64_t epoch;
     uint64_t committed;       /* 0 sealed, 1 guest RAM is the epoch */
-    uint32_t strategy;        /* enum cc_strategy */
+    uint32_t strategy;        /* cc_strategy.number: how its flush is replayed */
     uint32_t device_area;     /* 0 or 1 */
     uint64_t device_bytes;
     uint64_t device_checksum;

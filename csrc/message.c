@@ -1,15 +1,18 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* message.c -- headers of messages, and moving bytes over a socket with a time limit. */
-#include "internal.h"
-
-#include "stream.h"
+#define _GNU_SOURCE
+#include "message.h"
 
 #include <errno.h>
 #include <poll.h>
+#include <stdbool.h>
 #include <string.h>
 #include <sys/socket.h>
 
 #include "checksum.h"
+#include "clock.h"
+#include "colocache.h"
+#include "error.h"
 
 #define WIRE_MAGIC 0x4f4c4f43u /* bytes "COLO" */
 #define CHECKED_BYTES 32u

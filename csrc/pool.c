@@ -10,9 +10,9 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
-#include <time.h>
 
 #include "atomics.h"
+#include "clock.h"
 
 #define THREADS_MAX 256u
 #define FINISH_NS 100000u /* how long the caller looks out for the last worker before it sleeps */
@@ -29,13 +29,6 @@ struct cc_pool {
     pthread_t workers[];
 };
 
-static uint64_t now_ns(void)
-{
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
-
 static inline void relax(void)
 {
 #if defined(__x86_64__)
@@ -48,14 +41,14 @@ static inline void relax(void)
 /* watch_end -- until the workers are done; gives up after FINISH_NS.  A look without the lock is a hint only. */
 static void watch_end(const struct cc_pool *pool)
 {
-    uint64_t begin = now_ns();
+    uint64_t begin = cc_now_ns();
     do {
         for (unsigned i = 0; i < 64; i++) {
             if (cc_observe32(&pool->running) == 0)
                 return;
             relax();
         }
-    } while (now_ns() - begin < FINISH_NS);
+    } while (cc_now_ns() - begin < FINISH_NS);
 }
 
 static void *worker(void *arg)

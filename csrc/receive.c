@@ -4,90 +4,59 @@
  *
  * Order, for each page: `receiving` >= its epoch, then its bytes, then its bit.  The first makes an attach know that the
  * cache may no longer be the sealed epoch; the last makes a set bit mean a complete page.
+ * It is the only writer of both, whoever brings the bytes (a caller, or a socket: stream.c).
  * Many threads receive at once; they meet only in the gate's counter and in bitmap words they share.
  */
 #include "internal.h"
 
 #include <string.h>
 
+#include "block.h"
+#include "epoch.h"
+#include "error.h"
 #include "fault.h"
+#include "receive.h"
+#include "sparse.h"
 
-/* open_epoch -- the first page (or device state) of a new epoch */
-static int open_epoch(struct colocache *cc, uint64_t epoch)
-{
-    int rc = 0;
-    pthread_mutex_lock(&cc->opening);
-    uint64_t open = cc_observe(&cc->open_epoch);
-    if (open == 0) {
-        uint64_t newest = cc_observe(&cc->control->receiving);
-        if (epoch <= newest || epoch == UINT64_MAX) {
-            rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
-                         (unsigned long long)epoch, (unsigned long long)newest);
-        } else {
-            cc_stats_opened(cc);
-            CC_CRASH_POINT("receive: before the receiving word");
-            cc_publish(&cc->control->receiving, epoch); /* before the first byte */
-            CC_CRASH_POINT("receive: after the receiving word");
-            cc_publish(&cc->open_epoch, epoch);
-            CC_CRASH_POINT("receive: the epoch is open");
-        }
-    } else if (open != epoch) {
-        rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu came while epoch %llu is open: seal or abort that first",
-                     (unsigned long long)epoch, (unsigned long long)open);
-    }
-    pthread_mutex_unlock(&cc->opening);
-    return rc;
-}
-
-/* cc_receive_enter -- into the gate with an open epoch.  The phase is looked at inside, so that a seal or failover that
- * closed the gate before is seen. */
-int cc_receive_enter(struct colocache *cc, uint64_t epoch)
-{
-    if (!cc)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    cc_gate_enter(&cc->receive_gate);
-    int rc = 0;
-    switch (cc_observe32(&cc->phase) & CC_PHASE_MASK) {
-    case COLOCACHE_PHASE_SEALING:
-        rc = cc_fail(COLOCACHE_E_SEALED, "epoch %llu can't arrive: the epoch before is being sealed, flushed or loaded",
-                     (unsigned long long)epoch);
-        break;
-    case COLOCACHE_PHASE_LOAD_FAILED:
-        rc = cc_fail(COLOCACHE_E_LOAD_FAILED, "epoch %llu can't arrive: the device state before it did not load",
-                     (unsigned long long)epoch);
-        break;
-    case COLOCACHE_PHASE_FAILED_OVER:
-        rc = cc_fail(COLOCACHE_E_FAILED_OVER, "epoch %llu can't arrive: this secondary took over", (unsigned long long)epoch);
-        break;
-    default:
-        if (epoch == 0 || cc_observe(&cc->open_epoch) != epoch) /* 0 also stands for "none is open": it must not pass for it */
-            rc = open_epoch(cc, epoch);
-    }
-    if (rc)
-        cc_gate_leave(&cc->receive_gate);
-    return rc;
-}
-
-void cc_receive_leave(struct colocache *cc)
-{
-    cc_gate_leave(&cc->receive_gate);
-}
-
-/* cc_receive_done -- the bytes of these pages are in the cache */
-void cc_receive_done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+/* done -- the bytes of these pages are in the cache */
+static void done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
     CC_CRASH_POINT("receive: bytes, before their bits");
     cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], first_pfn, n_pages);
     CC_CRASH_POINT("receive: after the bits");
-    cc_add(&cc->received_pages, n_pages);
+    cc_epoch_received(cc, n_pages);
 }
 
-/* locate -- block and range, with the sparse pages allocated; inside the gate */
-static int locate(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64_t n_pages, struct cc_block **block)
+int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs,
+                    struct iovec *iov, cc_bring_fn *bring, void *context, uint64_t *n_pages)
 {
-    int rc = cc_block_get(cc, index, block);
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < n_runs; i++)
+        rc = cc_sparse_allocate(block, runs[i].first_pfn, runs[i].n_pages);
     if (rc == 0)
-        rc = cc_block_range(*block, first_pfn, n_pages);
+        rc = cc_epoch_enter(cc, epoch);
+    if (rc)
+        return rc;
+    uint32_t n_iov = 0;
+    for (uint32_t i = 0; i < n_runs; i++) {
+        uint8_t *to = cc_cache_page(block, runs[i].first_pfn);
+        uint64_t n_bytes = (uint64_t)runs[i].n_pages << block->page_shift;
+        if (runs[i].flags & CC_RUN_ZERO)
+            memset(to, 0, n_bytes);
+        else
+            iov[n_iov++] = (struct iovec){.iov_base = to, .iov_len = n_bytes};
+    }
+    rc = bring(context, iov, n_iov);
+    CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
+    for (uint32_t i = 0; i < n_runs; i++) {
+        if (rc) { /* touched, perhaps torn: the bit, but not the count */
+            cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], runs[i].first_pfn, runs[i].n_pages);
+        } else {
+            done(cc, block, runs[i].first_pfn, runs[i].n_pages);
+            *n_pages += runs[i].n_pages;
+        }
+    }
+    cc_epoch_leave(cc);
     return rc;
 }
 
@@ -106,20 +75,20 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
         return cc_fail(COLOCACHE_E_LENGTH, "%llu bytes were given for %llu pages, block %s uses %u a page",
                        (unsigned long long)len_bytes, (unsigned long long)n_pages, block->name, block->page_size);
     for (uint64_t i = 0; block->sparse && i < n_pages; i++) {
-        rc = cc_block_allocate(block, pfns[i], 1);
+        rc = cc_sparse_allocate(block, pfns[i], 1);
         if (rc)
             return rc;
     }
-    rc = cc_receive_enter(cc, epoch);
+    rc = cc_epoch_enter(cc, epoch);
     if (rc)
         return rc;
     const uint8_t *from = data;
     for (uint64_t i = 0; i < n_pages; i++) {
         CC_HALF(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size, "receive: half a page");
         memcpy(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size);
-        cc_receive_done(cc, block, pfns[i], 1);
+        done(cc, block, pfns[i], 1);
     }
-    cc_receive_leave(cc);
+    cc_epoch_leave(cc);
     return 0;
 }
 
@@ -131,56 +100,17 @@ int colocache_receive_page(struct colocache *cc, uint64_t epoch, uint32_t block,
 int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_index, uint64_t first_pfn, uint64_t n_pages)
 {
     struct cc_block *block;
-    int rc = locate(cc, block_index, first_pfn, n_pages, &block);
+    int rc = cc_block_get(cc, block_index, &block);
     if (rc == 0)
-        rc = cc_block_allocate(block, first_pfn, n_pages);
+        rc = cc_block_range(block, first_pfn, n_pages);
     if (rc == 0)
-        rc = cc_receive_enter(cc, epoch);
+        rc = cc_sparse_allocate(block, first_pfn, n_pages);
+    if (rc == 0)
+        rc = cc_epoch_enter(cc, epoch);
     if (rc)
         return rc;
     memset(cc_cache_page(block, first_pfn), 0, n_pages << block->page_shift);
-    cc_receive_done(cc, block, first_pfn, n_pages);
-    cc_receive_leave(cc);
-    return 0;
-}
-
-/* The device state's room: in the area that the current record does not name, so that the state before stays whole. */
-int colocache_device_state_begin(struct colocache *cc, uint64_t epoch, uint64_t len_bytes, void **addr_out)
-{
-    if (!cc || !addr_out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or addr_out is NULL");
-    if (len_bytes > cc->control->device_state_max_bytes)
-        return cc_fail(COLOCACHE_E_TOO_LARGE, "device state is %llu bytes, this region takes %llu: create it with a larger bound",
-                       (unsigned long long)len_bytes, (unsigned long long)cc->control->device_state_max_bytes);
-    struct cc_record current;
-    int rc = cc_commit_read(cc->control, &current);
-    if (rc < 0)
-        return rc;
-    uint32_t area = rc == 0 ? 0 : 1 - current.device_area;
-    uint64_t offset = CC_DEVICES_OFFSET + area * cc->control->device_area_bytes;
-    rc = len_bytes ? cc_reserve(cc->control_fd, offset, len_bytes, "the device-state area") : 0;
-    CC_CRASH_POINT("device state: room is there");
-    if (rc == 0)
-        rc = cc_receive_enter(cc, epoch);
-    if (rc)
-        return rc;
-    cc->staging = (struct cc_device_staging){.epoch = epoch, .len_bytes = len_bytes, .area = area};
-    *addr_out = cc_device_area(cc, area);
-    cc_receive_leave(cc);
-    return 0;
-}
-
-int colocache_device_state(struct colocache *cc, const void **addr_out, uint64_t *len_bytes_out)
-{
-    struct cc_record current;
-    if (!cc || !addr_out || !len_bytes_out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or an out-parameter is NULL");
-    int rc = cc_commit_read(cc->control, &current);
-    if (rc < 0)
-        return rc;
-    if (rc == 0)
-        return cc_fail(COLOCACHE_E_NO_STATE, "no epoch has been sealed yet, so there is no device state");
-    *addr_out = cc_device_area(cc, current.device_area);
-    *len_bytes_out = current.device_bytes;
+    done(cc, block, first_pfn, n_pages);
+    cc_epoch_leave(cc);
     return 0;
 }

@@ -19,7 +19,18 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "block.h"
+#include "commit.h"
+#include "control.h"
+#include "device_state.h"
+#include "epoch.h"
+#include "error.h"
 #include "fault.h"
+#include "flush_set.h"
+#include "guest_pages.h"
+#include "strategy.h"
+#include "validate.h"
+#include "version.h"
 
 /* nth_images -- of a caller's array, whose elements are as long as the caller's header says, not as ours does */
 static const struct colocache_images *nth_images(const struct colocache_images *images, uint32_t n)
@@ -30,12 +41,12 @@ static const struct colocache_images *nth_images(const struct colocache_images *
 /* bind_blocks -- every block of the region with the images that were given for its name */
 static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t file_bytes)
 {
-    uint64_t n_blocks = cc_observe(&cc->control->n_blocks);
+    uint64_t n_blocks = cc_observe(&cc->region.control->n_blocks);
     if (n_images != n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u",
                        (unsigned long long)n_blocks, n_images);
     for (uint32_t b = 0; b < n_blocks; b++) {
-        int rc = cc_block_check_entry(&cc->table[b], file_bytes);
+        int rc = cc_block_check_entry(&cc->region.table[b], file_bytes);
         if (rc)
             return rc;
         const struct colocache_images *found = NULL;
@@ -45,11 +56,11 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
             rc = cc_take_struct(&given, sizeof given, one, sizeof given, "images");
             if (rc)
                 return rc;
-            if (given.name && strncmp(given.name, cc->table[b].name, COLOCACHE_NAME_BYTES) == 0)
+            if (given.name && strncmp(given.name, cc->region.table[b].name, COLOCACHE_NAME_BYTES) == 0)
                 found = one;
         }
         if (!found)
-            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s", cc->table[b].name);
+            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s", cc->region.table[b].name);
         rc = cc_block_reattach(cc, b, found);
         if (rc)
             return rc;
@@ -61,14 +72,8 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
 /* start_again -- nothing was ever sealed: as good as new, but epoch numbers that were used stay used */
 static void start_again(struct colocache *cc)
 {
-    for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
-            cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
-            cc_bitmap_clear_all(&cc->blocks[i].bitmaps[kind]);
-            CC_CRASH_POINT("attach: a bitmap is cleared");
-        }
-    }
-    cc_control_new_history(cc->control);
+    cc_flush_set_forget(cc);
+    cc_control_new_history(cc->region.control);
 }
 
 /* check_bitmaps -- tails first (they are checked, not mended), then summaries are made anew */
@@ -82,28 +87,28 @@ static int check_bitmaps(struct colocache *cc)
     return rc;
 }
 
-static int replay(struct colocache *cc, struct cc_record *record, struct colocache_recovery *report)
+static int replay(struct colocache *cc, const struct cc_strategy *strategy, struct cc_record *record, struct colocache_recovery *report)
 {
     uint64_t found = cc_flush_set_checksum(cc);
     if (found != record->flush_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
                        (unsigned long long)record->epoch, (unsigned long long)found, (unsigned long long)record->flush_checksum);
-    int rc = cc_flush_set_allocate(cc); /* sparse: this process doesn't know yet what is there */
+    struct colocache_flush_result result = {0};
+    int rc = strategy->replay(cc, &result);
     if (rc)
         return rc;
-    struct colocache_flush_result result = {0};
-    rc = cc_finish_flush(cc, record, &result);
+    cc_commit_flushed(cc->region.control, record);
     report->action = COLOCACHE_RECOVERED_REPLAYED;
     report->n_pages = result.n_pages;
     snprintf(report->sentence, sizeof report->sentence,
              "epoch %llu was sealed but not committed: replayed its flush, %llu pages; guest RAM and device state are epoch %llu",
              (unsigned long long)record->epoch, (unsigned long long)result.n_pages, (unsigned long long)record->epoch);
-    return rc;
+    return 0;
 }
 
 static int restart(struct colocache *cc, const struct cc_record *record, struct colocache_recovery *report)
 {
-    int rc = cc_flush_copy_all(cc, &report->n_pages);
+    int rc = cc_guest_copy_all(cc, &report->n_pages);
     report->action = COLOCACHE_RECOVERED_RESTART;
     snprintf(report->sentence, sizeof report->sentence,
              "epoch %llu is committed and no newer page had come: restarted from epoch %llu, %llu pages copied from the cache",
@@ -127,10 +132,10 @@ static int no_restart(struct colocache *cc, const struct cc_record *record, stru
 static int recover(struct colocache *cc, struct colocache_recovery *report)
 {
     struct cc_record record;
-    int rc = cc_commit_read(cc->control, &record);
+    int rc = cc_commit_read(cc->region.control, &record);
     if (rc < 0)
         return rc;
-    report->receiving_epoch = cc_observe(&cc->control->receiving);
+    report->receiving_epoch = cc_observe(&cc->region.control->receiving);
     report->epoch = record.epoch;
     if (rc == 0) {
         start_again(cc);
@@ -138,12 +143,16 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
         snprintf(report->sentence, sizeof report->sentence, "no epoch was sealed yet: the initial copy starts again");
         return 0;
     }
+    const struct cc_strategy *strategy = cc_strategy_find(record.strategy);
+    if (!strategy)
+        return cc_fail(COLOCACHE_E_STRATEGY, "epoch %llu was sealed for flush strategy %u, which this build does not have: attach with the "
+                       "build that sealed it", (unsigned long long)record.epoch, record.strategy);
     if (report->receiving_epoch < record.epoch)
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed but only epoch %llu was ever received", (unsigned long long)record.epoch,
                        (unsigned long long)report->receiving_epoch);
     rc = check_bitmaps(cc);
     if (rc == 0)
-        rc = cc_commit_check_device_state(cc, &record);
+        rc = cc_device_state_check(cc, &record);
     if (rc)
         return rc;
     if (!record.committed && report->receiving_epoch > record.epoch)
@@ -151,13 +160,13 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
                        (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
     CC_CRASH_POINT("attach: all is verified");
     if (!record.committed)
-        rc = replay(cc, &record, report);
+        rc = replay(cc, strategy, &record, report);
     else if (report->receiving_epoch == record.epoch)
         rc = restart(cc, &record, report);
     else
         return no_restart(cc, &record, report);
     if (rc == 0)
-        cc_publish32(&cc->phase, COLOCACHE_PHASE_LIVE);
+        cc_epoch_recovered(cc);
     return rc;
 }
 
@@ -170,19 +179,19 @@ int colocache_attach(int control_fd, const struct colocache_options *options, co
     if (!out || (n_images && !images))
         return cc_fail(COLOCACHE_E_ARGUMENT, "out or images is NULL");
     *out = NULL;
-    int rc = cc_control_open(control_fd, false, options, &cc);
+    int rc = cc_handle_open(control_fd, false, options, &cc);
     if (rc)
         return rc;
-    if (fstat(cc->control_fd, &st) != 0)
+    if (fstat(cc->region.fd, &st) != 0)
         rc = cc_fail_errno("fstat of the control region");
-    if (rc == 0 && cc_observe(&cc->control->taken_over))
+    if (rc == 0 && cc_observe(&cc->region.control->taken_over))
         rc = cc_fail(COLOCACHE_E_FAILED_OVER, "this secondary took over and its process ended: there is no older state to go back to");
     if (rc == 0)
         rc = bind_blocks(cc, images, n_images, (uint64_t)st.st_size);
     if (rc == 0)
         rc = recover(cc, &found);
     if (rc) {
-        cc_control_free(cc);
+        cc_handle_free(cc);
         return rc;
     }
     cc_log(cc, COLOCACHE_LOG_INFO, "%s", found.sentence);

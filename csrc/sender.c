@@ -6,13 +6,16 @@
  * read for sending; `unacked` loses bits only when the peer has sealed.  So an abort or a lost connection costs a resend of
  * unacked, never a page.  Both live in this process: a primary that dies takes its whole half with it.
  */
-#include "internal.h"
+#include "sender.h"
 
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "sender.h"
+#include "atomics.h"
+#include "bounds.h"
+#include "error.h"
+#include "source.h"
 
 int colocache_sender_create(struct colocache_sender **out)
 {
@@ -33,8 +36,10 @@ int colocache_sender_close(struct colocache_sender *sender)
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes,
                                uint32_t page_size, uint32_t *block_out)
 {
-    if (!sender || !name || !*name || strnlen(name, COLOCACHE_NAME_BYTES) >= COLOCACHE_NAME_BYTES || !addr)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "a sender's block needs a name of 1 to %d bytes and an address", COLOCACHE_NAME_BYTES - 1);
+    if (!sender || !addr)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the sender or the block's address is NULL");
+    if (cc_bounds_name(name))
+        return COLOCACHE_E_ARGUMENT; /* the sentence has been left */
     if (cc_observe32(&sender->sent))
         return cc_fail(COLOCACHE_E_ORDER, "block %s: blocks are added before the first page is sent", name);
     if (sender->n_blocks == COLOCACHE_BLOCKS_MAX)
@@ -43,10 +48,9 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
         if (strcmp(sender->blocks[i].name, name) == 0)
             return cc_fail(COLOCACHE_E_BLOCK, "there is a block %s already", name);
     }
-    if (page_size < 4096 || page_size > 2u << 20 || (page_size & (page_size - 1)) || !len_bytes || len_bytes % page_size ||
-        len_bytes > (1ull << 50))
-        return cc_fail(COLOCACHE_E_LENGTH, "block %s is %llu bytes in pages of %u: pages are powers of two from 4096 to 2 MiB, a block a multiple of them",
-                       name, (unsigned long long)len_bytes, page_size);
+    int rc = cc_bounds_block(name, len_bytes, page_size);
+    if (rc)
+        return rc;
     struct cc_sender_block *block = &sender->blocks[sender->n_blocks];
     uint64_t n_pages = len_bytes / page_size, n_words = cc_words_for(n_pages), n_summary = cc_words_for(n_words);
     block->memory = calloc(2 * (n_words + n_summary), 8);
@@ -88,9 +92,9 @@ static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_
     if (!sender || index >= sender->n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, the sender has %u", index, sender ? sender->n_blocks : 0);
     struct cc_sender_block *block = &sender->blocks[index];
-    if (first_pfn >= block->n_pages || n_pages > block->n_pages - first_pfn)
-        return cc_fail(COLOCACHE_E_RANGE, "pages %llu+%llu lie past the end of block %s, which has %llu", (unsigned long long)first_pfn,
-                       (unsigned long long)n_pages, block->name, (unsigned long long)block->n_pages);
+    int rc = cc_bounds_range(block->name, block->n_pages, first_pfn, n_pages);
+    if (rc)
+        return rc;
     if (words && !cc_bitmap_tail_ok(words, n_pages))
         return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
                        (unsigned long long)n_pages, block->name);
@@ -100,7 +104,13 @@ static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_
 
 static int take_into_sender(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
 {
-    return mark(context, block, first_pfn, n_pages, words);
+    struct colocache_sender *sender = context;
+    if (block < sender->n_blocks) { /* else mark says so */
+        int rc = cc_source_page_size(sender->blocks[block].name, sender->blocks[block].page_size);
+        if (rc)
+            return rc;
+    }
+    return mark(sender, block, first_pfn, n_pages, words);
 }
 
 int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colocache_source *source)

@@ -5,12 +5,16 @@
  * A page's pending bit is taken before the page is read, so a write that comes later, and is in the log, makes it pending again.  What was
  * taken and could not be handed over is marked again, in the order of a dirty page: unacked before pending.
  */
-#include "internal.h"
+#include "sender.h"
 
+#include <stdbool.h>
 #include <string.h>
 
-#include "sender.h"
-#include "stream.h"
+#include "atomics.h"
+#include "error.h"
+#include "message.h"
+#include "page_copy.h"
+#include "version.h"
 
 /* ---- the pages of a stripe --------------------------------------------------------------------------------------------- */
 

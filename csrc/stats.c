@@ -2,20 +2,19 @@
 /*
  * stats.c -- what a handle has done since it was made, and where the time of its newest checkpoint went.
  *
- * Each field has one writer (receive.c, dirty_log.c, checkpoint.c through the functions here) and is read as it stands.
+ * Each field has one writer (dirty_log.c, checkpoint.c, epoch.c through the functions here) and is read as it stands.
  */
 #include "internal.h"
+
+#include "clock.h"
+#include "epoch.h"
+#include "error.h"
+#include "stats.h"
+#include "version.h"
 
 void cc_stats_synced(struct colocache *cc, uint64_t begin_ns)
 {
     cc_add(&cc->stats.open_sync_ns, cc_now_ns() - begin_ns);
-}
-
-/* cc_stats_opened -- under the lock of open_epoch: what the epoch before received joins the total */
-void cc_stats_opened(struct colocache *cc)
-{
-    cc_add(&cc->stats.received_before, cc_peek(&cc->received_pages));
-    cc_poke(&cc->received_pages, 0);
 }
 
 void cc_stats_sealed(struct colocache *cc, const struct colocache_seal_result *result)
@@ -69,8 +68,6 @@ int colocache_get_stats(struct colocache *cc, struct colocache_stats *out)
         .flush_ns = cc_peek(&stats->flush_ns),
         .load_ns = cc_peek(&stats->load_ns),
     };
-    pthread_mutex_lock(&cc->opening); /* the two parts of the sum change hands under it */
-    now.received_pages = cc_peek(&stats->received_before) + cc_peek(&cc->received_pages);
-    pthread_mutex_unlock(&cc->opening);
+    now.received_pages = cc_epoch_received_in_all(cc);
     return cc_give_struct(out, &now, sizeof now, "stats");
 }

@@ -1,29 +1,14 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* status.c -- looking: at a handle, at one block, at a region that somebody else owns. */
+/* status.c -- looking at a handle of one's own: its state, its blocks, its bitmaps. */
 #include "internal.h"
 
 #include <string.h>
-#include <sys/stat.h>
 
-#define LOOKS_MAX 1000 /* of inspect at a region that changes under its eyes */
-
-/* fill_from_control -- what a region says by itself */
-static int fill_from_control(const struct cc_control *control, struct colocache_status *out, struct cc_record *record)
-{
-    int rc = cc_commit_read(control, record);
-    if (rc < 0)
-        return rc;
-    memcpy(out->history_id, control->history_id, sizeof out->history_id);
-    out->n_blocks = (uint32_t)cc_observe(&control->n_blocks);
-    out->sealed_epoch = record->epoch;
-    out->committed_epoch = record->committed ? record->epoch : record->committed_before;
-    out->receiving_epoch = cc_observe(&control->receiving);
-    out->device_state_bytes = record->device_bytes;
-    out->device_state_max_bytes = control->device_state_max_bytes;
-    out->control_bytes = control->bitmap_end;
-    out->owner_pid = control->owner_pid;
-    return 0;
-}
+#include "block.h"
+#include "epoch.h"
+#include "error.h"
+#include "inspect.h"
+#include "version.h"
 
 int colocache_get_status(struct colocache *cc, struct colocache_status *out)
 {
@@ -31,14 +16,14 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     struct cc_record record;
     if (!cc || !out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or out is NULL");
-    int rc = fill_from_control(cc->control, &status, &record);
+    int rc = cc_inspect_head(cc->region.control, &status, &record);
     if (rc)
         return rc;
-    uint32_t phase = cc_observe32(&cc->phase);
-    status.phase = phase & CC_PHASE_MASK;
-    status.failover_pending = (phase & CC_PHASE_PENDING) != 0;
-    status.received_pages = cc_observe(&cc->received_pages);
-    status.open_epoch = cc_observe(&cc->open_epoch);
+    enum cc_state state = cc_epoch_state(cc);
+    status.phase = cc_epoch_phase(state);
+    status.failover_pending = cc_epoch_failover_asked(state);
+    status.received_pages = cc_observe(&cc->epoch.received_pages);
+    status.open_epoch = cc_observe(&cc->epoch.open);
     status.n_threads = cc_pool_size(cc->pool);
     status.copy_variant = (uint32_t)cc->copy.variant;
     return cc_give_struct(out, &status, sizeof status, "status");
@@ -61,7 +46,7 @@ int colocache_get_block(struct colocache *cc, uint32_t index, struct colocache_b
     out->pvm_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_PVM]);
     out->svm_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_SVM]);
     out->flush_pages = cc_bitmap_count(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
-    out->guest_addr = block->guest.addr;
+    out->guest_addr = block->guest.vm_addr;
     out->cache_addr = block->cache.addr;
     return 0;
 }
@@ -81,122 +66,4 @@ int colocache_get_bitmap(struct colocache *cc, uint32_t index, int kind, uint64_
     for (uint64_t w = 0; w < n_words; w++)
         words[w] = cc_observe(&bitmap->words[w]);
     return 0;
-}
-
-/* ---- inspect: no lock, nothing written, nothing believed --------------------------------------------------------------- */
-
-/* inspect_block -- counts straight from the words: the owner may be at work on the summaries, or dead in the middle of it */
-static int inspect_block(int fd, const struct cc_block_entry *entry, struct colocache_block_info *out)
-{
-    memset(out, 0, sizeof *out);
-    memcpy(out->name, entry->name, sizeof out->name);
-    out->len_bytes = entry->len_bytes;
-    out->page_size = entry->page_size;
-    out->sparse = entry->sparse;
-    out->n_pages = entry->len_bytes / entry->page_size;
-    void *map;
-    int rc = cc_map_file(fd, entry->bitmap_offset, entry->bitmap_bytes, false, &map);
-    if (rc)
-        return rc;
-    struct cc_bitmap bitmaps[CC_BITMAPS];
-    cc_block_bind_bitmaps(bitmaps, map, out->n_pages);
-    uint64_t *counts[CC_BITMAPS] = {&out->pvm_pages, &out->svm_pages, &out->flush_pages};
-    for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
-        for (uint64_t w = 0; w < bitmaps[kind].n_words; w++)
-            *counts[kind] += (uint64_t)__builtin_popcountll(cc_peek(&bitmaps[kind].words[w]));
-    }
-    cc_unmap(map, entry->bitmap_bytes);
-    return 0;
-}
-
-static int inspect_blocks(int fd, const struct cc_block_entry *table, uint64_t file_bytes, struct colocache_status *status,
-                          struct colocache_block_info *blocks, uint32_t room)
-{
-    for (uint32_t i = 0; i < status->n_blocks; i++) {
-        struct colocache_block_info info;
-        int rc = cc_block_check_entry(&table[i], file_bytes);
-        if (rc == 0)
-            rc = inspect_block(fd, &table[i], &info);
-        if (rc)
-            return rc;
-        status->pvm_pages += info.pvm_pages;
-        status->svm_pages += info.svm_pages;
-        status->flush_pages += info.flush_pages;
-        if (blocks && i < room)
-            blocks[i] = info;
-    }
-    return 0;
-}
-
-/* What an owner changes while it lives.  The file is enlarged before anything speaks of what lies there. */
-struct moment {
-    uint64_t file_bytes, n_blocks, bitmap_end, commit_word;
-};
-
-static int now(int control_fd, const struct cc_control *control, struct moment *out)
-{
-    struct stat st;
-    memset(out, 0, sizeof *out); /* compared as bytes */
-    if (control) {
-        out->commit_word = cc_observe(&control->commit_word);
-        out->n_blocks = cc_observe(&control->n_blocks);
-        out->bitmap_end = cc_observe(&control->bitmap_end);
-    }
-    if (fstat(control_fd, &st) != 0) /* last: at least what the three need */
-        return cc_fail_errno("fstat of the control region");
-    out->file_bytes = (uint64_t)st.st_size;
-    return 0;
-}
-
-/* look -- once, in a region that was file_bytes long a moment ago */
-static int look(int control_fd, const struct cc_control *control, uint64_t file_bytes, struct colocache_status *status,
-                struct colocache_block_info *blocks, uint32_t room)
-{
-    struct cc_record record;
-    memset(status, 0, sizeof *status);
-    int rc = cc_control_check(control, file_bytes);
-    if (rc == 0)
-        rc = fill_from_control(control, status, &record);
-    if (rc)
-        return rc;
-    status->phase = cc_observe(&control->taken_over) ? COLOCACHE_PHASE_FAILED_OVER
-                    : record.epoch == 0              ? COLOCACHE_PHASE_EMPTY
-                    : record.committed               ? COLOCACHE_PHASE_LIVE
-                                                     : COLOCACHE_PHASE_SEALING;
-    return inspect_blocks(control_fd, (const void *)((const uint8_t *)control + CC_TABLE_OFFSET), file_bytes, status, blocks, room);
-}
-
-int colocache_inspect(int control_fd, struct colocache_status *out, struct colocache_block_info *blocks, uint32_t *n_blocks)
-{
-    struct colocache_status status;
-    struct moment before, after;
-    if (!out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
-    int rc = now(control_fd, NULL, &before);
-    if (rc)
-        return rc;
-    if (before.file_bytes < CC_DEVICES_OFFSET)
-        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%llu bytes are too few for a control region", (unsigned long long)before.file_bytes);
-    void *control;
-    rc = cc_map_file(control_fd, 0, CC_DEVICES_OFFSET, false, &control);
-    if (rc)
-        return rc;
-    rc = now(control_fd, control, &before);
-    for (int looks = 0; rc == 0; looks++) {
-        int found = look(control_fd, control, before.file_bytes, &status, blocks, n_blocks ? *n_blocks : 0);
-        rc = now(control_fd, control, &after);
-        /* What does not fit while an owner is at work is no damage: it is what changed under our eyes.  Damage stays. */
-        bool moved = memcmp(&before, &after, sizeof before) != 0;
-        if (rc == 0 && (found != COLOCACHE_E_CORRUPT || !moved || looks == LOOKS_MAX)) {
-            rc = found;
-            break;
-        }
-        before = after;
-    }
-    cc_unmap(control, CC_DEVICES_OFFSET);
-    if (rc)
-        return rc;
-    if (n_blocks)
-        *n_blocks = status.n_blocks;
-    return cc_give_struct(out, &status, sizeof status, "status");
 }

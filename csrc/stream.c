@@ -2,17 +2,17 @@
 /*
  * stream.c -- PAGES packets from a socket straight into cache images.
  *
- * A packet's header and runs are read and checked whole before one byte of it goes to the cache; then its pages are scattered by the
- * kernel to where they belong.  When the connection breaks inside a packet the pages that may have been touched get
- * their bits all the same: the epoch can't be sealed any more (its count is short), and a page whose bytes
- * changed without a bit would be a page that guest RAM and cache silently disagree on.
+ * A packet's header and runs are read and checked whole before one byte of it goes to the cache; then the kernel scatters its pages
+ * to where they belong, and receive.c sets their bits.
  */
 #include "internal.h"
 
 #include <string.h>
 
-#include "fault.h"
-#include "stream.h"
+#include "block.h"
+#include "error.h"
+#include "message.h"
+#include "receive.h"
 
 struct packet {
     uint8_t header[COLOCACHE_HEADER_BYTES];
@@ -61,50 +61,29 @@ static int check_runs(struct colocache *cc, struct packet *packet)
     if (message->body_len_bytes != expected)
         return cc_fail(COLOCACHE_E_PACKET, "PAGES packet says %llu bytes, its runs make %llu", (unsigned long long)message->body_len_bytes,
                        (unsigned long long)expected);
-    for (uint32_t i = 0; rc == 0 && i < message->b; i++)
-        rc = cc_block_allocate(packet->block, packet->runs[i].first_pfn, packet->runs[i].n_pages);
-    return rc;
+    return 0;
 }
 
-/* scatter -- zero runs by memset, the others by one gathering read; then the bits of all */
-static int scatter(struct colocache *cc, int fd, int timeout_ms, struct packet *packet, uint64_t *n_pages)
+struct socket_reader {
+    int fd, timeout_ms;
+};
+
+/* bring -- by one scattering read, from the socket to where the pages belong */
+static int bring(void *context, struct iovec *iov, uint32_t n_iov)
 {
-    struct cc_block *block = packet->block;
-    uint32_t n_iov = 0;
-    for (uint32_t i = 0; i < packet->message.b; i++) {
-        const struct cc_run *run = &packet->runs[i];
-        uint64_t bytes = (uint64_t)run->n_pages << block->page_shift;
-        if (run->flags & CC_RUN_ZERO)
-            memset(cc_cache_page(block, run->first_pfn), 0, bytes);
-        else
-            packet->iov[n_iov++] = (struct iovec){.iov_base = cc_cache_page(block, run->first_pfn), .iov_len = bytes};
-    }
-    int rc = cc_read_all(fd, packet->iov, n_iov, timeout_ms);
-    CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
-    for (uint32_t i = 0; i < packet->message.b; i++) {
-        const struct cc_run *run = &packet->runs[i];
-        if (rc) { /* touched, perhaps torn: the bit, but not the count */
-            cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], run->first_pfn, run->n_pages);
-        } else {
-            cc_receive_done(cc, block, run->first_pfn, run->n_pages);
-            *n_pages += run->n_pages;
-        }
-    }
-    return rc;
+    const struct socket_reader *reader = context;
+    return cc_read_all(reader->fd, iov, n_iov, reader->timeout_ms);
 }
 
 static int receive_packet(struct colocache *cc, int fd, int timeout_ms, struct packet *packet, uint64_t *n_pages)
 {
+    struct socket_reader reader = {.fd = fd, .timeout_ms = timeout_ms};
     int rc = read_runs(fd, timeout_ms, packet);
     if (rc == 0)
         rc = check_runs(cc, packet);
-    if (rc == 0)
-        rc = cc_receive_enter(cc, packet->message.epoch);
     if (rc)
         return rc;
-    rc = scatter(cc, fd, timeout_ms, packet, n_pages);
-    cc_receive_leave(cc);
-    return rc;
+    return cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, &reader, n_pages);
 }
 
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out)

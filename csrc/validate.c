@@ -7,6 +7,16 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "block.h"
+#include "clock.h"
+#include "commit.h"
+#include "control.h"
+#include "device_state.h"
+#include "error.h"
+#include "flush_set.h"
+#include "sparse.h"
+#include "validate.h"
+
 #define SETTER_NS_MAX 2000000000u /* how long a thread may stand between two stores: its core may be taken away */
 
 static const char *const bitmap_names[CC_BITMAPS] = {"PVM bitmap", "SVM bitmap", "flush set"};
@@ -30,7 +40,6 @@ static bool hides_a_word(const struct cc_bitmap *bitmap, const struct cc_gate *s
     return !cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
 }
 
-/* cc_validate_bitmaps -- tails; and summaries, unless they are about to be rebuilt */
 int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
@@ -40,7 +49,7 @@ int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
             if (!cc_bitmap_tail_ok(bitmap->words, bitmap->n_bits))
                 return cc_fail(COLOCACHE_E_TAIL, "block %s: the %s has bits set past the last page %llu", block->name, bitmap_names[kind],
                                (unsigned long long)block->n_pages - 1);
-            if (with_summaries && hides_a_word(bitmap, kind == COLOCACHE_BITMAP_PVM ? &cc->receive_gate : &cc->mark_gate))
+            if (with_summaries && hides_a_word(bitmap, kind == COLOCACHE_BITMAP_PVM ? &cc->epoch.gate : &cc->mark_gate))
                 return cc_fail(COLOCACHE_E_CORRUPT, "block %s: the summary of the %s hides a word", block->name, bitmap_names[kind]);
         }
     }
@@ -50,12 +59,12 @@ int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
 static int validate_record(struct colocache *cc)
 {
     struct cc_record record;
-    int rc = cc_commit_read(cc->control, &record);
+    int rc = cc_commit_read(cc->region.control, &record);
     if (rc < 0)
         return rc;
     if (rc == 0)
         return 0;
-    uint64_t receiving = cc_observe(&cc->control->receiving);
+    uint64_t receiving = cc_observe(&cc->region.control->receiving);
     if (receiving < record.epoch || (!record.committed && receiving > record.epoch))
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is %s while the newest received is %llu", (unsigned long long)record.epoch,
                        record.committed ? "committed" : "sealed", (unsigned long long)receiving);
@@ -67,7 +76,7 @@ static int validate_record(struct colocache *cc)
             return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of epoch %llu (%llu pages) changed since its seal (%llu pages)",
                            (unsigned long long)record.epoch, (unsigned long long)n_pages, (unsigned long long)record.flush_pages);
     }
-    return cc_commit_check_device_state(cc, &record);
+    return cc_device_state_check(cc, &record);
 }
 
 /* same_page -- 1 the same in guest RAM and cache, 0 not, or -errno.  A sparse image is read through its descriptor: through the mapping
@@ -93,13 +102,13 @@ static int same_page(const struct cc_block *block, uint64_t pfn)
 static int compare_pages(struct colocache *cc)
 {
     struct cc_record record;
-    int rc = cc_commit_read(cc->control, &record);
+    int rc = cc_commit_read(cc->region.control, &record);
     if (rc <= 0)
         return rc; /* before the first seal guest RAM is partial by design */
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
         uint64_t at = 0, first, n_bytes;
-        while (cc_block_next_data(block, at, &first, &n_bytes)) {
+        while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             for (uint64_t pfn = first >> block->page_shift; pfn < (first + n_bytes) >> block->page_shift; pfn++) {
                 uint64_t dirty = block->bitmaps[COLOCACHE_BITMAP_PVM].words[pfn / 64] | block->bitmaps[COLOCACHE_BITMAP_SVM].words[pfn / 64];
                 if (!record.committed)
@@ -122,11 +131,11 @@ int colocache_validate(struct colocache *cc, int with_pages)
     struct stat st;
     if (!cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    if (fstat(cc->control_fd, &st) != 0)
+    if (fstat(cc->region.fd, &st) != 0)
         return cc_fail_errno("fstat of the control region");
-    int rc = cc_control_check(cc->control, (uint64_t)st.st_size);
+    int rc = cc_control_check(cc->region.control, (uint64_t)st.st_size);
     for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
-        rc = cc_block_check_entry(&cc->table[i], (uint64_t)st.st_size);
+        rc = cc_block_check_entry(&cc->region.table[i], (uint64_t)st.st_size);
     if (rc == 0)
         rc = cc_validate_bitmaps(cc, true);
     if (rc == 0)

@@ -76,6 +76,11 @@ def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys:
         print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages, seed {result['seed']}")
 
 
+def test_no_thread_is_told_of_a_takeover_before_shared_memory_says_it(programs: Path) -> None:
+    done = subprocess.run([str(programs / "crash_failover")], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "= 3 passed, 0 failed, 0 skipped"), done.stdout
+
+
 def test_damage_is_refused_and_nothing_is_written(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (result,) = run_together([str(programs / "crash_damage")])
     assert result["flips"] > 4000

@@ -198,6 +198,9 @@ extern "C" {
 
 #define COLOCACHE_BLOCKS_MAX 256        /* RAM blocks of one secondary */
 #define COLOCACHE_NAME_BYTES 256        /* of a block's name, with its final zero byte (QEMU's idstr) */
+#define COLOCACHE_PAGE_SIZE_MIN 4096    /* bytes of the tracking unit, a power of two */
+#define COLOCACHE_PAGE_SIZE_MAX 2097152
+#define COLOCACHE_BLOCK_BYTES_MAX 1125899906842624 /* 1 PiB */
 #define COLOCACHE_HEADER_BYTES 40       /* of a message on the wire, see stream below */
 #define COLOCACHE_PACKET_RUNS_MAX 1024  /* runs in one PAGES packet */
 #define COLOCACHE_PACKET_PAGES_MAX 4096 /* pages in one PAGES packet, zero pages included */
@@ -232,7 +235,8 @@ enum colocache_error {
     COLOCACHE_E_TIMEOUT = -20024,      /* nothing moved on the connection for the time allowed */
     COLOCACHE_E_UNSUPPORTED = -20025,  /* the kernel, the CPU or this build lacks what was asked for */
     COLOCACHE_E_LOG_LOST = -20026,     /* a dirty log is lost: call colocache_dirty_log_lost (on a primary colocache_sender_mark_all) */
-    COLOCACHE_E_ORDER = -20027         /* a call that the object's state does not allow now */
+    COLOCACHE_E_ORDER = -20027,        /* a call that the object's state does not allow now */
+    COLOCACHE_E_STRATEGY = -20028      /* attach: sealed for a flush strategy that this build does not have; nothing was changed */
 };
 
 enum colocache_copy {                  /* how pages are copied; AUTO picks the best the CPU has */

@@ -10,6 +10,7 @@
 #include <pthread.h>
 #include <sched.h>
 #include <stdarg.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -26,7 +27,7 @@
 #endif
 
 const char *const call_names[N_CALLS] = {"mmap", "munmap", "ftruncate", "posix_fallocate", "open", "fcntl", "fstat", "fstatfs", "getrandom",
-                                         "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "pread",
+                                         "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "fopen", "pread",
                                          "lseek", "syscall", "sched_getaffinity", "madvise"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
@@ -53,6 +54,7 @@ static const int errors[N_CALLS][8] = {
     [PTHREAD_CREATE] = {EAGAIN, EPERM},
     [CALLOC] = {ENOMEM},
     [POSIX_MEMALIGN] = {ENOMEM},
+    [FOPEN] = {EMFILE, ENOMEM},
     [PREAD] = {EIO},
     [LSEEK] = {EINVAL, EIO},
     [SYSCALL] = {ENOSYS, EPERM, EMFILE},
@@ -108,6 +110,7 @@ WRAP(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attr, void *
      PTHREAD_CREATE, failure.error)
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
+WRAP(FILE *, fopen, (const char *path, const char *mode), (path, mode), FOPEN, NULL)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
 WRAP(int, madvise, (void *addr, size_t n, int advice), (addr, n, advice), MADVISE, -1)
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)

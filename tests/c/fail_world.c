@@ -71,6 +71,8 @@ void world_open(struct world *world)
         must(world->ram[block] && world->sealed_ram[block], "malloc");
         memset(world->ram[block], 0, bytes);
     }
+    world->given = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, world->guest[0], 0);
+    must(world->given != MAP_FAILED, "mmap");
     world->control = image(0, false);
     world->vm = eventfd(0, EFD_CLOEXEC);
     memset(kvm_ring, 0, 256 * sizeof kvm_ring[0]);
@@ -97,6 +99,7 @@ void world_close(struct world *world)
         free(world->ram[block]);
         free(world->sealed_ram[block]);
     }
+    munmap(world->given, DENSE * PAGE);
     close(world->control);
     close(world->vm);
 }
@@ -108,6 +111,7 @@ static void images_of(const struct world *world, struct colocache_images images[
         images[block] = (struct colocache_images){.struct_size = sizeof images[0], .name = names[block], .len_bytes = n_pages[block] * PAGE,
                                                   .page_size = PAGE, .sparse = block == 1, .guest_fd = world->guest[block],
                                                   .cache_fd = world->cache[block]};
+    images[0].guest_addr = world->given;
 }
 
 static const struct colocache_options two_threads = {.struct_size = sizeof two_threads, .n_threads = 2, .device_state_max_bytes = STATE_MAX};

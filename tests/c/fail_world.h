@@ -16,6 +16,7 @@ struct world {
     int control, guest[2], cache[2], vm;
     uint8_t *ram[2];           /* the PVM's memory */
     uint8_t *svm[2];           /* guest RAM, where the handle has it */
+    uint8_t *given;            /* where the dense block is mapped before the handle is told of it */
     uint8_t *sealed_ram[2];    /* the PVM's memory at the newest sealed epoch */
     struct colocache *cc;
     struct colocache_sender *sender;

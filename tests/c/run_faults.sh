@@ -16,7 +16,7 @@ cc=${CC:-cc}
 # Every function that csrc calls and that can fail: tests/c/fail_calls.c has a wrapper for each, and tests/test_failing_calls.py
 # compares this list with what the objects import.
 wrapped="mmap munmap ftruncate posix_fallocate open fcntl fstat fstatfs getrandom recvmsg sendmsg poll ioctl pthread_create calloc
-posix_memalign pread lseek syscall sched_getaffinity madvise"
+posix_memalign fopen pread lseek syscall sched_getaffinity madvise"
 
 objects() { # DIR FLAGS...: csrc/*.c into DIR, two compilers at once
     objects_dir=$1
@@ -52,6 +52,7 @@ build() { # DIR FLAGS...
     program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_threads "$@" -- crash_threads.c
+    program "$dir" crash_failover "$@" -- crash_failover.c
     program "$dir" fail_memory "$@" -- fail_memory.c
     wraps=
     for name in $wrapped; do
@@ -75,6 +76,7 @@ run)
     wait "$first"
     "$dir/crash_damage"
     "$dir/crash_threads"
+    "$dir/crash_failover"
     "$dir/fail"
     "$dir/fail_memory"
     ;;

@@ -306,6 +306,65 @@ static void attach_takes_no_other_images(void)
     rig_close(&rig);
 }
 
+/* Memory of the caller's that a store would kill the process on: found when the block is added. */
+static void memory_that_cannot_be_written_is_refused_when_it_is_added(void)
+{
+    begin();
+    const uint64_t n_bytes = one.n_pages * 4096;
+    struct colocache_images images = rig_images(&one);
+    uint8_t *read_only = mmap(NULL, n_bytes, PROT_READ, MAP_SHARED, one.guest_fd, 0);
+    uint8_t *with_a_hole = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, one.guest_fd, 0);
+    REQUIRE(read_only != MAP_FAILED && with_a_hole != MAP_FAILED && munmap(with_a_hole + 50 * 4096, 4096) == 0);
+    images.guest_addr = read_only;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    REQUIRE(mprotect(read_only, 50 * 4096, PROT_READ | PROT_WRITE) == 0); /* the rest still is */
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.guest_addr = with_a_hole;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.guest_addr = with_a_hole + 51 * 4096; /* too short, and at another offset */
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.guest_addr = (void *)(uintptr_t)(UINT64_MAX - 4095);
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+
+    images.guest_fd = images.cache_fd = -1; /* by address alone: the same */
+    images.guest_addr = one.guest;
+    images.cache_addr = read_only;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.cache_addr = with_a_hole;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_add_block(cc, &images, NULL));
+    images.cache_addr = one.cache;
+    CHECK_RC(0, colocache_add_block(cc, &images, NULL));
+    munmap(read_only, n_bytes);
+    munmap(with_a_hole, 50 * 4096);
+    munmap(with_a_hole + 51 * 4096, n_bytes - 51 * 4096);
+    end();
+}
+
+/* The library writes through a mapping of its own: what the VMM does to its address meanwhile hurts no flush. */
+static void a_flush_does_not_need_the_vms_mapping(void)
+{
+    begin();
+    const uint64_t n_bytes = one.n_pages * 4096;
+    struct colocache_images images = rig_images(&one);
+    struct colocache_block_info info;
+    uint8_t page[4096];
+    images.guest_addr = mmap(NULL, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED, one.guest_fd, 0);
+    REQUIRE(images.guest_addr != MAP_FAILED);
+    CHECK_RC(0, colocache_add_block(cc, &images, NULL));
+    CHECK_RC(0, colocache_get_block(cc, 0, &info));
+    CHECK(info.guest_addr == images.guest_addr); /* the VM's is what the caller is told */
+    munmap(images.guest_addr, n_bytes);
+    memset(page, 0x42, sizeof page);
+    CHECK_RC(0, colocache_receive_page(cc, 1, 0, 9, page, 4096));
+    void *state;
+    CHECK_RC(0, colocache_device_state_begin(cc, 1, 0, &state));
+    struct colocache_seal_args args = rig_seal_args(1);
+    CHECK_RC(0, colocache_seal(cc, &args, NULL));
+    CHECK_RC(0, colocache_flush(cc, NULL));
+    CHECK_EQ(0x42, one.guest[9 * 4096]);
+    end();
+}
+
 int main(void)
 {
     RUN(wrong_images_are_refused_and_leave_nothing);
@@ -317,5 +376,7 @@ int main(void)
     RUN(block_by_address_alone_works_and_cannot_be_attached);
     RUN(guest_addr_must_be_a_shared_mapping_of_the_image);
     RUN(attach_takes_no_other_images);
+    RUN(memory_that_cannot_be_written_is_refused_when_it_is_added);
+    RUN(a_flush_does_not_need_the_vms_mapping);
     return DONE();
 }

@@ -4,6 +4,9 @@
 
 #include "internal.h"
 
+#include "block.h"
+#include "epoch.h"
+
 static const uint64_t blocks[] = {100, 4097, 1};
 
 static void flush_makes_guest_ram_the_epoch(void)
@@ -164,8 +167,9 @@ static int late_page(void *context, const void *state, uint64_t len_bytes)
     (void)state, (void)len_bytes;
     rig_fill(rig->blocks[0].cache, 4096, 6, 0, 0);
     rig_fill(rig->blocks[0].cache_oracle, 4096, 6, 0, 0);
-    cc_receive_done(rig->cc, &rig->cc->blocks[0], 0, 1);
-    cc_receive_leave(rig->cc);
+    cc_bitmap_set(&rig->cc->blocks[0].bitmaps[COLOCACHE_BITMAP_PVM], 0, 1);
+    cc_epoch_received(rig->cc, 1);
+    cc_epoch_leave(rig->cc);
     rig->blocks[0].pvm[0] = 1;
     return 0;
 }
@@ -176,7 +180,7 @@ static void a_page_that_comes_while_the_vm_checks_is_counted(void)
     rig_open(&rig, 3, blocks, 4096, false);
     rig_receive(&rig, 1, 0, 5, 1);
     rig_device_state(&rig, 1, 3);
-    CHECK_RC(0, cc_receive_enter(rig.cc, 1));
+    CHECK_RC(0, cc_epoch_enter(rig.cc, 1));
     struct colocache_seal_args args = rig_seal_args(1);
     args.n_pages = 1; /* right when the seal begins, one too few when its last receiver is out */
     args.check = late_page;

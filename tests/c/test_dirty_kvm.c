@@ -3,7 +3,10 @@
  * dirty_kvm.c on the real /dev/kvm: a machine of one vCPU in real mode whose program writes a byte to each page of a list, over a
  * RAM block behind two memory slots that meet at a page which is no multiple of 64.
  */
-#include "internal.h" /* first: the source from inside */
+#define _GNU_SOURCE
+#include "source.h"
+#include "error.h"
+#include "bitmap.h"
 
 #include "rig.h"
 

@@ -2,7 +2,8 @@
 /* dirty_log.c: words at any page, marks, a lost log; and a source of the test's own, to see what is asked of sources and in which order. */
 #include "rig.h"
 
-#include "internal.h"
+#define _GNU_SOURCE
+#include "source.h"
 
 static const uint64_t blocks[] = {200, 4097};
 
@@ -101,7 +102,7 @@ struct own_log {
     int fails_with, closed;
 };
 
-static int own_sync(struct colocache_source *source, int (*take)(void *, uint32_t, uint64_t, uint64_t, const uint64_t *), void *context)
+static int own_sync(struct colocache_source *source, cc_take_fn *take, void *context)
 {
     struct own_log *log = (struct own_log *)source;
     if (log->fails_with)
@@ -142,6 +143,31 @@ static void a_source_is_synced_thrown_away_and_closed(void)
     rig_close(&rig);
 }
 
+/* A log has a bit per 4096 bytes; in a block of larger pages bit n is not page n, and pages would stay wrong in silence. */
+static void a_log_is_refused_by_a_block_of_larger_pages(void)
+{
+    struct rig rig;
+    struct own_log log = {.base = {.sync = own_sync, .close = own_close}, .words = {0b1010}};
+    rig_open(&rig, 2, blocks, 8192, false);
+    CHECK_RC(COLOCACHE_E_LENGTH, colocache_sync_dirty_log(rig.cc, &log.base));
+    CHECK_EQ(0b1010, log.words[0]); /* still in the log */
+    rig_check(&rig, false);
+    const uint64_t own_words[4] = {0b100};
+    CHECK_RC(0, colocache_sync_words(rig.cc, 0, 0, 200, own_words)); /* a caller's own, in the block's pages */
+    rig.blocks[0].svm[2] = 1;
+    rig_check(&rig, false);
+
+    struct colocache_sender *sender;
+    uint64_t pending = 99, unacked = 99;
+    CHECK_RC(0, colocache_sender_create(&sender));
+    CHECK_RC(0, colocache_sender_add_block(sender, "ram", rig.blocks[0].guest, 200 * 8192, 8192, NULL));
+    CHECK_RC(COLOCACHE_E_LENGTH, colocache_sender_sync_dirty_log(sender, &log.base));
+    CHECK_RC(0, colocache_sender_count(sender, &pending, &unacked));
+    CHECK_EQ(0, pending + unacked);
+    CHECK_RC(0, colocache_sender_close(sender));
+    rig_close(&rig);
+}
+
 int main(void)
 {
     RUN(words_land_at_any_page);
@@ -150,5 +176,6 @@ int main(void)
     RUN(wrong_words_and_marks_set_nothing);
     RUN(a_lost_log_counts_as_all_ones);
     RUN(a_source_is_synced_thrown_away_and_closed);
+    RUN(a_log_is_refused_by_a_block_of_larger_pages);
     return DONE();
 }

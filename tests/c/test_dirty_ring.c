@@ -3,7 +3,10 @@
  * dirty_ring.c with rings of the test's own, filled here as KVM would, and the reset of a real VM without vCPUs.  With vCPUs that
  * write: vmm_ring.c.
  */
-#include "internal.h"
+#define _GNU_SOURCE
+#include "bitmap.h"
+#include "error.h"
+#include "source.h"
 
 #include "rig.h"
 

@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* dirty_uffd.c on the real kernel: what this process writes is in the log, once, and pages that were only read are not. */
-#include "internal.h"
+#define _GNU_SOURCE
+#include "error.h"
+#include "source.h"
 
 #include "rig.h"
 

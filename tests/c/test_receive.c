@@ -113,8 +113,8 @@ static uint64_t open_at_the_store;
 static void at_the_store(int signal)
 {
     (void)signal;
-    open_at_the_store = watched->cc->open_epoch;
-    mprotect(watched->cc->control, 4096, PROT_READ | PROT_WRITE);
+    open_at_the_store = watched->cc->epoch.open;
+    mprotect(watched->cc->region.control, 4096, PROT_READ | PROT_WRITE);
 }
 
 /* A second receiver that finds its epoch open writes its page at once.  If the word came later, a death in between would leave a page
@@ -126,7 +126,7 @@ static void the_receiving_word_is_stored_before_anybody_can_find_the_epoch_open(
     rig_open(&rig, 3, odd_blocks, 4096, false);
     watched = &rig;
     open_at_the_store = 99;
-    REQUIRE(sigaction(SIGSEGV, &action, &before) == 0 && mprotect(rig.cc->control, 4096, PROT_READ) == 0);
+    REQUIRE(sigaction(SIGSEGV, &action, &before) == 0 && mprotect(rig.cc->region.control, 4096, PROT_READ) == 0);
     rig_receive(&rig, 7, 0, 5, 1);
     REQUIRE(sigaction(SIGSEGV, &before, NULL) == 0);
     CHECK_EQ(0, open_at_the_store);

@@ -3,7 +3,7 @@
 #include "rig.h"
 
 #include "checksum.h"
-#include "stream.h"
+#include "message.h"
 
 static const uint64_t blocks[] = {100, 4097};
 static struct rig rig;

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * stream.h -- messages on a stream socket, and the PAGES packet.
+ * message.h -- messages on a stream socket, and the PAGES packet.
  *
  *     0  u32  magic "COLO"          24  u32  a      PAGES: block index
  *     4  u16  wire version          28  u32  b      PAGES: number of runs
@@ -13,8 +13,8 @@
  * The checksum covers what says where bytes go; the bytes themselves are TCP's or TLS's business, and a page of a running
  * guest that changes while it is sent would look damaged.
  */
-#ifndef CC_STREAM_H
-#define CC_STREAM_H
+#ifndef CC_MESSAGE_H
+#define CC_MESSAGE_H
 
 #include <stdint.h>
 #include <sys/uio.h>

@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* block.h -- RAM blocks of a handle: from an index to a block, from a page to its bytes, with bounds. */
+#ifndef CC_BLOCK_H
+#define CC_BLOCK_H
+
+#include "internal.h"
+
+/* A new block: its bitmaps at the end of the region, then its entry, then the count that publishes it. */
+int cc_block_add(struct colocache *cc, const struct colocache_images *images);
+/* Block `index` of an existing region, with the images it names and no others. */
+int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images);
+void cc_block_release(struct cc_block *block);
+/* Does a table entry make sense by itself and in a region of file_bytes?  0 or E_CORRUPT. */
+int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes);
+void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages);
+int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out);          /* E_BLOCK */
+int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages); /* E_RANGE */
+
+static inline uint8_t *cc_guest_page(const struct cc_block *block, uint64_t pfn)
+{
+    return block->guest.addr + (pfn << block->page_shift);
+}
+
+static inline uint8_t *cc_cache_page(const struct cc_block *block, uint64_t pfn)
+{
+    return block->cache.addr + (pfn << block->page_shift);
+}
+
+#endif

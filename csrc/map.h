@@ -1,0 +1,18 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* map.h -- mappings of files, their reservation, and what a mapping of the caller's is.  Knows no handle. */
+#ifndef CC_MAP_H
+#define CC_MAP_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Shared.  0, E_NO_MEMORY, -errno. */
+int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void **out);
+void cc_unmap(void *addr, uint64_t n_bytes); /* NULL or no bytes: nothing */
+/* Allocate a range of a file now, so that touching it later can't be a SIGBUS.  0, E_NO_MEMORY, -errno. */
+int cc_map_reserve(int fd, uint64_t offset, uint64_t n_bytes, const char *what);
+/* Is all of [addr, addr + n_bytes) mapped for reading and writing; and, with fd >= 0, a MAP_SHARED mapping of that file at `offset`?
+ * Touches none of it.  0, E_ARGUMENT with a sentence that begins with `what`, -errno. */
+int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, uint64_t offset);
+
+#endif
