@@ -261,12 +261,15 @@ class Cache:
             check(lib.colocache_preflush(cc, n_pages))
         return int(n_pages[0])
 
-    def abort(self, epoch: int, reason: str) -> None:
-        """Give up the open epoch; its number is not used again, bits and cache stay. EpochError, SealedError."""
+    def abort(self, epoch: int, reason: str) -> bool:
+        """Give up the open epoch; its number is not used again, bits and cache stay. EpochError, SealedError.
+
+        True: failover was asked for at the same moment, take over now.
+        """
         text = ffi.new("char[]", reason.replace("\0", " ").encode())
         number = u64(epoch, "epoch")
         with self._handle as cc:
-            check(lib.colocache_abort(cc, number, text))
+            return check(lib.colocache_abort(cc, number, text)) == 1
 
     def failover(self) -> Failover:
         """May this machine take over? NoStateError, LoadFailedError. Any thread."""

@@ -70,8 +70,9 @@ class Secondary:
         """True: a failover was asked for meanwhile, take over now."""
         return self.cache.loaded()
 
-    def abort(self, epoch: int, reason: str) -> None:
-        self.cache.abort(epoch, reason)
+    def abort(self, epoch: int, reason: str) -> bool:
+        """True: a failover was asked for meanwhile, take over now."""
+        return self.cache.abort(epoch, reason)
 
     def failover(self) -> dict[str, Any]:
         answer = self.cache.failover()
