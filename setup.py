@@ -7,9 +7,14 @@ The package then holds
     colocache/lib/libcolocache.so     a linker script, for `cc -lcolocache`
     colocache/lib/libcolocache.a      the same objects
     colocache/lib/pkgconfig/          colocache.pc, relative to itself
+    colocache/lib/cmake/colocache/    the CMake package config, relative to itself
     colocache/include/colocache.h     the public header
     colocache/_engine.abi3.so         cffi's module, run path $ORIGIN/lib
     colocache/vmm/qemu/preload.so     what runs inside a QEMU guest's process
+
+One build serves every Python from 3.10 on (abi3).  Free-threaded Python has no such interface before 3.15: there the
+modules are built for the one Python that builds them, and need cffi 2.0.  Nothing holds debug information or symbols
+that a program does not link to, unless COLOCACHE_BUILD_CFLAGS has -g.  csrc/Makefile builds the library without Python.
 
 Variables of the environment that the build reads:
 
@@ -28,6 +33,7 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from importlib import metadata
 from pathlib import Path
 
 from setuptools import setup
@@ -42,7 +48,7 @@ BASELINE = ROOT / "colocache" / "measure" / "_baseline_build.py"
 SONAME = "libcolocache.so.0"
 
 # No -march: functions that need AVX carry their own target attribute and are picked at run time.
-CFLAGS = ["-std=gnu11", "-O3", "-g", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
+CFLAGS = ["-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread", "-Wall", "-Wextra"]
 
 
 def need_headers() -> None:
@@ -71,6 +77,30 @@ def compiler_words() -> list[str]:
     return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
 
 
+def free_threaded() -> bool:
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
+def need_cffi() -> None:
+    """Stop with one sentence where cffi is too old for this Python."""
+    found = metadata.version("cffi")
+    if free_threaded() and int(found.split(".")[0]) < 2:
+        raise SetupError(
+            f"cffi {found} can't build for free-threaded Python: `pip install 'cffi>=2.0'`, or use another Python"
+        )
+
+
+def link_command(command: list[str], *, strip: bool) -> list[str]:
+    """Python's own command to link a module, without the directories of the machine where that Python was built.
+
+    Some Pythons carry -Wl,-rpath of their own libraries: every module would look for libcolocache there first.
+    One that is in LDFLAGS of the environment is meant.
+    """
+    wanted = shlex.split(os.environ.get("LDFLAGS", ""))
+    kept = [part for part in command if part in wanted or not part.startswith(("-Wl,-rpath", "-Wl,-R"))]
+    return [*kept, "-Wl,-s"] if strip else kept
+
+
 def replace_file(source: str, target: str) -> str:
     """Copies by way of a new file: programs that have the old one mapped keep it."""
     made = f"{target}.new"
@@ -89,6 +119,7 @@ class BuildEngine(build_ext):
     def run(self) -> None:
         need_compiler()
         need_headers()
+        need_cffi()
         # setuptools sets inplace to 0 while it builds and copies the modules to the source tree afterwards.
         self.in_source = bool(self.inplace)
         super().run()
@@ -98,6 +129,8 @@ class BuildEngine(build_ext):
         include = Path(self.build_lib) / "colocache" / "include"
         lib.mkdir(parents=True, exist_ok=True)
         include.mkdir(parents=True, exist_ok=True)
+        strip = not any(flag.startswith("-g") for flag in self.flags())
+        self.compiler.linker_so = link_command(self.compiler.linker_so, strip=strip)
         self.build_library(lib)
         if PRELOAD.is_file():
             self.build_preload()
@@ -131,10 +164,9 @@ class BuildEngine(build_ext):
         self.compiler.link_shared_object(objects, str(made), extra_postargs=link, build_temp=self.build_temp)
         made.replace(lib / SONAME)  # never written in place: a process that runs on the old one would die of SIGBUS
         (lib / "libcolocache.so").write_text(f"/* GNU ld script */\nINPUT({SONAME})\n", encoding="utf-8")
-        template = (CSRC / "colocache.pc.in").read_text(encoding="utf-8")
-        (lib / "pkgconfig").mkdir(exist_ok=True)
-        written = template.replace("@VERSION@", self.distribution.get_version())
-        (lib / "pkgconfig" / "colocache.pc").write_text(written, encoding="utf-8")
+        self.fill_in(CSRC / "colocache.pc.in", lib / "pkgconfig")
+        for template in (CSRC / "cmake").glob("*.in"):
+            self.fill_in(template, lib / "cmake" / "colocache")
         archive = lib / "libcolocache.a"
         archive.unlink(missing_ok=True)  # ar adds to what is there: an object of a removed source would stay
         self.compiler.create_static_lib(objects, "colocache", output_dir=str(lib))
@@ -143,13 +175,35 @@ class BuildEngine(build_ext):
         """With flags of its own: it runs in a program that was built without our sanitizers and crash points."""
         made = Path(self.build_lib) / PRELOAD.relative_to(ROOT).with_suffix(".so")
         made.parent.mkdir(parents=True, exist_ok=True)
-        command = [*compiler_words(), *CFLAGS, "-shared", "-Wl,-z,relro,-z,now", str(PRELOAD), "-o", str(made)]
+        command = [
+            *compiler_words(),
+            *CFLAGS,
+            "-shared",
+            "-Wl,-z,relro,-z,now",
+            "-Wl,-s",
+            str(PRELOAD),
+            "-o",
+            str(made),
+        ]
         if os.environ.get("COLOCACHE_BUILD_WERROR") == "1":
             command.append("-Werror")
         if subprocess.run(command, cwd=ROOT, check=False).returncode:
             raise CompileError(f"{PRELOAD.relative_to(ROOT)} does not compile")
         if self.in_source:
             replace_file(str(made), str(PRELOAD.with_suffix(".so")))
+
+    def fill_in(self, template: Path, directory: Path) -> None:
+        """`template` without its .in, for libraries in lib/ that no loader would find by itself."""
+        words = {
+            "@VERSION@": self.distribution.get_version(),
+            "@UP@": "..",  # from lib/ to the directory that also holds include/
+            "@RPATH@": " -Wl,-rpath,${libdir}",
+        }
+        text = template.read_text(encoding="utf-8")
+        for word, meant in words.items():
+            text = text.replace(word, meant)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / template.stem).write_text(text, encoding="utf-8")
 
     def compile_all(self, sources: list[Path], flags: list[str]) -> list[str]:
         """Object files of `sources`: those older than their source, a header or this file, or of other flags, anew."""
@@ -197,5 +251,5 @@ if BASELINE.is_file():
 setup(
     cffi_modules=modules,
     cmdclass={"build_ext": BuildEngine},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={} if free_threaded() else {"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`colocache-config`: where this installation's C library lies, for build systems.
 
+Flags are quoted for a shell, as a path may hold spaces: `eval`, xargs and make read them right, a bare $(...) only
+where no quotes are needed. Directories are printed as they are.
+
 This module needs nothing but the standard library: run as a file (`python .../colocache/config_tool.py --cflags`) it
 also answers where the package's own dependencies are missing.
 """
@@ -32,6 +35,11 @@ def pkgconfig_dir() -> Path:
     return lib_dir() / "pkgconfig"
 
 
+def cmake_dir() -> Path:
+    """The directory of colocacheConfig.cmake, for CMake's colocache_DIR."""
+    return lib_dir() / "cmake" / "colocache"
+
+
 def version() -> str:
     """Of the installed package; its C library has the same."""
     return metadata.version("colocache")
@@ -56,6 +64,7 @@ ANSWERS: dict[str, tuple[Callable[[], object], str]] = {
     "libs": (libs, "flags that link libcolocache.so.0 and find it when the program runs"),
     "static-libs": (static_libs, "flags that link libcolocache.a instead"),
     "pkgconfigdir": (pkgconfig_dir, "directory of colocache.pc, for PKG_CONFIG_PATH"),
+    "cmakedir": (cmake_dir, "directory of the CMake package config, for -Dcolocache_DIR="),
     "includedir": (include_dir, "directory of colocache.h"),
     "libdir": (lib_dir, "directory of the libraries"),
 }
@@ -65,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="colocache-config",
         description="What a C, C++ or Rust program needs to use the libcolocache of this Python installation.",
-        epilog="cc vmm.c $(colocache-config --cflags --libs) -o vmm",
+        epilog='eval "cc vmm.c $(colocache-config --cflags --libs) -o vmm": flags are quoted for a shell, so that the '
+        "path may have spaces; directories are printed as they are.",
     )
     for name, (_, text) in ANSWERS.items():
         made.add_argument(f"--{name}", dest="asked", action="append_const", const=name, help=text)

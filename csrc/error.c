@@ -46,11 +46,16 @@ static const struct {
     {COLOCACHE_E_STRATEGY, "the sealed epoch needs a flush strategy that this build does not have: attach with the build that sealed it"},
 };
 
-/* system_sentence -- strerror without its shared buffer; GNU's strerror_r may or may not use ours */
+/* system_sentence -- strerror without its shared buffer.  There are two strerror_r: GNU's returns the text, which may or may not
+ * be in our buffer; that of POSIX (musl) always uses our buffer and returns whether it could. */
 static const char *system_sentence(int number)
 {
     static _Thread_local char buffer[128];
+#ifdef __GLIBC__
     return strerror_r(number, buffer, sizeof buffer);
+#else
+    return strerror_r(number, buffer, sizeof buffer) == 0 ? buffer : "unknown error number";
+#endif
 }
 
 const char *colocache_strerror(int code)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -43,15 +44,15 @@ def run(command: Sequence[str | os.PathLike[str]], **more: object) -> str:
 
 
 def config(*options: str) -> list[str]:
-    """What colocache-config answers, as arguments."""
-    return run([sys.executable, "-m", "colocache.config_tool", *options]).split()
+    """What colocache-config answers, as the arguments that a shell makes of it."""
+    return shlex.split(run([sys.executable, "-m", "colocache.config_tool", *options]))
 
 
 def pkg_config(*options: str, where: Path | None = None) -> list[str]:
     """What pkg-config says of the installed colocache.pc, or of the one in `where`, as arguments."""
     directory = where or config_tool.pkgconfig_dir()
     environment = {**os.environ, "PKG_CONFIG_PATH": str(directory)}
-    return run([tool("pkg-config", "pkgconf"), *options, "colocache"], env=environment).split()
+    return shlex.split(run([tool("pkg-config", "pkgconf"), *options, "colocache"], env=environment))
 
 
 def build_vmm(root: Path, program: str, to: Path, *, source: Path | None = None) -> Path:

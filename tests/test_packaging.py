@@ -74,6 +74,7 @@ def test_the_package_is_typed_and_complete() -> None:
         "lib/libcolocache.a",
         "lib/pkgconfig/colocache.pc",
         "vmm/qemu/preload.so",
+        "lib/cmake/colocache/colocacheConfig.cmake",
     ):
         assert (root / name).is_file(), name
     assert colocache.include_dir() == root / "include"

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,58 @@ def test_the_package_may_be_copied_elsewhere(hello: Path, tmp_path: Path) -> Non
     assert run([made]) == expected()
     (prefix / "lib" / SONAME).rename(prefix / "lib" / "gone")
     assert subprocess.run([made], capture_output=True, check=False).returncode != 0, "it ran with another library"
+
+
+@pytest.fixture
+def spaced_shell(tmp_path: Path) -> Callable[[str], str]:
+    """Runs a shell's line where package, commands and program lie in paths that a shell would take apart."""
+    package, programs, work = (tmp_path / name for name in ("it's $HOME/colo cache", "b i n", "my own program"))
+    for made in (package, programs, work):
+        made.mkdir(parents=True)
+    shutil.copytree(config_tool.include_dir(), package / "include")
+    shutil.copytree(config_tool.lib_dir(), package / "lib")
+    shutil.copyfile(config_tool.__file__, package / "config_tool.py")
+    command = programs / "colocache-config"
+    python, tool_file = shlex.quote(sys.executable), shlex.quote(str(package / "config_tool.py"))
+    command.write_text(f'#!/bin/sh\nexec {python} {tool_file} "$@"\n')
+    command.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:{os.environ['PATH']}"}
+    for name in ("program.c", "vmm.c"):
+        (work / name).write_text(HELLO)
+
+    def shell(line: str) -> str:
+        return run(["sh", "-c", line], cwd=work, env=environment)
+
+    return shell
+
+
+def test_the_readmes_command_works_in_any_path(source_tree: Path, spaced_shell: Callable[[str], str]) -> None:
+    tool("cc")
+    (command,) = re.findall(r"^.*colocache-config.*$", (source_tree / "README.md").read_text(), re.MULTILINE)
+    assert spaced_shell(f"{command} && ./a.out") == expected()
+
+
+def test_the_c_readmes_commands_work_in_any_path(source_tree: Path, spaced_shell: Callable[[str], str]) -> None:
+    """Its `eval` lines one by one, after the `export` that stands before them."""
+    tool("cc")
+    tool("pkg-config", "pkgconf")
+    lines = (source_tree / "csrc" / "README.md").read_text().splitlines()
+    (export,) = (line for line in lines if line.startswith("export PKG_CONFIG_PATH"))
+    commands = [line for line in lines if line.startswith("eval ")]
+    assert len(commands) == 3
+    for command in commands:
+        assert spaced_shell(f"{export}\n{command}\n./vmm") == expected(), command
+
+
+def test_cmake_finds_the_installed_package(spaced_shell: Callable[[str], str]) -> None:
+    cmake = tool("cmake")
+    lists = (
+        "cmake_minimum_required(VERSION 3.13)\nproject(vmm C)\nfind_package(colocache CONFIG REQUIRED)\n"
+        "add_executable(vmm vmm.c)\ntarget_link_libraries(vmm colocache::colocache)\n"
+    )
+    spaced_shell(f"cat >CMakeLists.txt <<'END'\n{lists}END\n")
+    spaced_shell(f'{cmake} -S . -B build -Dcolocache_DIR="$(colocache-config --cmakedir)" && {cmake} --build build')
+    assert spaced_shell("build/vmm") == expected()
 
 
 def test_no_generated_sources_are_needed(hello: Path, source_tree: Path, tmp_path: Path) -> None:

@@ -28,11 +28,12 @@ trap 'rm -rf "$work"' EXIT
 trap 'exit 130' INT TERM
 
 CC=${CC:-gcc}
-flags="-std=gnu11 -O1 -g -Wall -Wextra -Werror -pthread $sanitize ${CFLAGS:-} -I$root/csrc/include -I$root/csrc"
+flags="-std=gnu11 -O1 -g -Wall -Wextra -Werror -pthread $sanitize ${CFLAGS:-} -Icsrc/include -Icsrc"
 jobs=$(nproc)
+cd "$root" # the flags are split at spaces, of which the path to here may have some
 
 # The library once, as a static archive, so that tests of single rooms reach what the shared one hides.
-(cd "$root/csrc" && ls *.c | sed 's/\.c$//') | xargs -P "$jobs" -I{} $CC $flags -c "$root/csrc/{}.c" -o "$work/{}.o"
+(cd csrc && ls *.c | sed 's/\.c$//') | xargs -P "$jobs" -I{} $CC $flags -c "csrc/{}.c" -o "$work/{}.o"
 ar rcs "$work/libcolocache.a" "$work"/*.o
 
 if [ $# -eq 0 ]; then

@@ -36,17 +36,15 @@ program() { # DIR NAME FLAGS... -- SOURCES...
         shift
     done
     shift
-    sources=
-    for source in "$@"; do
-        sources="$sources $here/$source"
-    done
+    # From the directory of the sources, as the path to it may have spaces.
     # shellcheck disable=SC2086
-    $cc -std=gnu11 -g -pthread -Wall -Wextra -Werror -DCOLOCACHE_FAULTS $flags ${CFLAGS:-} -I"$csrc" -I"$csrc/include" -I"$here" \
-        $sources "$dir"/csrc/*.o -o "$dir/$name"
+    (cd "$here" && $cc -std=gnu11 -g -pthread -Wall -Wextra -Werror -DCOLOCACHE_FAULTS $flags ${CFLAGS:-} -I"$csrc" -I"$csrc/include" -I"$here" \
+        "$@" "$dir"/csrc/*.o -o "$dir/$name")
 }
 
 build() { # DIR FLAGS...
-    dir=$1
+    mkdir -p "$1"
+    dir=$(cd "$1" && pwd)
     shift
     objects "$dir/csrc" -DCOLOCACHE_FAULTS "$@"
     program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c

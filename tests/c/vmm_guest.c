@@ -106,9 +106,9 @@ static int make_vm(struct guest *guest)
 
 static int make_vcpu(struct guest *guest)
 {
-    struct {
+    union { /* the kernel's struct ends in an array whose length it leaves to us */
         struct kvm_cpuid2 head;
-        struct kvm_cpuid_entry2 entries[256];
+        uint8_t room[sizeof(struct kvm_cpuid2) + 256 * sizeof(struct kvm_cpuid_entry2)];
     } cpuid = {.head = {.nent = 256}};
     struct kvm_sregs sregs;
     guest->vcpu = ioctl(guest->vm, KVM_CREATE_VCPU, 0);
