@@ -8,7 +8,16 @@ README.md has an example; the order of the calls, and what is promised, are in c
 from colocache.block import Block, Blocks
 from colocache.cache import Cache
 from colocache.config_tool import include_dir, lib_dir
-from colocache.dirty_log import DirtyLog, KvmDirtyLog, KvmDirtyRing, KvmRing, KvmSlot, UffdDirtyLog, UffdRange
+from colocache.dirty_log import (
+    DirtyLog,
+    KvmDirtyLog,
+    KvmDirtyRing,
+    KvmRing,
+    KvmSlot,
+    ProcessDirtyLog,
+    UffdDirtyLog,
+    UffdRange,
+)
 from colocache.errors import (
     ArgumentError,
     BlockError,
@@ -114,6 +123,7 @@ __all__ = [
     "PageRun",
     "PeerLostError",
     "Phase",
+    "ProcessDirtyLog",
     "RamImage",
     "RangeError",
     "Recovery",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dirty logs that the kernel keeps: KVM's, and that of this process's own 4 KiB mappings."""
+"""Dirty logs that the kernel keeps: KVM's, and that of 4 KiB mappings of this process or of another one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KvmRing:
 
 @dataclass(frozen=True)
 class UffdRange:
-    """Memory at `addr` that holds `n_pages` of a block from `first_pfn` on, written by threads of this process."""
+    """Memory at `addr` of the process that writes it, which holds `n_pages` of a block from `first_pfn` on."""
 
     block: int
     first_pfn: int
@@ -107,13 +107,38 @@ class UffdDirtyLog(DirtyLog):
     """
 
     def __init__(self, ranges: Sequence[UffdRange]) -> None:
-        array = ffi.new("struct colocache_uffd_range[]", len(ranges))
-        for c, one in zip(array, ranges, strict=True):
-            c.block, c.addr = u64(one.block, "block"), ffi.cast("void *", u64(one.addr, "address"))
-            c.first_pfn, c.n_pages = u64(one.first_pfn, "first page"), u64(one.n_pages, "number of pages")
+        array = _ranges(ranges)
         out = ffi.new("struct colocache_source **")
         check(lib.colocache_source_uffd(array, len(ranges), out))
         super().__init__(_source_handle("dirty log of this process", out[0]))
+
+
+class ProcessDirtyLog(DirtyLog):
+    """The same log of another process's memory.
+
+    uffd      a userfaultfd that that process made and handed over; nothing was done with it yet
+    pagemap   its /proc/PID/pagemap
+    kvm_maps_it  whether a KVM of it has this memory on 4 KiB pages: then what was not written stays mapped there
+
+    Both descriptors stay the caller's. Once that process has ended, a sync raises LogLostError.
+    """
+
+    def __init__(
+        self, uffd: int | HasFileno, pagemap: int | HasFileno, ranges: Sequence[UffdRange], *, kvm_maps_it: bool
+    ) -> None:
+        array = _ranges(ranges)
+        out = ffi.new("struct colocache_source **")
+        fds = fd_of(uffd), fd_of(pagemap)
+        check(lib.colocache_source_uffd_process(*fds, int(kvm_maps_it), array, len(ranges), out))
+        super().__init__(_source_handle("dirty log of another process", out[0]))
+
+
+def _ranges(ranges: Sequence[UffdRange]) -> Any:
+    array = ffi.new("struct colocache_uffd_range[]", len(ranges))
+    for c, one in zip(array, ranges, strict=True):
+        c.block, c.addr = u64(one.block, "block"), ffi.cast("void *", u64(one.addr, "address"))
+        c.first_pfn, c.n_pages = u64(one.first_pfn, "first page"), u64(one.n_pages, "number of pages")
+    return array
 
 
 def _slots(slots: Sequence[KvmSlot]) -> Any:

@@ -1,10 +1,17 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * dirty_uffd.c -- the kernel's log of writes to 4 KiB mappings of this process.
+ * dirty_uffd.c -- the kernel's log of writes to 4 KiB mappings of this process, or of another one.
  *
  * userfaultfd write-protect in its asynchronous form: the first write to a protected page clears the protection and nobody
  * waits; PAGEMAP_SCAN reports such pages and protects them again in one step, so there is no moment between get and clear.
  * Works without privilege (UFFD_USER_MODE_ONLY) and sees writes of kernel and KVM too.  On hugetlb the unit is 2 MiB.
+ *
+ * A userfaultfd acts on the memory of the process that made it, whoever holds the descriptor: that process hands it over, and everything
+ * else is done from outside.
+ *
+ * Under KVM a scan that protects takes all of KVM's own mappings of the scanned range away, written or not, and the guest pays for each
+ * page that it touches next (20 us where KVM shadows page tables).  There the written pages are looked for first, by a scan that changes
+ * nothing, and only where some are is protected.  What is written between the two scans is in the second or stays for the next sync.
  */
 #define _GNU_SOURCE
 #include "source.h"
@@ -37,11 +44,14 @@
 #endif
 
 #define REGIONS 4096u
+#define DENSE 16u /* more than one written page in so many: one scan over all of them costs less than one for each run */
 
 struct uffd_source {
     struct colocache_source base;
     int uffd, pagemap;
-    struct cc_page_region *regions;
+    bool foreign;                   /* memory of another process */
+    struct cc_page_region *regions; /* REGIONS of them */
+    struct cc_page_region *found;   /* as many, where pages are looked for first; else NULL */
     uint32_t n_ranges;
     struct colocache_uffd_range ranges[];
 };
@@ -79,6 +89,65 @@ static int take_region(const struct colocache_uffd_range *range, const struct cc
     return 0;
 }
 
+/* scan -- the next regions with written pages in [*at, end), protected again if `protect`; moves *at to where it ended */
+static int scan(const struct uffd_source *source, uint64_t *at, uint64_t end, struct cc_page_region *regions, bool protect)
+{
+    struct cc_scan_arg arg = {
+        .size = sizeof arg,
+        .flags = (protect ? CC_SCAN_WP_MATCHING : 0) | CC_SCAN_CHECK_WPASYNC,
+        .start = *at,
+        .end = end,
+        .vec = (uint64_t)(uintptr_t)regions,
+        .vec_len = REGIONS,
+        .category_mask = CC_PAGE_IS_WRITTEN,
+        .return_mask = CC_PAGE_IS_WRITTEN,
+    };
+    int n = cc_source_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &arg);
+    if (n < 0)
+        return errno == ESRCH ? cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended") : cc_source_lost("PAGEMAP_SCAN");
+    *at = arg.walk_end > *at ? arg.walk_end : end;
+    return n;
+}
+
+/* take_stretch -- get and clear [at, end) of a range */
+static int take_stretch(const struct uffd_source *source, const struct colocache_uffd_range *range, uint64_t at, uint64_t end,
+                        cc_take_fn *take, void *context)
+{
+    while (at < end) {
+        int n = scan(source, &at, end, source->regions, true);
+        if (n < 0)
+            return n;
+        for (int r = 0; r < n; r++) {
+            if (take_region(range, &source->regions[r], take, context) != 0) /* the scan has protected the pages again */
+                return cc_source_not_taken(source->foreign ? "the log of another process" : "the log of this process");
+        }
+    }
+    return 0;
+}
+
+/* take_found -- get and clear [at, end) of a range, touching only where pages were written */
+static int take_found(const struct uffd_source *source, const struct colocache_uffd_range *range, uint64_t at, uint64_t end,
+                      cc_take_fn *take, void *context)
+{
+    while (at < end) {
+        int n = scan(source, &at, end, source->found, false), rc = 0;
+        if (n <= 0)
+            return n;
+        const struct cc_page_region *last = &source->found[n - 1];
+        uint64_t n_bytes = 0;
+        for (int r = 0; r < n; r++)
+            n_bytes += source->found[r].end - source->found[r].start;
+        if (n_bytes * DENSE > last->end - source->found->start)
+            rc = take_stretch(source, range, source->found->start, last->end, take, context);
+        else
+            for (int r = 0; r < n && rc == 0; r++)
+                rc = take_stretch(source, range, source->found[r].start, source->found[r].end, take, context);
+        if (rc)
+            return rc;
+    }
+    return 0;
+}
+
 static int uffd_sync(struct colocache_source *base, cc_take_fn *take, void *context)
 {
     struct uffd_source *source = (struct uffd_source *)base;
@@ -90,28 +159,9 @@ static int uffd_sync(struct colocache_source *base, cc_take_fn *take, void *cont
     for (uint32_t i = 0; i < source->n_ranges; i++) {
         const struct colocache_uffd_range *range = &source->ranges[i];
         uint64_t at = (uint64_t)(uintptr_t)range->addr, end = at + range->n_pages * CC_SOURCE_PAGE;
-        while (at < end) {
-            struct cc_scan_arg scan = {
-                .size = sizeof scan,
-                .flags = CC_SCAN_WP_MATCHING | CC_SCAN_CHECK_WPASYNC,
-                .start = at,
-                .end = end,
-                .vec = (uint64_t)(uintptr_t)source->regions,
-                .vec_len = REGIONS,
-                .category_mask = CC_PAGE_IS_WRITTEN,
-                .return_mask = CC_PAGE_IS_WRITTEN,
-            };
-            int n = cc_source_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &scan);
-            if (n < 0)
-                return cc_source_lost("PAGEMAP_SCAN");
-            for (int r = 0; r < n; r++) {
-                if (take_region(range, &source->regions[r], take, context) != 0)
-                    return cc_source_not_taken("the log of this process"); /* the scan has protected the pages again */
-            }
-            if (scan.walk_end <= at && n == 0)
-                break;
-            at = scan.walk_end;
-        }
+        int rc = (source->found ? take_found : take_stretch)(source, range, at, end, take, context);
+        if (rc)
+            return rc;
     }
     return 0;
 }
@@ -119,28 +169,44 @@ static int uffd_sync(struct colocache_source *base, cc_take_fn *take, void *cont
 static void uffd_close(struct colocache_source *base)
 {
     struct uffd_source *source = (struct uffd_source *)base;
+    for (uint32_t i = 0; source->foreign && source->uffd >= 0 && i < source->n_ranges; i++) { /* its maker's copy may stay open */
+        struct uffdio_range range = {.start = (uint64_t)(uintptr_t)source->ranges[i].addr, .len = source->ranges[i].n_pages * CC_SOURCE_PAGE};
+        ioctl(source->uffd, UFFDIO_UNREGISTER, &range);
+    }
     if (source->uffd >= 0)
         close(source->uffd); /* unregisters and unprotects */
     if (source->pagemap >= 0)
         close(source->pagemap);
     free(source->regions);
+    free(source->found);
     free(source);
+}
+
+static int use_uffd(int fd)
+{
+    struct uffdio_api api = {.api = UFFD_API,
+                             .features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM};
+    if (cc_source_ioctl(fd, UFFDIO_API, &api) == 0)
+        return 0;
+    return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd has no asynchronous write-protection (Linux 6.7 and newer do): %s",
+                   colocache_strerror(-errno));
 }
 
 static int open_uffd(void)
 {
     int fd = (int)syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
     if (fd < 0)
-        return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd is not to be had: %s", colocache_strerror(-errno));
-    struct uffdio_api api = {.api = UFFD_API,
-                             .features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM};
-    if (cc_source_ioctl(fd, UFFDIO_API, &api) != 0) {
-        int saved = errno;
+        return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd is unavailable: %s", colocache_strerror(-errno));
+    int rc = use_uffd(fd);
+    if (rc)
         close(fd);
-        return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd has no asynchronous write-protection (Linux 6.7 and newer do): %s",
-                       colocache_strerror(-saved));
-    }
-    return fd;
+    return rc ? rc : fd;
+}
+
+static int own_copy(int fd, const char *what)
+{
+    int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    return copy >= 0 ? copy : cc_fail_errno(what);
 }
 
 /* arm -- register a range and protect all of it */
@@ -159,12 +225,15 @@ static int arm(const struct uffd_source *source, const struct colocache_uffd_ran
     return rc == 0 ? 0 : cc_fail_errno("write-protecting guest RAM");
 }
 
-int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_ranges, struct colocache_source **out)
+/* make -- a source with its ranges checked and room for scans; no descriptors yet */
+static int make(const struct colocache_uffd_range *ranges, uint32_t n_ranges, bool look_first, struct uffd_source **out)
 {
-    if (!ranges || !n_ranges || n_ranges > CC_SOURCE_PARTS_MAX || !out)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "a userfaultfd log needs 1 to %u ranges and a place for the result", CC_SOURCE_PARTS_MAX);
+    if (!ranges || !n_ranges || n_ranges > CC_SOURCE_PARTS_MAX)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "a userfaultfd log needs 1 to %u ranges", CC_SOURCE_PARTS_MAX);
     for (uint32_t i = 0; i < n_ranges; i++) {
-        if (!ranges[i].n_pages || ranges[i].n_pages > CC_SOURCE_PAGES_MAX || (uintptr_t)ranges[i].addr % CC_SOURCE_PAGE)
+        uint64_t addr = (uint64_t)(uintptr_t)ranges[i].addr;
+        if (!ranges[i].n_pages || ranges[i].n_pages > CC_SOURCE_PAGES_MAX || addr % CC_SOURCE_PAGE ||
+            addr > UINT64_MAX - ranges[i].n_pages * CC_SOURCE_PAGE)
             return cc_fail(COLOCACHE_E_ARGUMENT, "range %u: %llu pages at %p", i, (unsigned long long)ranges[i].n_pages, ranges[i].addr);
     }
     struct uffd_source *source = calloc(1, sizeof *source + n_ranges * sizeof ranges[0]);
@@ -172,21 +241,59 @@ int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_
         return cc_fail(-ENOMEM, "no memory for %u ranges", n_ranges);
     source->base = (struct colocache_source){.sync = uffd_sync, .close = uffd_close};
     source->uffd = source->pagemap = -1;
-    source->n_ranges = n_ranges;
     memcpy(source->ranges, ranges, n_ranges * sizeof ranges[0]);
     source->regions = calloc(REGIONS, sizeof *source->regions);
-    int rc = source->regions ? open_uffd() : cc_fail(-ENOMEM, "no memory for scan results");
-    if (rc >= 0) {
-        source->uffd = rc;
-        source->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
-        rc = source->pagemap >= 0 ? 0 : cc_fail_errno("opening /proc/self/pagemap");
+    source->found = look_first ? calloc(REGIONS, sizeof *source->found) : NULL;
+    if (!source->regions || (look_first && !source->found)) {
+        uffd_close(&source->base);
+        return cc_fail(-ENOMEM, "no memory for scan results");
     }
-    for (uint32_t i = 0; rc == 0 && i < n_ranges; i++)
+    *out = source;
+    return 0;
+}
+
+/* finish -- arm the ranges of a source that has its descriptors, or `rc` < 0: close it again */
+static int finish(struct uffd_source *source, int rc, uint32_t n_ranges, struct colocache_source **out)
+{
+    for (uint32_t i = 0; rc == 0 && i < n_ranges; i++) {
         rc = arm(source, &source->ranges[i]);
+        source->n_ranges = i + 1;
+    }
     if (rc) {
         uffd_close(&source->base);
         return rc;
     }
     *out = &source->base;
     return 0;
+}
+
+int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_ranges, struct colocache_source **out)
+{
+    struct uffd_source *source;
+    int rc = out ? make(ranges, n_ranges, false, &source) : cc_fail(COLOCACHE_E_ARGUMENT, "there is no place for the log");
+    if (rc)
+        return rc;
+    rc = open_uffd();
+    if (rc >= 0) {
+        source->uffd = rc;
+        source->pagemap = open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+        rc = source->pagemap >= 0 ? 0 : cc_fail_errno("opening /proc/self/pagemap");
+    }
+    return finish(source, rc, n_ranges, out);
+}
+
+int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it, const struct colocache_uffd_range *ranges,
+                                  uint32_t n_ranges, struct colocache_source **out)
+{
+    struct uffd_source *source;
+    int rc = out ? make(ranges, n_ranges, kvm_maps_it != 0, &source) : cc_fail(COLOCACHE_E_ARGUMENT, "there is no place for the log");
+    if (rc)
+        return rc;
+    source->foreign = true;
+    source->uffd = rc = own_copy(uffd, "taking the userfaultfd");
+    if (rc >= 0)
+        source->pagemap = rc = own_copy(pagemap_fd, "taking the pagemap");
+    if (rc >= 0)
+        rc = use_uffd(source->uffd);
+    return finish(source, rc, n_ranges, out);
 }

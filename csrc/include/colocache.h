@@ -461,12 +461,12 @@ struct colocache_kvm_ring {            /* the dirty ring of one vCPU */
     void *addr;                        /* where you map it already (KVM_DIRTY_LOG_PAGE_OFFSET pages into vcpu_fd), or NULL */
 };
 
-struct colocache_uffd_range {          /* memory written by threads of this process */
+struct colocache_uffd_range {          /* memory of this process; of another one in colocache_source_uffd_process */
     uint32_t block;
     uint32_t reserved;
     uint64_t first_pfn;                /* page of the block at addr */
     uint64_t n_pages;
-    void *addr;                        /* page aligned (2 MiB on hugetlb) */
+    void *addr;                        /* page aligned (2 MiB on hugetlb), in the process whose memory it is */
 };
 
 /* KVM's dirty log of a VM.  Slots must have KVM_MEM_LOG_DIRTY_PAGES set and 4096-byte pages.  manual_protect: not 0 if
@@ -486,6 +486,14 @@ int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots,
 /* The kernel's own log of 4 KiB mappings in this process: userfaultfd write-protect-async and PAGEMAP_SCAN; needs no privilege.
  * On hugetlb it sees 2 MiB at a time.  E_UNSUPPORTED on kernels before 6.7. */
 int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_ranges, struct colocache_source **out);
+/* The same for memory of another process, such as a VMM that is driven from outside.  That process makes the userfaultfd (user-mode faults
+ * suffice) and hands the descriptor over, on which nothing was done yet; `pagemap_fd` is its /proc/PID/pagemap; the addresses are its own.
+ * Both descriptors stay yours.  Seen is whoever writes through that process's page tables: its threads, the kernel on its behalf, vCPUs of
+ * its KVM; not other processes that map the same file.  kvm_maps_it: not 0 if a KVM of it has slots on 4 KiB pages of this memory; then only
+ * what was written is protected anew, and KVM keeps its mappings of the rest.  Mappings must stay until the source is closed.
+ * E_UNSUPPORTED, -errno (descriptors that are none).  Once that process has ended a sync is E_LOG_LOST. */
+int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it, const struct colocache_uffd_range *ranges,
+                                  uint32_t n_ranges, struct colocache_source **out);
 /* Get, clear and throw away: before the VM first runs. */
 int colocache_source_discard(struct colocache_source *source);
 int colocache_source_close(struct colocache_source *source);
