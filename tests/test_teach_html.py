@@ -1,144 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesson's web page in a real browser: it opens, steps, draws what was recorded, and fits a phone.
-
-The browser is spoken to over its debugging pipe (two descriptors and JSON), so that nothing but Chromium is needed.
-"""
+"""The lesson's web page in a real browser: it opens, steps, draws what was recorded, and fits a phone."""
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import fcntl
-import json
-import os
-import shutil
-import signal
-import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import Browser, started
 
 from colocache.teach import web
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.play import record
 from colocache.teach.recording import Chapter, Lesson, Step
-
-NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
-WAIT_SECONDS = 60.0
-FLAGS = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run",
-    "--disable-dev-shm-usage", "--disable-sync", "--disable-component-update", "--remote-debugging-pipe",
-)  # fmt: skip
-
-
-class Browser:
-    """One page in a headless Chromium."""
-
-    def __init__(self, program: str, profile: Path) -> None:
-        theirs_in, self._out = os.pipe()
-        self._in, theirs_out = os.pipe()
-        ends = [fcntl.fcntl(fd, fcntl.F_DUPFD, 10) for fd in (theirs_in, theirs_out)]  # clear of 3 and 4
-        quiet = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
-        dups = [(os.POSIX_SPAWN_DUP2, ends[0], 3), (os.POSIX_SPAWN_DUP2, ends[1], 4)]
-        self.pid = os.posix_spawnp(
-            program, [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"], os.environ,
-            file_actions=[*quiet, *dups],
-        )  # fmt: skip
-        for fd in (theirs_in, theirs_out, *ends):
-            os.close(fd)
-        self._buffer, self._number, self._session = b"", 0, ""
-        self.trouble: list[str] = []  # exceptions, console errors, requests
-        targets = self.tell("Target.getTargets")["targetInfos"]
-        page = next(target for target in targets if target["type"] == "page")
-        self._session = self.tell("Target.attachToTarget", targetId=page["targetId"], flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.tell(f"{domain}.enable")
-
-    def tell(self, method: str, **params: Any) -> dict[str, Any]:
-        self._number += 1
-        message: dict[str, Any] = {"id": self._number, "method": method, "params": params}
-        if self._session:
-            message["sessionId"] = self._session
-        os.write(self._out, json.dumps(message).encode() + b"\0")
-        end = time.monotonic() + WAIT_SECONDS
-        while time.monotonic() < end:
-            answer = self._hear()
-            if answer.get("id") == self._number:
-                assert "error" not in answer, f"{method}: {answer['error']}"
-                result: dict[str, Any] = answer["result"]
-                return result
-        raise TimeoutError(method)
-
-    def _hear(self) -> dict[str, Any]:
-        while b"\0" not in self._buffer:
-            more = os.read(self._in, 1 << 20)
-            if not more:
-                raise EOFError("the browser closed its pipe")
-            self._buffer += more
-        line, _, self._buffer = self._buffer.partition(b"\0")
-        heard: dict[str, Any] = json.loads(line)
-        method, params = heard.get("method", ""), heard.get("params", {})
-        if method == "Runtime.exceptionThrown":
-            self.trouble.append(str(params["exceptionDetails"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
-            self.trouble.append(str(params["entry"]))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
-            self.trouble.append(str(params["args"]))
-        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "data:")):
-            self.trouble.append(f"a request left the page: {params['request']['url']}")
-        return heard
-
-    def js(self, expression: str) -> Any:
-        answer = self.tell("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
-        return answer["result"].get("value")
-
-    def key(self, name: str) -> None:
-        for kind in ("keyDown", "keyUp"):
-            self.tell("Input.dispatchKeyEvent", type=kind, key=name, code=name, windowsVirtualKeyCode=KEYS[name])
-
-    def screen(
-        self, width: int, height: int = 900, *, dark: bool = False, still: bool = True, scale: float = 1
-    ) -> None:
-        self.tell(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
-        )
-        features = [
-            {"name": "prefers-color-scheme", "value": "dark" if dark else "light"},
-            {"name": "prefers-reduced-motion", "value": "reduce" if still else "no-preference"},
-        ]
-        self.tell("Emulation.setEmulatedMedia", features=features)
-
-    def open(self, path: Path, where: str = "") -> None:
-        self.tell("Page.navigate", url=f"file://{path}{where}")
-        end = time.monotonic() + WAIT_SECONDS
-        while not self.js("document.readyState === 'complete' && !!document.querySelector('.cell[aria-label]')"):
-            assert time.monotonic() < end, f"the page does not draw: {self.trouble}"
-
-    def picture(self, path: Path, *, whole: bool = True) -> None:
-        shot = self.tell("Page.captureScreenshot", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(shot["data"]))
-
-    def close(self) -> None:
-        self._session = ""
-        with contextlib.suppress(OSError, EOFError):
-            self.tell("Browser.close")
-        os.close(self._out)
-        os.close(self._in)
-        end = time.monotonic() + WAIT_SECONDS
-        while os.waitpid(self.pid, os.WNOHANG)[0] == 0:
-            if time.monotonic() > end:
-                os.kill(self.pid, signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                break
-            time.sleep(0.02)
-
-
-KEYS = {"ArrowRight": 39, "ArrowLeft": 37, "ArrowDown": 40, "Home": 36, "End": 35, "PageDown": 34, "PageUp": 33,
-        "Enter": 13, "Tab": 9}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -155,13 +30,8 @@ def page(lesson: Lesson, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared_browser() -> Iterator[Browser]:
-    program = next((name for name in NAMES if shutil.which(name)), None)
-    if program is None:
-        pytest.skip("no Chromium here: on Debian, `apt install chromium` lets the page be tested in it")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        browser = Browser(program, Path(profile))
+    with started() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
@@ -214,20 +84,94 @@ def test_every_step_is_drawn_as_it_was_recorded_and_the_right_arrow_walks_throug
     for chapter, number, step in walk:
         assert browser.js(DRAWN) == expected(chapter, number, step)
         browser.key("ArrowRight")
+    assert browser.js("location.hash") == "#play/1"
+    browser.key("ArrowRight")
+    assert browser.js("location.hash") == "#quiz/1"
     assert browser.js("document.getElementById('next').disabled") is True
     assert browser.trouble == []
 
 
-def test_keys_go_back_home_to_the_end_and_to_the_next_chapter(browser: Browser, lesson: Lesson) -> None:
+def test_keys_go_forward_back_home_to_the_end_and_to_the_next_chapter(browser: Browser, lesson: Lesson) -> None:
     first, second = lesson.chapters[:2]
     for key, hash_ in (
         ("End", f"#{first.id}/{len(first.steps)}"), ("ArrowLeft", f"#{first.id}/{len(first.steps) - 1}"),
-        ("Home", f"#{first.id}/1"), ("PageDown", f"#{second.id}/1"), ("ArrowLeft", f"#{first.id}/{len(first.steps)}"),
-        ("PageUp", f"#{first.id}/1"), ("ArrowLeft", f"#{first.id}/1"),
+        ("Home", f"#{first.id}/1"), ("]", f"#{second.id}/1"), ("ArrowLeft", f"#{first.id}/{len(first.steps)}"),
+        ("[", f"#{first.id}/1"), ("ArrowLeft", f"#{first.id}/1"), ("n", f"#{first.id}/2"), ("p", f"#{first.id}/1"),
     ):  # fmt: skip
         browser.key(key)
         assert browser.js("location.hash") == hash_, key
     assert browser.trouble == []
+
+
+def test_page_down_reads_to_the_end_of_the_page_and_then_the_next_chapter(browser: Browser, lesson: Lesson) -> None:
+    first, second = lesson.chapters[:2]
+    browser.screen(390, 700)
+    for _ in range(20):
+        before = browser.js("window.scrollY")
+        browser.key("PageDown")
+        if browser.js("location.hash") != f"#{first.id}/1":
+            break
+        assert browser.js("window.scrollY") > before
+    assert browser.js("[location.hash, window.scrollY]") == [f"#{second.id}/1", 0]
+    assert before > 0, "there was more to read first"
+    browser.key("PageUp")
+    assert browser.js("location.hash") == f"#{first.id}/1"
+
+
+def test_the_skip_link_goes_to_the_machines_and_keeps_the_step(browser: Browser) -> None:
+    browser.js("location.hash = '#union/3'")
+    browser.key("Tab")
+    assert browser.js("document.activeElement.className") == "skip"
+    browser.key("Enter")
+    assert browser.js("[document.activeElement.id, location.hash]") == ["stage", "#union/3"]
+
+
+SEEN_TOGETHER = """(() => {
+  const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+  const parts = [".step", '[data-panel="pvm-bitmap"] .grid', '[data-panel="svm-bitmap"] .grid'].map(box);
+  return [Math.min(...parts.map((part) => part.top)), Math.max(...parts.map((part) => part.bottom)), box(".bar").top];
+})()"""
+
+
+def test_text_and_both_bitmaps_are_on_one_screen_of_a_laptop_and_in_reach_on_a_phone(
+    browser: Browser, lesson: Lesson
+) -> None:
+    steps = [f"#{c.id}/{n}" for c in lesson.chapters for n in range(1, len(c.steps) + 1)]
+    browser.screen(1366, 650)
+    for hash_ in (*steps, "#play/1", "#quiz/1"):
+        browser.js(f"location.hash = '{hash_}'; window.scrollTo(0, 0)")
+        top, bottom, bar = browser.js(SEEN_TOGETHER)
+        assert 0 <= top < bottom <= bar, hash_
+    browser.screen(390, 844)
+    for hash_ in steps:
+        browser.js(f"location.hash = '{hash_}'; window.scrollTo(0, 0)")
+        top, bottom, bar = browser.js(SEEN_TOGETHER)
+        assert bottom - top <= bar, f"{hash_}: {bottom - top} pixels, {bar} are free"
+
+
+def test_a_printed_chapter_is_a_handout_of_all_its_steps_in_colour(browser: Browser, lesson: Lesson) -> None:
+    union = lesson.chapter("union")
+    browser.js("location.hash = '#union/2'")
+    browser.js("window.dispatchEvent(new Event('beforeprint'))")
+    browser.tell("Emulation.setEmulatedMedia", media="print")
+    text = browser.js("document.body.innerText")
+    assert union.question in text
+    assert union.answer in text
+    for step in union.steps:
+        assert step.title in text
+        assert step.text in text
+    assert browser.js("document.querySelectorAll('#handout .sheet').length") == len(union.steps)
+    assert browser.js("document.querySelectorAll('#handout .copies figure').length") == 7 * len(union.steps)
+    assert browser.js("getComputedStyle(document.querySelector('.frame')).display") == "none"
+    colours = browser.js("""["P0", "S0", "B"].map((kind) => {
+      const style = getComputedStyle(document.querySelector(`#handout .copies .${kind}`));
+      return [style.printColorAdjust, style.backgroundColor, style.backgroundImage];
+    })""")
+    assert [keep for keep, _, _ in colours] == ["exact"] * 3
+    assert len({(ground, image) for _, ground, image in colours}) == 3
+    browser.tell("Emulation.setEmulatedMedia", media="")
+    browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.js("document.getElementById('handout').childElementCount") == 0
 
 
 def test_the_scrubber_steps_and_says_where_it_is(browser: Browser, lesson: Lesson) -> None:

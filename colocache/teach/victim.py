@@ -26,7 +26,10 @@ from colocache.teach import tags
 from colocache.teach.primary import WAIT_SECONDS
 from colocache.teach.secondary import Secondary
 
-CALLS = ("write", "receive", "sync", "device_state", "seal", "flush", "loaded", "die", "flush_until", "clear_then_copy")
+CALLS = (
+    "write", "receive", "sync", "device_state", "seal", "flush", "loaded", "abort", "failover",
+    "die", "flush_until", "clear_then_copy",
+)  # fmt: skip
 
 
 class VictimError(ColocacheError):

@@ -1,20 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesson as one web page that carries everything it needs: its look, its program and the recording."""
+"""The lesson as one web page that carries everything it needs: its look, its program, the recording and the questions."""
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import asdict
 from importlib import resources
 
+from colocache.teach.quiz import WHYS
 from colocache.teach.recording import Lesson
+
+FILE = re.compile(r"/\*\{\{([\w.]+)\}\}\*/")  # /*{{lesson.css}}*/ stands for the file's text
 
 
 def page(lesson: Lesson) -> str:
     """The whole page as HTML text."""
-    text = _file("lesson.html")
-    # Inside a script element only "</" and "<!--" end anything early; JSON may write the first character as an escape.
-    data = lesson.to_json().replace("<", "\\u003c")
-    text = text.replace("/*{{lesson.css}}*/", _file("lesson.css")).replace("/*{{lesson.js}}*/", _file("lesson.js"))
-    return text.replace("{{lesson.json}}", data)
+    text = FILE.sub(lambda found: _file(found[1]), _file("lesson.html"))
+    questions = json.dumps([asdict(why) for why in WHYS], ensure_ascii=False, separators=(",", ":"))
+    return text.replace("{{lesson.json}}", _data(lesson.to_json())).replace("{{quiz.json}}", _data(questions))
+
+
+def _data(text: str) -> str:
+    """Inside a script element only "</" and "<!--" end anything early; JSON may write the first character as an escape."""
+    return text.replace("<", "\\u003c")
 
 
 def _file(name: str) -> str:
