@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from colocache.choices import BACKINGS
 from colocache.errors import ArgumentError, ColocacheError, MemoryShortError, SystemCallError, UnsupportedError
 
 HUGE = 2 << 20
 CHUNK = 128 << 20  # reserved at a time, so that Ctrl-C is heard in between
 MIB = 1 << 20
-BACKINGS = ("auto", "hugetlb", "thp", "shm")
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 where glibc's shm_open keeps its objects
 HUGE_SYSFS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -65,7 +65,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class HugePages:
-    """Counts of 2 MiB pages: `free` can be had now, overcommit included."""
+    """Counts of 2 MiB pages; `free`: available now, overcommit included."""
 
     total: int
     free: int
@@ -140,7 +140,7 @@ def memory_available() -> int:
     match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     total = re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)
     if not match or not total:
-        return 1 << 62  # a /proc without them: nothing is known, so the allocation itself must say no
+        return 1 << 62  # a /proc without them: nothing is known, so the allocation itself must refuse
     spare = min(256 * MIB, int(total[1]) * 1024 // 32)
     room = int(match[1]) * 1024 - spare
     limit = _cgroup_room()

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 import numpy.typing as npt
 
-from colocache.errors import RangeError, TailError
+from colocache.errors import RangeError
 
 Words = npt.NDArray[np.uint64]
 
@@ -48,13 +48,6 @@ def runs(words: Words) -> list[tuple[int, int]]:
         return []
     breaks = np.flatnonzero(np.diff(pfns) != 1) + 1
     return [(int(part[0]), len(part)) for part in np.split(pfns, breaks)]
-
-
-def check_tail(words: Words, n_pages: int) -> None:
-    """TailError if a bit past the last page is set."""
-    pfns = to_pfns(words)
-    if pfns.size and pfns[-1] >= n_pages:
-        raise TailError(f"bit {pfns[-1]} is set in a bitmap of {n_pages} pages")
 
 
 def _bytes(words: Words) -> npt.NDArray[np.uint8]:

@@ -10,3 +10,10 @@ GUESTS = {
     "process": "colocache.vmm.process:ProcessMachine",
 }
 GUEST_KINDS = ("auto", *GUESTS)
+
+BACKINGS = ("auto", "hugetlb", "thp", "shm")  # of an image; see backing.py
+COPIES = ("auto", "libc", "avx2", "avx512", "neon")  # how the flush copies pages
+VERIFY = ("all", "last", "none")  # the checkpoints whose every page is compared with the primary's hash of it
+KILL_POINTS = ("running", "receiving", "sealed", "random")  # where the demo's primary dies
+STREAMS_MAX = 16  # connections that carry the pages of one pair
+TRANSPORTS = ("unix", "tcp")  # what the demo's two sides meet on

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line. Each command lives in a module of its own under colocache.commands and is imported when it is
-called, so that `colocache --help` is quick and a command's dependencies are nobody else's."""
+called, so that `colocache --help` is quick and no command pays for the dependencies of another."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `colocache` command: errors that were foreseen are one sentence, not a traceback."""
-    # Until a command is loaded there is nothing to clean up, and a Ctrl-C in the middle of an import no story to tell.
+    # Until a command is loaded there is nothing to clean up, and Ctrl-C in the middle of an import no traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:

@@ -145,7 +145,7 @@ class LoadFailedError(ColocacheError):
 
 
 class FailedOverError(ColocacheError):
-    """This secondary took over; it is no secondary any more."""
+    """This secondary took over and is no longer a secondary."""
 
     code = -20019
 
@@ -210,7 +210,7 @@ class ClosedError(ColocacheError, ValueError):
 
 
 class MemoryShortError(NoMemoryError):
-    """Too little memory or too few huge pages: bytes needed, bytes there are, and the command that helps."""
+    """Too little memory or too few huge pages: bytes needed, bytes available, and the command that helps."""
 
     def __init__(self, sentence: str, *, needed: int, available: int, command: str) -> None:
         super().__init__(sentence, hint=command)

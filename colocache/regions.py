@@ -29,10 +29,6 @@ class RegionName:
     files: tuple[Path, ...]
     n_bytes: int  # of memory that its files hold
 
-    @property
-    def has_control(self) -> bool:
-        return any(path.name.endswith(".control") for path in self.files)
-
 
 @dataclass(frozen=True)
 class CleanReport:
@@ -103,7 +99,7 @@ def remove_region(name: str) -> RegionName:
 def _locked(name: str) -> Iterator[None]:
     """The locks of owner and holders, on an open file description of our own; none where there is no control object.
 
-    Images are made after the control object and removed before it, so images without one are nobody's.
+    Images are made after the control object and removed before it, so images without one belong to nobody.
     """
     try:
         fd = open_shm(file_name(name, "control"))

@@ -8,6 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from colocache._native import ffi, lib
+from colocache.choices import COPIES
 
 
 class Phase(IntEnum):
@@ -29,13 +30,7 @@ class Action(IntEnum):
     NO_RESTART = 3
 
 
-COPY_NAMES = {
-    "auto": lib.COLOCACHE_COPY_AUTO,
-    "libc": lib.COLOCACHE_COPY_LIBC,
-    "avx2": lib.COLOCACHE_COPY_AVX2,
-    "avx512": lib.COLOCACHE_COPY_AVX512,
-    "neon": lib.COLOCACHE_COPY_NEON,
-}
+COPY_NAMES: dict[str, int] = {name: getattr(lib, f"COLOCACHE_COPY_{name.upper()}") for name in COPIES}
 
 
 def _text(field: Any) -> str:

@@ -115,7 +115,7 @@ class Sender:
         return tuple(PageRun.of(runs[i]) for i in range(n_runs[0]))
 
     def received(self) -> None:
-        """RECEIVED came, or the peer said at reconnection that it sealed: nothing is unacknowledged any more."""
+        """RECEIVED came, or the peer said at reconnection that it sealed: nothing is unacknowledged."""
         with self._handle as sender:
             check(lib.colocache_sender_received(sender))
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from colocache._native import lib
 from colocache.errors import BlockError, LengthError
 
-BLOCKS_MAX = 256
+BLOCKS_MAX: int = lib.COLOCACHE_BLOCKS_MAX
+NAME_BYTES_MAX: int = lib.COLOCACHE_NAME_BYTES - 1
 PAGE_SIZE_MAX = 2 << 20
 LENGTH_MAX = 1 << 46  # 64 TiB: more than an x86 machine maps, small enough that sums of 256 blocks fit a file offset
 
@@ -22,8 +24,9 @@ class BlockSpec:
     page_size: int = 4096
 
     def __post_init__(self) -> None:
-        if not 1 <= len(self.name.encode()) <= 255 or "\0" in self.name:
-            raise BlockError(f"a block's name has 1 to 255 bytes, this one {len(self.name.encode())}: {self.name!r}")
+        n_bytes = len(self.name.encode())
+        if not 1 <= n_bytes <= NAME_BYTES_MAX or "\0" in self.name:
+            raise BlockError(f"a block's name has 1 to {NAME_BYTES_MAX} bytes, this one {n_bytes}: {self.name!r}")
         if self.page_size & (self.page_size - 1) or not 4096 <= self.page_size <= PAGE_SIZE_MAX:
             raise LengthError(
                 f"page size of block {self.name} is {self.page_size}: a power of two, 4096 to {PAGE_SIZE_MAX}"

@@ -185,7 +185,7 @@ def test_a_vcpu_that_dies_is_told_and_never_waited_for() -> None:
             time.sleep(0.001)
         assert "exit reason" in (machine.failure or "")
         for what in (machine.pause, machine.resume):
-            with pytest.raises(MachineError, match="does not run any more: the vCPU came out with exit reason"):
+            with pytest.raises(MachineError, match="no longer runs: the vCPU came out with exit reason"):
                 what()
 
 

@@ -87,7 +87,7 @@ def test_a_guest_that_dies_is_told_with_its_reason_and_never_waited_for(make: Ma
     thread.go()
     while thread.failure is None:
         time.sleep(0.001)
-    with pytest.raises(MachineError, match="does not run any more: exit reason 8"):
+    with pytest.raises(MachineError, match="no longer runs: exit reason 8"):
         thread.stop()
     assert thread.failure == "exit reason 8 (shutdown)"
     for what in (thread.go, thread.stop):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colocache.commands.options import BACKINGS, foreseen, parse_size, print_json
+from colocache.choices import BACKINGS
+from colocache.commands.options import foreseen, json_option, parse_size, print_json
 
 if TYPE_CHECKING:
     from colocache.measure.session import Progress
@@ -29,35 +30,63 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 
 
 @click.command()
-@click.option("--quick", is_flag=True, help="Few cells, under 30 seconds.")
-@click.option("--full", is_flag=True, help="Every case at every share, run length and number of threads; takes long.")
-@click.option("--warm", is_flag=True, help="Measure each cell also with whatever is left in the CPU's caches.")
+@click.option("--quick", is_flag=True, help="Measure few cells, in under 30 seconds.")
 @click.option(
-    "--ram", "ram", type=Sizes(), multiple=True, help="Guest RAM; may be given several times.",
+    "--full",
+    is_flag=True,
+    help="Measure every case at every dirty share, run length and number of threads; takes long.",
+)
+@click.option("--warm", is_flag=True, help="Measure each cell a second time with whatever is left in the CPU's caches.")
+@click.option(
+    "--ram",
+    type=Sizes(),
+    multiple=True,
+    help="Size of guest RAM; may be given several times.",
     show_default="256M, or four times the L3 caches",
-)  # fmt: skip
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=None, help="Rounds of each cell.", show_default="5; 3 with --quick"
 )
 @click.option(
-    "--backing", "backings", type=click.Choice(BACKINGS[1:]), multiple=True, help="May be given several times.",
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=None,
+    help="How many rounds each cell is measured.",
+    show_default="5; 3 with --quick",
+)
+@click.option(
+    "--backing",
+    "backings",
+    type=click.Choice(BACKINGS[1:]),
+    multiple=True,
+    help="What guest memory is made of; may be given several times.",
     show_default="every one this machine has",
-)  # fmt: skip
+)
 @click.option(
-    "--threads", type=click.IntRange(1, 256), multiple=True, help="Threads of the flush; may be given several times.",
+    "--threads",
+    type=click.IntRange(1, 256),
+    multiple=True,
+    help="Number of threads that copy in a flush; may be given several times.",
     show_default="1, 2, 4 … all cores",
-)  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+)
+@json_option
 @click.option(
-    "--csv", "csv_file", type=click.Path(dir_okay=False, path_type=Path), help="Write the rows to FILE.", metavar="FILE"
+    "--csv",
+    "csv_file",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the rows to FILE as comma-separated values.",
+    metavar="FILE",
 )
 @click.option(
-    "--plots", type=click.Path(file_okay=False, path_type=Path), help="Draw PNG and SVG plots into DIR.", metavar="DIR"
+    "--plots",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Draw the plots into DIR, as PNG and SVG.",
+    metavar="DIR",
 )
 @click.option(
-    "--compare", type=click.Path(exists=True, dir_okay=False, path_type=Path), nargs=2, metavar="A.json B.json",
-    help="Measure nothing: set two reports side by side.",
-)  # fmt: skip
+    "--compare",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    nargs=2,
+    metavar="A.json B.json",
+    help="Measure nothing; set two reports that --json wrote side by side.",
+)
 @foreseen
 def bench(
     quick: bool,

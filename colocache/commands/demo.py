@@ -8,52 +8,51 @@ from typing import Any
 
 import click
 
-from colocache.choices import GUEST_KINDS
-from colocache.commands.options import BACKINGS, FLUSHES, foreseen, print_json, size_option, streams_option
-
-KILL_POINTS = ("running", "receiving", "sealed", "random")
+from colocache.choices import KILL_POINTS, TRANSPORTS
+from colocache.commands.options import (
+    foreseen,
+    guest_options,
+    json_option,
+    print_json,
+    seconds_option,
+    streams_option,
+    verify_option,
+)
 
 
 @click.command()
-@click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine.")
-@size_option("--ram", default="256M", show_default=True, help="Guest RAM.")
-@size_option("--working-set", default="0", show_default="an eighth of RAM", help="Memory that the guest writes.")
+@guest_options
 @click.option(
-    "--steps-per-second",
-    type=click.FloatRange(min=0),
-    default=20000.0,
+    "--checkpoints",
+    type=click.IntRange(min=1),
+    default=20,
     show_default=True,
-    help="Rate of the guest; 0 = flat out.",
+    help="How many checkpoints are taken before the primary is killed.",
 )
-@click.option("--backing", type=click.Choice(BACKINGS), default="auto", show_default=True, help="Memory of the guests.")
-@click.option("--flush", type=click.Choice(FLUSHES), default="copy", show_default=True, help="Flush strategy.")
-@click.option("--checkpoints", type=click.IntRange(min=1), default=20, show_default=True, help="Before the kill.")
-@click.option("--interval", type=click.FloatRange(min=0), default=0.2, show_default=True, help="Seconds between them.")
+@seconds_option("--interval", default=0.2, help="Time between two checkpoints.")
 @click.option(
     "--kill-primary-at",
     type=click.Choice(KILL_POINTS),
     default="running",
     show_default=True,
-    help="running: between checkpoints; receiving: half of the pages of one are sent; sealed: the secondary has just "
-    "sealed one; random: at any moment.",
+    help="When the primary is killed. running: between checkpoints; receiving: half of the pages of one are sent; "
+    "sealed: the secondary has just sealed one; random: at any moment.",
 )
+@verify_option
+@seconds_option(
+    "--run-on", default=0.5, least=0.01, help="How long the secondary runs on after its takeover, until the last check."
+)
+@seconds_option("--reconnect-limit", default=0.2, help="How long the secondary waits for a primary that it lost.")
 @click.option(
-    "--verify",
-    type=click.Choice(("all", "last", "none")),
-    default="all",
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    default="unix",
     show_default=True,
-    help="After which flushes every page is compared with the primary's hash of it. At takeover and after running on "
-    "every page is checked in any case.",
+    help="Kind of socket that the two sides meet on.",
 )
-@click.option("--run-on", type=click.FloatRange(min=0.01), default=0.5, show_default=True, help="Seconds, after it.")
-@click.option(
-    "--reconnect-limit", type=click.FloatRange(min=0), default=0.2, show_default=True,
-    help="Seconds that the secondary waits for a lost primary.",
-)  # fmt: skip
-@click.option("--transport", type=click.Choice(("unix", "tcp")), default="unix", show_default=True, help="Socket.")
 @streams_option
-@click.option("--seed", type=int, default=None, help="For --kill-primary-at random: the same moment again.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@click.option("--seed", type=int, default=None, help="With --kill-primary-at random: the same moment again.")
+@json_option
 @foreseen
 def demo(as_json: bool, **given: Any) -> None:
     """Run a pair of machines, kill the primary, watch the secondary take over.
@@ -76,7 +75,6 @@ def demo(as_json: bool, **given: Any) -> None:
             working_set_bytes=given["working_set"],
             steps_per_second=given["steps_per_second"],
             backing=given["backing"],
-            flush=given["flush"],
             checkpoints=given["checkpoints"],
             interval=given["interval"],
             kill_at=given["kill_primary_at"],

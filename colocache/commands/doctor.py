@@ -7,11 +7,11 @@ import dataclasses
 
 import click
 
-from colocache.commands.options import foreseen, print_json
+from colocache.commands.options import foreseen, json_option, print_json
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@json_option
 @foreseen
 def doctor(as_json: bool) -> None:
     """Tell what this machine offers, and how to enable the rest. Nothing is changed.

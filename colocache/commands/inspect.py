@@ -8,12 +8,12 @@ from typing import Any
 
 import click
 
-from colocache.commands.options import foreseen, print_json
+from colocache.commands.options import foreseen, json_option, print_json
 
 
 @click.command()
 @click.argument("name", required=False)
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@json_option
 @foreseen
 def inspect(name: str | None, as_json: bool) -> None:
     """Show the control region NAME; without NAME, all regions of this machine.

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
 
-from colocache.choices import GUEST_KINDS
+from colocache.choices import BACKINGS, GUEST_KINDS, STREAMS_MAX, VERIFY
 from colocache.errors import ColocacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-BACKINGS = ("auto", "hugetlb", "thp", "shm")
-FLUSHES = ("copy",)
+SIZE_MAX = 1 << 62  # bytes: sums of a few sizes still fit 64 bits
+SECONDS_MAX = 86400.0  # a day
+RATE_MAX = 1e11
 
 
 def parse_size(text: str) -> int:
@@ -25,14 +27,40 @@ def parse_size(text: str) -> int:
     short = text.strip().upper().removesuffix("B").removesuffix("I")
     unit = short[-1:] if short[-1:] in UNITS else ""
     digits = short.removesuffix(unit)
-    if not digits.isascii() or not digits.isdigit() or len(digits) > 15:
+    if not digits.isascii() or not digits.isdigit() or len(digits) > 19:
         raise click.BadParameter(f"{text!r} is no size: write 64M, 2G or a number of bytes")
-    return int(digits) * UNITS[unit]
+    n_bytes = int(digits) * UNITS[unit]
+    if n_bytes > SIZE_MAX:
+        raise click.BadParameter(f"{text!r} is more than any machine has: give at most {SIZE_MAX >> 40}T")
+    return n_bytes
+
+
+class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A number with a fraction, from `least` to `most`. click's own range lets `nan` pass: it is on no side of any."""
+
+    def __init__(self, name: str, least: float, most: float) -> None:
+        self.name, self.least, self.most = name, least, most
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number; BadParameter with the bounds."""
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if not self.least <= number <= self.most:
+            self.fail(f"{value!r} is not in the range {self.least:g} to {self.most:.12g}", param, ctx)
+        return number
 
 
 def size_option(*names: str, **given: Any) -> Callable[[F], F]:
     """A click.option that takes a size."""
     return click.option(*names, type=parse_size, metavar="SIZE", **given)
+
+
+def seconds_option(*names: str, default: float, least: float = 0.0, **given: Any) -> Callable[[F], F]:
+    """A click.option that takes a time: seconds, up to a day."""
+    kind = Number("SECONDS", least, SECONDS_MAX)
+    return click.option(*names, type=kind, default=default, show_default=True, metavar="SECONDS", **given)
 
 
 def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
@@ -44,24 +72,39 @@ def options(*decorators: Callable[[F], F]) -> Callable[[F], F]:
     return apply
 
 
+guest_kind_option = click.option(
+    "--guest",
+    type=click.Choice(GUEST_KINDS),
+    default="auto",
+    show_default=True,
+    help="Kind of virtual machine; auto takes the first that runs here.",
+)
+steps_option = click.option(
+    "--steps-per-second",
+    type=Number("RATE", 0, RATE_MAX),
+    default=20000.0,
+    show_default=True,
+    metavar="RATE",
+    help="How many times a second the guest writes; 0 = as often as it can.",
+)
+backing_option = click.option(
+    "--backing",
+    type=click.Choice(BACKINGS),
+    default="auto",
+    show_default=True,
+    help="What guest memory is made of; auto takes the fastest that has room.",
+)
 guest_options = options(
-    click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine."),
-    size_option("--ram", default="256M", show_default=True, help="Guest RAM."),
-    size_option("--working-set", default="0", show_default="an eighth of RAM", help="Memory that the guest writes."),
-    click.option(
-        "--steps-per-second",
-        type=click.FloatRange(min=0),
-        default=20000.0,
-        show_default=True,
-        help="Rate of the guest; 0 = flat out.",
+    guest_kind_option,
+    size_option("--ram", default="256M", show_default=True, help="Size of guest RAM."),
+    size_option(
+        "--working-set",
+        default="0",
+        show_default="an eighth of guest RAM",
+        help="How much of guest RAM the guest writes.",
     ),
-    click.option(
-        "--backing",
-        type=click.Choice(BACKINGS),
-        default="auto",
-        show_default=True,
-        help="Memory of the guests.",
-    ),
+    steps_option,
+    backing_option,
 )
 
 pair_option = click.option(
@@ -70,26 +113,23 @@ pair_option = click.option(
 
 streams_option = click.option(
     "--streams",
-    type=click.IntRange(1, 16),
+    type=click.IntRange(1, STREAMS_MAX),
     default=1,
     show_default=True,
-    help="Connections that carry pages at once; both sides must give the same.",
+    help="Number of connections that carry pages at the same time; it must be the same on both sides.",
 )
 
 timing_options = options(
-    click.option(
+    seconds_option(
         "--peer-timeout",
-        type=float,
         default=2.0,
-        show_default=True,
-        help="Seconds without a byte from the peer after which it is lost.",
+        least=0.01,
+        help="How long the peer may be silent before it counts as lost.",
     ),
-    click.option(
+    seconds_option(
         "--run-on",
-        type=float,
         default=1.0,
-        show_default=True,
-        help="Seconds that a machine which goes on alone runs before every page is checked again; 0 = until stopped.",
+        help="How long a machine that goes on alone runs before every page is checked again; 0 = until it is stopped.",
     ),
 )
 
@@ -101,9 +141,21 @@ arbiter_option = click.option(
     help="Who decides whether this side may go on alone.",
 )
 
+verify_option = click.option(
+    "--verify",
+    type=click.Choice(VERIFY),
+    default="all",
+    show_default=True,
+    help="The checkpoints after whose flush every page is compared with the primary's hash of it.",
+)
+
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Write the report as one JSON object on the last line of stdout."
+)
+
 report_options = options(
-    click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout."),
-    click.option("--events", is_flag=True, help="One JSON object per event on stdout."),
+    json_option,
+    click.option("--events", is_flag=True, help="Write each event as one JSON object per line on stdout."),
     click.option("--die-with-parent", type=int, default=0, hidden=True),
 )
 
@@ -124,9 +176,3 @@ def foreseen(function: F) -> F:
 def print_json(report: dict[str, Any]) -> None:
     """The object of --json, on one line."""
     click.echo(json.dumps(report))
-
-
-def sentence_first(value: object) -> str:
-    """For a message that starts a line."""
-    text = str(value)
-    return text[:1].upper() + text[1:]

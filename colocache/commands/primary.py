@@ -17,46 +17,50 @@ from colocache.commands.options import (
     pair_option,
     print_json,
     report_options,
+    seconds_option,
     size_option,
     streams_option,
     timing_options,
+    verify_option,
 )
 
 
 @click.command()
-@click.option("--connect", required=True, metavar="ADDRESS", help="The secondary: HOST:PORT or unix:PATH.")
+@click.option(
+    "--connect", required=True, metavar="ADDRESS", help="Where the secondary listens: HOST:PORT or unix:PATH."
+)
 @pair_option
 @guest_options
-@click.option("--interval", type=float, default=0.5, show_default=True, help="Seconds between checkpoints.")
+@seconds_option("--interval", default=0.5, help="Time between two checkpoints.")
 @click.option(
-    "--checkpoints", type=click.IntRange(min=0), default=0, show_default=True, help="End after so many; 0 = go on."
-)
-@size_option("--dirty-limit", default="0", help="Dirty memory that calls for a checkpoint before its time; 0 = none.")
-@click.option(
-    "--background/--no-background", default=True, show_default=True, help="Send pages between checkpoints too."
-)
-@click.option(
-    "--verify",
-    type=click.Choice(("all", "last", "none")),
-    default="all",
+    "--checkpoints",
+    type=click.IntRange(min=0),
+    default=0,
     show_default=True,
-    help="Checkpoints that carry a hash per page for the secondary to compare.",
+    help="End after this many checkpoints; 0 = go on until stopped.",
 )
+@size_option(
+    "--dirty-limit",
+    default="0",
+    show_default="none",
+    help="Take a checkpoint before its time when the guest has written this much memory since the last one.",
+)
+@click.option(
+    "--background/--no-background",
+    default=True,
+    show_default=True,
+    help="Send pages between checkpoints too, while the guest runs.",
+)
+@verify_option
 @streams_option
 @timing_options
-@click.option(
+@seconds_option(
     "--reconnect-limit",
-    type=float,
     default=10.0,
-    show_default=True,
-    help="Seconds to reconnect after a loss, before going on alone.",
+    help="How long to try to reconnect to a secondary that was lost, before the arbiter is asked.",
 )
-@click.option(
-    "--connect-limit",
-    type=float,
-    default=30.0,
-    show_default=True,
-    help="Seconds until the secondary must answer.",
+@seconds_option(
+    "--connect-limit", default=30.0, least=0.01, help="How long to try to reach the secondary for the first time."
 )
 @arbiter_option
 @report_options

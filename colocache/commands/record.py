@@ -10,8 +10,16 @@ import click
 from rich.console import Console
 from rich.progress import Progress
 
-from colocache.choices import GUEST_KINDS
-from colocache.commands.options import BACKINGS, foreseen, print_json, size_option
+from colocache.commands.options import (
+    backing_option,
+    foreseen,
+    guest_kind_option,
+    json_option,
+    print_json,
+    seconds_option,
+    size_option,
+    steps_option,
+)
 from colocache.commands.teach import write_file
 from colocache.teach.machines import HeatRecording, RunOptions, record_run
 
@@ -20,18 +28,23 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 @click.command(epilog="The format of --export is described in `python -m pydoc colocache.teach.machines`.")
 @click.argument("png", type=FILE, required=False)
-@click.option("--export", type=FILE, help="Write the recording as JSON, for figures of your own.")
-@click.option("--guest", type=click.Choice(GUEST_KINDS), default="auto", show_default=True, help="Kind of machine.")
-@size_option("--ram", default="64M", show_default=True, help="Guest RAM; three times as much memory is used.")
-@size_option("--working-set", default="0", show_default="half of RAM", help="Memory that the guest writes.")
+@click.option("--export", type=FILE, help="Also write the recording as JSON, for figures of your own.")
+@guest_kind_option
+@size_option("--ram", default="64M", show_default=True, help="Size of guest RAM; three times as much memory is used.")
+@size_option(
+    "--working-set", default="0", show_default="half of guest RAM", help="How much of guest RAM the guest writes."
+)
+@steps_option
+@backing_option
 @click.option(
-    "--steps-per-second", type=click.FloatRange(min=0), default=20000.0, show_default=True,
-    help="Rate of the guest; 0 = flat out.",
-)  # fmt: skip
-@click.option("--backing", type=click.Choice(BACKINGS), default="auto", show_default=True, help="Memory of the guests.")
-@click.option("--checkpoints", type=click.IntRange(1, 10000), default=30, show_default=True, help="How many.")
-@click.option("--interval", type=click.FloatRange(min=0), default=0.05, show_default=True, help="Seconds between them.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+    "--checkpoints",
+    type=click.IntRange(1, 10000),
+    default=30,
+    show_default=True,
+    help="How many checkpoints are taken.",
+)
+@seconds_option("--interval", default=0.05, help="Time between two checkpoints.")
+@json_option
 @foreseen
 def record(
     png: Path | None, export: Path | None, guest: str, ram: int, working_set: int, steps_per_second: float,

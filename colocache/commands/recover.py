@@ -7,12 +7,12 @@ import contextlib
 
 import click
 
-from colocache.commands.options import foreseen, print_json
+from colocache.commands.options import foreseen, json_option, print_json
 
 
 @click.command()
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on the last line of stdout.")
+@json_option
 @foreseen
 def recover(name: str, as_json: bool) -> None:
     """Attach to region NAME, whose owner died, and finish what was sealed there.

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from colocache.choices import COPIES
 from colocache.commands.options import (
     arbiter_option,
     foreseen,
     guest_options,
     pair_option,
     report_options,
+    seconds_option,
     size_option,
     streams_option,
     timing_options,
@@ -31,37 +33,48 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--listen", required=True, metavar="ADDRESS", help="Where the primary comes: HOST:PORT or unix:PATH.")
+@click.option(
+    "--listen", required=True, metavar="ADDRESS", help="Where to wait for the primary: HOST:PORT or unix:PATH."
+)
 @pair_option
-@click.option("--name", default=None, help="Name of the memory region, to find it again; chosen if not given.")
+@click.option(
+    "--name", default=None, help="Name of the region of shared memory; a free one is chosen if none is given."
+)
 @click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
 @guest_options
-@click.option("--threads", type=click.IntRange(min=0), default=0, help="Threads of the flush; 0 = as many as cores.")
+@click.option(
+    "--threads",
+    type=click.IntRange(0, 65535),
+    default=0,
+    show_default="one per core",
+    help="Number of threads that copy pages in a flush.",
+)
 @click.option(
     "--copy",
     "copy_variant",
     default="auto",
     show_default=True,
-    type=click.Choice(("auto", "libc", "avx2", "avx512", "neon")),
-    help="How pages are copied.",
+    type=click.Choice(COPIES),
+    help="How the flush copies pages; auto takes what is best for this CPU.",
 )
 @size_option(
     "--dirty-limit",
     default="0",
-    help="Memory dirtied here that makes the secondary ask for a checkpoint; 0 = never.",
+    show_default="none",
+    help="Ask the primary for a checkpoint when the guest has written this much memory since the last one.",
 )
-@size_option("--device-state-max", default="64M", show_default=True, help="Bound on a device state.")
+@size_option(
+    "--device-state-max", default="64M", show_default=True, help="Largest device state that is taken from the primary."
+)
 @streams_option
 @timing_options
-@click.option(
+@seconds_option(
     "--reconnect-limit",
-    type=float,
     default=1.0,
-    show_default=True,
-    help="Seconds that a lost primary has to come back before this side asks its arbiter and takes over.",
+    help="How long a lost primary has to come back before this side asks its arbiter and takes over.",
 )
-@click.option(
-    "--connect-limit", type=float, default=300.0, show_default=True, help="Seconds until the primary must come first."
+@seconds_option(
+    "--connect-limit", default=300.0, least=0.01, help="How long to wait for the primary to come for the first time."
 )
 @arbiter_option
 @report_options

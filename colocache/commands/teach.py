@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from colocache.commands.options import foreseen
+from colocache.commands.options import foreseen, seconds_option
 from colocache.errors import SystemCallError
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.play import Script, record
@@ -24,22 +24,28 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(epilog="The format of --export is described in `python -m pydoc colocache.teach.recording`.")
-@click.option("--auto", is_flag=True, help="Step by itself instead of by keys.")
+@click.option("--auto", is_flag=True, help="Go from step to step by itself instead of by keys.")
+@seconds_option("--delay", default=4.0, help="With --auto: how long each step is shown.")
 @click.option(
-    "--delay", type=click.FloatRange(min=0), default=4.0, show_default=True, help="Seconds a step, with --auto."
+    "--pages",
+    type=click.IntRange(PAGES_MIN, PAGES_MAX),
+    default=64,
+    show_default=True,
+    help="Number of pages of the guest in the lesson.",
 )
 @click.option(
-    "--pages", type=click.IntRange(PAGES_MIN, PAGES_MAX), default=64, show_default=True, help="Size of the guest."
+    "--chapter", "names", multiple=True, metavar="ID", help="Show only the chapter ID; may be given several times."
 )
-@click.option("--chapter", "names", multiple=True, metavar="ID", help="Only this chapter; may be given several times.")
-@click.option("--list", "listed", is_flag=True, help="Show the chapters and their ids.")
+@click.option("--list", "listed", is_flag=True, help="List the chapters with their IDs.")
 @click.option("--html", type=FILE, help="Write the lesson as one web page that needs nothing else.")
 @click.option("--export", type=FILE, help="Write the recording as JSON, for figures of your own.")
 @click.option(
-    "--quiz", is_flag=True, help="Exercises: two bitmaps, what is the flush set, and why? Answers from stdin."
+    "--quiz", is_flag=True, help="Ask exercises: two bitmaps, what is the flush set, and why? Reads answers from stdin."
 )
-@click.option("--rounds", type=click.IntRange(1, 20), default=4, show_default=True, help="Exercises of --quiz.")
-@click.option("--seed", type=int, default=None, help="The same exercises of --quiz again.")
+@click.option(
+    "--rounds", type=click.IntRange(1, 20), default=4, show_default=True, help="With --quiz: the number of exercises."
+)
+@click.option("--seed", type=int, default=None, help="With --quiz: the same exercises again.")
 @foreseen
 def teach(
     auto: bool, delay: float, pages: int, names: Sequence[str], listed: bool, html: Path | None, export: Path | None,

@@ -27,7 +27,6 @@ from colocache.errors import ColocacheError
 from colocache.replication.address import UNIX_PATH_BYTES_MAX
 from colocache.replication.signals import Stop
 
-KILL_POINTS = ("running", "receiving", "sealed", "random")
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
 END_SECONDS = 20.0  # for a process that was told to end
 SLICE_SECONDS = 0.1
@@ -46,7 +45,6 @@ class DemoOptions:
     working_set_bytes: int = 0
     steps_per_second: float = 20000.0
     backing: str = "auto"
-    flush: str = "copy"
     checkpoints: int = 20
     interval: float = 0.2
     kill_at: str = "running"
@@ -173,7 +171,7 @@ class DemoRun:
         report = {
             "guest": start["guest"],
             "backing": start["backing"],
-            "flush": self.options.flush,
+            "flush": "copy",  # the one strategy that there is
             "ram_bytes": self.options.ram_bytes,
             **self.tally.report(self._killed_ns),
             "kill_primary_at": self.options.kill_at,

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, replace
 from types import TracebackType
 
-from colocache import Cache, Sender, SendResult, message_header, parse_header
+from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header, parse_header
 from colocache.errors import (
     BlockError,
     EpochError,
@@ -30,7 +30,6 @@ from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.messages import AbortKind, MessageType, body_bytes_max, encode_reason, name_of
 
-HEADER_BYTES = 40
 LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
 LINGER_BYTES_MAX = 256 << 20
 

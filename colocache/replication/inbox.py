@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 
 from colocache.errors import ColocacheError, TimedOutError
 from colocache.replication.channel import Channel, Message
@@ -129,8 +128,3 @@ class Inbox:
             self._ended.set()
             self.arrived.set()
             self._channel.shut_down()
-
-    @property
-    def silent_seconds(self) -> float:
-        """Time since the secondary was last heard."""
-        return time.monotonic() - self._channel.last_heard

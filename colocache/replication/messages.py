@@ -33,15 +33,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any
 
+from colocache.choices import STREAMS_MAX
 from colocache.replication.errors import ProtocolError
+from colocache.spec import BLOCKS_MAX
 
 WIRE_VERSION = 1
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
-BLOCKS_MAX = 256
 PAIR_BYTES_MAX = 64
 MACHINE_BYTES_MAX = 256
-STREAMS_MAX = 16
 STREAM_TOKEN_BYTES_MAX = 32 + PAIR_BYTES_MAX
 U64_MAX = (1 << 64) - 1
 

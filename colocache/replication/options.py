@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from colocache.choices import STREAMS_MAX, VERIFY
 from colocache.errors import ArgumentError
-from colocache.replication.messages import STREAMS_MAX
 
-VERIFY = ("all", "last", "none")
 DIE_AT = ("receiving", "sealed")
 
 

@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 from types import TracebackType
 
-from colocache import Cache
+from colocache import HEADER_BYTES, Cache
 from colocache.errors import ColocacheError, FailedOverError, PeerLostError, SealedError, TimedOutError
 from colocache.replication.address import prepare
-from colocache.replication.channel import HEADER_BYTES, Channel, parse_message
+from colocache.replication.channel import Channel, parse_message
 from colocache.replication.errors import ProtocolError, RefusedError
 from colocache.replication.messages import AbortKind, Hello, MessageType, decode_reason
 

@@ -187,7 +187,7 @@ class ReferenceMachine(ABC):
             self._tidy()
 
     def _tidy(self) -> None:
-        """Drop what of the history shows in no page any more, so that it does not grow for ever.
+        """Drop those entries of the history that no page shows now, so that it does not grow without end.
 
         Done while the guest runs, so that no pause gets longer; what it writes meanwhile makes no older step show.
         """

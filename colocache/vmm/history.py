@@ -27,7 +27,7 @@ MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 MIX_2 = np.uint64(0x94D049BB133111EB)
 WORDS = PAGE // 8
 ENTRIES_MAX = 1 << 20  # 16 MiB of device state
-TIDY_ENTRIES = 1 << 12  # a longer history is looked through for entries that show in no page any more
+TIDY_ENTRIES = 1 << 12  # a longer history is searched for entries that no page shows now
 STEPS_MAX = 1 << 62
 CHUNK = 1 << 17  # steps looked at in one go: a few MiB of scratch
 COMPARE = 128  # pages compared in one go: half a MiB of scratch stays in the CPU cache
@@ -120,7 +120,7 @@ def stores(history: Words, work: Workload, first: int, end: int) -> Stores:
 class Oracle(NamedTuple):
     """What pc.ram must hold. seeds: the first word of each page; written: whether it was ever written (else zeros).
 
-    needed: no step before this one shows any more.
+    needed: no page shows a step before this one.
     """
 
     seeds: Words

@@ -85,7 +85,7 @@ class KvmMachine(ReferenceMachine):
         from colocache import KvmDirtyLog, KvmSlot
 
         manual = kvm.enable_manual_protect()
-        with contextlib.suppress(OSError):  # there is no such thing but on Intel
+        with contextlib.suppress(OSError):  # only Intel CPUs have it
             fcntl.ioctl(kvm.vm, kvm_api.SET_TSS_ADDR, TSS_ADDR)
         split, ram = self.layout.split_page, self.ram
         high = self.layout.high_addr

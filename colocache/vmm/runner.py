@@ -102,7 +102,7 @@ class GuestThread:
 
     def _refuse_dead(self) -> None:
         if self.failure:
-            raise MachineError(f"the guest does not run any more: {self.failure}")
+            raise MachineError(f"the guest no longer runs: {self.failure}")
 
     def _body(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - OWN_FAULTS)

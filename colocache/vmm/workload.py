@@ -64,12 +64,6 @@ class Workload:
             and 0 <= self.rewrite_below <= self.run_below <= SHARES
         )
 
-    @property
-    def pages_per_step(self) -> float:
-        """Pages stored by an average step, rewrites included."""
-        runs = (self.run_below - self.rewrite_below) / SHARES
-        return 1 + runs * (self.run_pages / 2)
-
 
 def workload_for(options: GuestOptions, ram_pages: int, split_page: int) -> Workload:
     """The working set lies across the split of pc.ram, so that both of its memory slots are written."""
