@@ -18,7 +18,7 @@ HEADER = SOURCE if SOURCE.is_file() else PACKAGE / "include" / "colocache.h"
 
 BEGIN, END = "/* cffi: begin */", "/* cffi: end */"
 
-# The functions C calls back, written in Python in _native.py.
+# The functions C calls back, written in Python in _callbacks.py.
 CALLBACKS = """
 extern "Python" int colocache_py_check(void *, const void *, uint64_t);
 extern "Python" void colocache_py_log(void *, int, const char *);

@@ -17,7 +17,7 @@ void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary
     bitmap->top_shift = 0;
     while (bitmap->n_summary_words && (bitmap->n_summary_words - 1) >> bitmap->top_shift >= CC_TOP_WORDS * 64)
         bitmap->top_shift++;
-    memset(bitmap->crown, 0, sizeof bitmap->crown);
+    memset(bitmap->top_summary, 0, sizeof bitmap->top_summary);
     memset(bitmap->top, 0, sizeof bitmap->top);
 }
 
@@ -31,7 +31,7 @@ static inline void set_word(struct cc_bitmap *bitmap, uint64_t w, uint64_t bits)
         cc_set_bits(&bitmap->summary[w / 64], bit);
     uint64_t t = w / 64 >> bitmap->top_shift, top_bit = 1ull << (t % 64);
     if (!(cc_read_summary(&bitmap->top[t / 64]) & top_bit)) {
-        cc_set_bits(&bitmap->crown[t / 4096], 1ull << (t / 64 % 64)); /* first: who sees the top bit set relies on it */
+        cc_set_bits(&bitmap->top_summary[t / 4096], 1ull << (t / 64 % 64)); /* first: who sees the top bit set relies on it */
         cc_set_bits(&bitmap->top[t / 64], top_bit);
     }
 }
@@ -46,7 +46,7 @@ static uint64_t next_top(const struct cc_bitmap *bitmap, uint64_t t)
     if (left)
         return t + (uint64_t)__builtin_ctzll(left);
     for (w++; w < CC_TOP_WORDS;) {
-        uint64_t words = cc_peek(&bitmap->crown[w / 64]) >> (w % 64);
+        uint64_t words = cc_peek(&bitmap->top_summary[w / 64]) >> (w % 64);
         if (!words) {
             w = (w / 64 + 1) * 64;
             continue;
@@ -55,7 +55,7 @@ static uint64_t next_top(const struct cc_bitmap *bitmap, uint64_t t)
         uint64_t bits = cc_peek(&bitmap->top[w]);
         if (bits)
             return w * 64 + (uint64_t)__builtin_ctzll(bits);
-        w++; /* its crown bit was set before the bit itself can be seen */
+        w++; /* its bit in top_summary was set before the bit itself can be seen */
     }
     return CC_TOP_WORDS * 64;
 }
@@ -281,31 +281,6 @@ bool cc_bitmap_has(const struct cc_bitmap *bitmap, uint64_t at)
     return bitmap->words[at / 64] >> (at % 64) & 1;
 }
 
-bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n)
-{
-    if (from >= end)
-        return false;
-    uint64_t w = from / 64, bits = bitmap->words[w] & (~0ull << (from % 64));
-    if (!bits) {
-        w = next_word(bitmap, w + 1);
-        if (w >= bitmap->n_words)
-            return false;
-        bits = bitmap->words[w];
-    }
-    uint64_t start = w * 64 + (uint64_t)__builtin_ctzll(bits);
-    if (start >= end)
-        return false;
-    uint64_t clear = ~bits & (~0ull << (start % 64)); /* the run ends at the first clear bit behind its start */
-    while (!clear && (w + 1) * 64 < end) {
-        w++;
-        clear = ~bitmap->words[w];
-    }
-    uint64_t stop = clear ? w * 64 + (uint64_t)__builtin_ctzll(clear) : (w + 1) * 64;
-    *first = start;
-    *n = (stop < end ? stop : end) - start;
-    return true;
-}
-
 /* cc_bitmap_checksum -- over the words that are not zero (checksum.h) */
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap)
 {
@@ -327,7 +302,7 @@ bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits)
     return !in_last || !(cc_peek(&words[n_bits / 64]) & ~cc_word_mask(0, in_last));
 }
 
-/* cc_bitmap_next_hidden -- the first word >= w with bits that no pass would find, as its bit in summary, top or crown is clear; n_words
+/* cc_bitmap_next_hidden -- the first word >= w with bits that no pass would find, as its bit in summary, top or top_summary is clear; n_words
  * if there is none.  Setters may run: a word is stored before its bits above, so one that is only half set may be named. */
 uint64_t cc_bitmap_next_hidden(const struct cc_bitmap *bitmap, uint64_t w)
 {
@@ -336,16 +311,10 @@ uint64_t cc_bitmap_next_hidden(const struct cc_bitmap *bitmap, uint64_t w)
             continue;
         uint64_t t = w / 64 >> bitmap->top_shift;
         if (!(cc_peek(&bitmap->summary[w / 64]) >> (w % 64) & 1) || !(cc_peek(&bitmap->top[t / 64]) >> (t % 64) & 1) ||
-            !(cc_peek(&bitmap->crown[t / 4096]) >> (t / 64 % 64) & 1))
+            !(cc_peek(&bitmap->top_summary[t / 4096]) >> (t / 64 % 64) & 1))
             break;
     }
     return w;
-}
-
-/* cc_bitmap_summary_ok -- no word hidden, no summary bit past the end */
-bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap)
-{
-    return cc_bitmap_next_hidden(bitmap, 0) == bitmap->n_words && cc_bitmap_tail_ok(bitmap->summary, bitmap->n_words);
 }
 
 /* cc_bitmap_rebuild_summary -- and top, from the words; what an attach does, as it trusts no summary */
@@ -353,7 +322,7 @@ void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap)
 {
     memset(bitmap->summary, 0, bitmap->n_summary_words * 8);
     CC_CRASH_POINT("bitmap: a summary is empty, to be rebuilt");
-    memset(bitmap->crown, 0, sizeof bitmap->crown);
+    memset(bitmap->top_summary, 0, sizeof bitmap->top_summary);
     memset(bitmap->top, 0, sizeof bitmap->top);
     for (uint64_t w = 0; w < bitmap->n_words; w++) {
         uint64_t s = w / 64, t = s >> bitmap->top_shift;
@@ -361,6 +330,6 @@ void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap)
             continue;
         bitmap->summary[s] |= 1ull << (w % 64);
         bitmap->top[t / 64] |= 1ull << (t % 64);
-        bitmap->crown[t / 4096] |= 1ull << (t / 64 % 64);
+        bitmap->top_summary[t / 4096] |= 1ull << (t / 64 % 64);
     }
 }

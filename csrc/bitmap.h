@@ -7,7 +7,7 @@
  *          takes the word.  So: summary bit clear and no setter at work => word is zero.  The other way round
  *          nothing is promised (a summary bit may be set over a zero word).
  * top      at most 65536 bits in this process's memory: bit t = "one of the summary words [t << top_shift, (t+1) << top_shift) may
- *          have a bit"; and over it `crown`, one bit per word of top.  Set after the summary, cleared only while setters are
+ *          have a bit"; and over it `top_summary`, one bit per word of top.  Set after the summary, cleared only while setters are
  *          kept out.  They let a pass over an almost clean 1 TiB guest cost what is dirty: it has 64 Ki summary words.
  *
  *   set(first, n)        OR bits, any thread
@@ -15,7 +15,7 @@
  *   take_next(w)         exchange with zero, any thread
  *   union_into(f, p, s)  f := p | s, with counts            } writers of p and s kept out by a gate
  *   clear_all(b)         b := 0                             }
- *   count, next_run, runs, advance, has, checksum, tail_ok, summary_ok, rebuild_summary
+ *   count, runs, advance, has, checksum, tail_ok, next_hidden, rebuild_summary
  */
 #ifndef CC_BITMAP_H
 #define CC_BITMAP_H
@@ -26,7 +26,7 @@
 #include "bitmap_pass.h"
 
 #define CC_TOP_WORDS 1024u
-#define CC_CROWN_WORDS (CC_TOP_WORDS / 64)
+#define CC_TOP_SUMMARY_WORDS (CC_TOP_WORDS / 64)
 
 struct cc_bitmap {
     uint64_t *words;
@@ -35,7 +35,7 @@ struct cc_bitmap {
     uint64_t n_words;         /* ceil(n_bits / 64) */
     uint64_t n_summary_words; /* ceil(n_words / 64) */
     uint32_t top_shift;
-    uint64_t crown[CC_CROWN_WORDS];
+    uint64_t top_summary[CC_TOP_SUMMARY_WORDS];
     uint64_t top[CC_TOP_WORDS];
 };
 
@@ -63,11 +63,10 @@ void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *p
                           struct cc_union_counts *counts);
 void cc_bitmap_clear_all(struct cc_bitmap *bitmap);
 
-
+/* bitmap.c again: looking */
 uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);
-/* The run that begins at the first set bit in [from, end): first page and length (cut at end); false if none. */
-bool cc_bitmap_next_run(const struct cc_bitmap *bitmap, uint64_t from, uint64_t end, uint64_t *first, uint64_t *n);
 #define CC_RUNS_MIN 34u /* a word has at most 32 runs, one that came in and one that goes out */
+/* The next runs in [*from, end), the last cut at end; how many, at most `room`, which is at least CC_RUNS_MIN.  0: there are no more. */
 uint32_t cc_bitmap_runs(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end, struct cc_bit_run *runs, uint32_t room);
 /* Move *at behind the next `most` set bits from there on; how many those were (fewer at the end). */
 uint64_t cc_bitmap_advance(const struct cc_bitmap *bitmap, uint64_t *at, uint64_t most);
@@ -77,7 +76,6 @@ uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap);
 uint64_t cc_bitmap_checksum_of(const struct cc_bitmap *bitmap, uint64_t sum);
 bool cc_bitmap_tail_ok(const uint64_t *words, uint64_t n_bits);
 uint64_t cc_bitmap_next_hidden(const struct cc_bitmap *bitmap, uint64_t w);
-bool cc_bitmap_summary_ok(const struct cc_bitmap *bitmap);
 void cc_bitmap_rebuild_summary(struct cc_bitmap *bitmap);
 
 #endif

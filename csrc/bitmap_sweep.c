@@ -102,11 +102,11 @@ void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *p
                           struct cc_union_counts *counts)
 {
     struct union_sweep sweep = {.flush_set = flush_set, .pvm = pvm, .svm = svm, .counts = counts, .unite = cc_unite_variant(0)};
-    for (uint32_t c = 0; c < CC_CROWN_WORDS; c++) {
-        uint64_t in_use = pvm->crown[c] | svm->crown[c];
-        for (uint64_t left = in_use | flush_set->crown[c]; left; left &= left - 1)
+    for (uint32_t c = 0; c < CC_TOP_SUMMARY_WORDS; c++) {
+        uint64_t in_use = pvm->top_summary[c] | svm->top_summary[c];
+        for (uint64_t left = in_use | flush_set->top_summary[c]; left; left &= left - 1)
             unite_top_word(&sweep, c * 64 + (uint64_t)__builtin_ctzll(left));
-        flush_set->crown[c] = in_use;
+        flush_set->top_summary[c] = in_use;
     }
     unite_picked(&sweep);
 }
@@ -149,9 +149,9 @@ void cc_bitmap_clear_all(struct cc_bitmap *bitmap)
         bitmap->summary[s++] = 0;
     }
     clear_picked(&sweep);
-    for (uint32_t c = 0; c < CC_CROWN_WORDS; c++) {
-        for (uint64_t left = bitmap->crown[c]; left; left &= left - 1)
+    for (uint32_t c = 0; c < CC_TOP_SUMMARY_WORDS; c++) {
+        for (uint64_t left = bitmap->top_summary[c]; left; left &= left - 1)
             bitmap->top[c * 64 + (uint64_t)__builtin_ctzll(left)] = 0;
-        bitmap->crown[c] = 0;
+        bitmap->top_summary[c] = 0;
     }
 }

@@ -34,7 +34,7 @@ static const struct {
     {COLOCACHE_E_VETO, "the VM refused the device state"},
     {COLOCACHE_E_NO_STATE, "there is no state to take over from"},
     {COLOCACHE_E_LOAD_FAILED, "the device state did not load: attach with a fresh VM"},
-    {COLOCACHE_E_FAILED_OVER, "this secondary took over; it is no secondary any more"},
+    {COLOCACHE_E_FAILED_OVER, "this secondary took over; it is no longer a secondary"},
     {COLOCACHE_E_TOO_LARGE, "a length is above its bound"},
     {COLOCACHE_E_NO_MEMORY, "the memory behind an image or the control region is too small"},
     {COLOCACHE_E_PACKET, "a message's header is damaged or breaks the rules"},

@@ -27,7 +27,7 @@ struct cc_copy {
 };
 
 bool cc_copy_supported(int variant);
-/* AUTO gives the best this CPU has; false if the variant is not to be had. */
+/* AUTO gives the best this CPU has; false if this CPU or build lacks the variant. */
 bool cc_copy_pick(int variant, struct cc_copy *out);
 /* Are these bytes (a multiple of 64) all zero?  Stops at the first that isn't. */
 bool cc_is_zero(const void *data, uint64_t n_bytes);

@@ -169,7 +169,7 @@
  *   - REPLAYED, RESTART   guest RAM and device state are exactly `epoch`: load the device state into a fresh VM and run it;
  *   - NO_RESTART   pages of a newer epoch had come already and the VM that ran is gone: no VM runs, colocache_failover refuses,
  *                  every page counts as written by the SVM, and the next epoch that is sealed makes the secondary whole.
- *  A machine that had taken over before it died is nobody's secondary any more: COLOCACHE_E_FAILED_OVER.  Make new files and a new region.
+ *  A machine that had taken over before it died is no longer a secondary: COLOCACHE_E_FAILED_OVER.  Make new files and a new region.
  *  In each other case the conversation goes on as after a lost connection: tell history_id and sealed_epoch of the status (not the
  *  report's epoch).  A VM that restarts has a fresh dirty log, discarded before it runs; what the load of its state writes is marked.
  *
@@ -227,7 +227,7 @@ enum colocache_error {
     COLOCACHE_E_VETO = -20016,         /* seal: the VM's check refused the device state */
     COLOCACHE_E_NO_STATE = -20017,     /* there is no state to take over from */
     COLOCACHE_E_LOAD_FAILED = -20018,  /* the device state did not load; only a fresh VM may attach */
-    COLOCACHE_E_FAILED_OVER = -20019,  /* this secondary took over; it is no secondary any more */
+    COLOCACHE_E_FAILED_OVER = -20019,  /* this secondary took over; it is no longer a secondary */
     COLOCACHE_E_TOO_LARGE = -20020,    /* device state or packet above its bound */
     COLOCACHE_E_NO_MEMORY = -20021,    /* the backing of an image or of the region has too little room */
     COLOCACHE_E_PACKET = -20022,       /* a message's header is damaged or breaks the rules */
@@ -337,7 +337,7 @@ int colocache_add_block(struct colocache *cc, const struct colocache_images *ima
 int colocache_attach(int control_fd, const struct colocache_options *options, const struct colocache_images *images,
                      uint32_t n_images, struct colocache_recovery *report, struct colocache **out);
 
-/* Unmap, unlock, free.  Removes nothing.  The VM must not run on the library's mappings any more. */
+/* Unmap, unlock, free.  Removes nothing.  The VM must have stopped running on the library's mappings. */
 int colocache_close(struct colocache *cc);
 
 /* ---- looking ------------------------------------------------------------------------------------------- */
@@ -599,7 +599,7 @@ int colocache_sender_close(struct colocache_sender *sender);
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes,
                                uint32_t page_size, uint32_t *block_out);
 /* Take the log into unacked and pending.  The log is write-protected or cleared before this returns, so before any page
- * of it is read.  Errors as of colocache_sync_dirty_log; after E_LOG_LOST call colocache_sender_mark_all. */
+ * of it is read.  Same errors as colocache_sync_dirty_log; after E_LOG_LOST call colocache_sender_mark_all. */
 int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colocache_source *source);
 /* Words of your own log, as in colocache_sync_words.  While the PVM runs take them from it atomically: exchange each word with 0 into
  * a copy and hand over the copy.  A log that is cleared after this call loses what the PVM set in between. */
@@ -625,7 +625,7 @@ int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_m
  * pending again.  Stripes and threads as in colocache_sender_send, with which it may be mixed. */
 int colocache_sender_next(struct colocache_sender *sender, uint32_t stripe, uint32_t n_stripes, uint64_t max_pages,
                           struct colocache_run *runs, uint32_t max_runs, uint32_t *n_runs_out);
-/* RECEIVED came (or the peer said at reconnection that it sealed): nothing is unacknowledged any more. */
+/* RECEIVED came (or the peer said at reconnection that it sealed): everything is acknowledged now. */
 int colocache_sender_received(struct colocache_sender *sender);
 /* After an abort or a reconnection: everything unacknowledged is pending again. */
 int colocache_sender_resend(struct colocache_sender *sender);

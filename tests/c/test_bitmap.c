@@ -130,18 +130,18 @@ static void hidden_words_are_seen_and_mended(void)
 {
     struct cc_bitmap *b = fresh(&rooms[0], 4160);
     cc_bitmap_set(b, 4159, 1);
-    CHECK(cc_bitmap_summary_ok(b));
+    CHECK(nothing_hidden(b));
     b->summary[1] = 0;
-    CHECK(!cc_bitmap_summary_ok(b));
+    CHECK(!nothing_hidden(b));
     cc_bitmap_rebuild_summary(b);
-    CHECK(cc_bitmap_summary_ok(b));
+    CHECK(nothing_hidden(b));
     CHECK_EQ(0b1, b->summary[1]);
     b->summary[1] = 0b10; /* a summary bit for a word that isn't there */
-    CHECK(!cc_bitmap_summary_ok(b));
+    CHECK(!nothing_hidden(b));
     b->summary[1] = 0b01;
     cc_bitmap_set(b, 128, 1);
     b->words[2] = 0; /* a summary bit set over a zero word: allowed */
-    CHECK(cc_bitmap_summary_ok(b));
+    CHECK(nothing_hidden(b));
     CHECK_EQ(1, cc_bitmap_count(b));
 }
 

@@ -41,7 +41,7 @@ static void runs_are_maximal_and_complete(void)
                 random_bits(&rooms[0], &dice);
             uint64_t from = below(&dice, b->n_bits), end = from + below(&dice, b->n_bits - from + 1);
             uint64_t first = 0, n = 0, at = from;
-            while (cc_bitmap_next_run(b, at, end, &first, &n)) {
+            while (next_run(b, at, end, &first, &n)) {
                 CHECK(n > 0 && first >= at && first + n <= end);
                 for (; at < first; at++)
                     CHECK(!rooms[0].oracle[at]);
@@ -171,12 +171,12 @@ static void a_huge_and_almost_clean_bitmap(void)
     CHECK_EQ(6, cc_bitmap_count(&f));
     uint64_t at = 0;
     for (int i = 0; i < 5; i++) {
-        CHECK(cc_bitmap_next_run(&f, at, n_bits, &first, &n));
+        CHECK(next_run(&f, at, n_bits, &first, &n));
         CHECK_EQ(expected[i][0], first);
         CHECK_EQ(expected[i][1], n);
         at = first + n;
     }
-    CHECK(!cc_bitmap_next_run(&f, at, n_bits, &first, &n));
+    CHECK(!next_run(&f, at, n_bits, &first, &n));
     uint64_t sum = cc_bitmap_checksum(&f);
     cc_bitmap_rebuild_summary(&f);
     CHECK_EQ(sum, cc_bitmap_checksum(&f));
@@ -188,7 +188,7 @@ static void a_huge_and_almost_clean_bitmap(void)
     cc_bitmap_clear_all(&s);
     cc_bitmap_clear_all(&f);
     CHECK_EQ(0, cc_bitmap_count(&s) + cc_bitmap_count(&f));
-    CHECK(cc_bitmap_summary_ok(&s) && s.words[in_s[1] / 64] == 0);
+    CHECK(nothing_hidden(&s) && s.words[in_s[1] / 64] == 0);
     for (int i = 0; i < 3; i++)
         free(memory[i]);
 }
@@ -197,18 +197,18 @@ static void runs_at_edges(void)
 {
     struct cc_bitmap *b = fresh(&rooms[0], 4097);
     uint64_t first, n;
-    CHECK(!cc_bitmap_next_run(b, 0, 4097, &first, &n));
+    CHECK(!next_run(b, 0, 4097, &first, &n));
     cc_bitmap_set_all(b);
-    CHECK(cc_bitmap_next_run(b, 0, 4097, &first, &n) && first == 0 && n == 4097);
-    CHECK(cc_bitmap_next_run(b, 4096, 4097, &first, &n) && first == 4096 && n == 1);
-    CHECK(cc_bitmap_next_run(b, 60, 4000, &first, &n) && first == 60 && n == 3940); /* cut at end */
-    CHECK(!cc_bitmap_next_run(b, 4097, 4097, &first, &n));
+    CHECK(next_run(b, 0, 4097, &first, &n) && first == 0 && n == 4097);
+    CHECK(next_run(b, 4096, 4097, &first, &n) && first == 4096 && n == 1);
+    CHECK(next_run(b, 60, 4000, &first, &n) && first == 60 && n == 3940); /* cut at end */
+    CHECK(!next_run(b, 4097, 4097, &first, &n));
     b = fresh(&rooms[0], 256);
     const uint64_t words[] = {0, 0b0110, 0, 0x8000000000000000ull};
     cc_bitmap_or_words(b, 0, 256, words);
-    CHECK(cc_bitmap_next_run(b, 0, 256, &first, &n) && first == 65 && n == 2);
-    CHECK(cc_bitmap_next_run(b, 67, 256, &first, &n) && first == 255 && n == 1);
-    CHECK(!cc_bitmap_next_run(b, 67, 255, &first, &n));
+    CHECK(next_run(b, 0, 256, &first, &n) && first == 65 && n == 2);
+    CHECK(next_run(b, 67, 256, &first, &n) && first == 255 && n == 1);
+    CHECK(!next_run(b, 67, 255, &first, &n));
 }
 
 static void checksum_of_a_bitmap_sees_every_bit(void)

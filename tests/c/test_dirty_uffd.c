@@ -26,7 +26,7 @@ static bool begin(struct colocache_source **log)
     if (rc != 0)
         rig_close(&rig);
     if (rc == COLOCACHE_E_UNSUPPORTED) {
-        check_skip_reason = "userfaultfd write-protect-async is not to be had here (kernel before 6.7, or not allowed)";
+        check_skip_reason = "userfaultfd write-protect-async is unavailable here (kernel before 6.7, or not allowed)";
         return false;
     }
     REQUIRE(rc == 0);
@@ -121,7 +121,7 @@ static void a_range_whose_block_is_not_there_yet_loses_nothing(void)
     CHECK_RC(0, colocache_sender_add_block(sender, "low", memory, 10 * 4096, 4096, NULL));
     int rc = colocache_source_uffd(ranges, 2, &log);
     if (rc == COLOCACHE_E_UNSUPPORTED) {
-        check_skip_reason = "userfaultfd write-protect-async is not to be had here";
+        check_skip_reason = "userfaultfd write-protect-async is unavailable here";
     } else {
         REQUIRE(rc == 0);
         memory[3 * 4096] = memory[12 * 4096] = memory[19 * 4096] = 1;
