@@ -19,10 +19,22 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-static inline uint64_t cc_observe(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-static inline void cc_publish(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
-static inline uint32_t cc_observe32(const uint32_t *word) { return __atomic_load_n(word, __ATOMIC_ACQUIRE); }
-static inline void cc_publish32(uint32_t *word, uint32_t value) { __atomic_store_n(word, value, __ATOMIC_RELEASE); }
+static inline uint64_t cc_observe(const uint64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+static inline void cc_publish(uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
+static inline uint32_t cc_observe32(const uint32_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_ACQUIRE);
+}
+static inline void cc_publish32(uint32_t *word, uint32_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELEASE);
+}
 
 /* A struct of n words that one thread may write while others read it: each word by itself, in an order that lets the reader find out.
  * It reads the word that names the struct, copies, and reads the name again: a copied word that was stored after a newer name
@@ -40,18 +52,48 @@ static inline void cc_observe_words(void *to, const void *from, uint64_t n)
 }
 
 /* Counters and snapshots on which nothing else depends. */
-static inline uint64_t cc_peek(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_RELAXED); }
-static inline void cc_poke(uint64_t *word, uint64_t value) { __atomic_store_n(word, value, __ATOMIC_RELAXED); }
-static inline uint64_t cc_add(uint64_t *word, uint64_t n) { return __atomic_fetch_add(word, n, __ATOMIC_ACQ_REL); }
+static inline uint64_t cc_peek(const uint64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+static inline void cc_poke(uint64_t *word, uint64_t value)
+{
+    __atomic_store_n(word, value, __ATOMIC_RELAXED);
+}
+static inline uint64_t cc_add(uint64_t *word, uint64_t n)
+{
+    return __atomic_fetch_add(word, n, __ATOMIC_ACQ_REL);
+}
 
-static inline uint64_t cc_set_bits(uint64_t *word, uint64_t bits) { return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST); }
-static inline uint64_t cc_take_word(uint64_t *word) { return __atomic_exchange_n(word, 0, __ATOMIC_SEQ_CST); }
-static inline uint64_t cc_drop_bits(uint64_t *word, uint64_t bits) { return __atomic_fetch_and(word, ~bits, __ATOMIC_SEQ_CST); }
-static inline uint64_t cc_read_summary(const uint64_t *word) { return __atomic_load_n(word, __ATOMIC_SEQ_CST); }
+static inline uint64_t cc_set_bits(uint64_t *word, uint64_t bits)
+{
+    return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t cc_take_word(uint64_t *word)
+{
+    return __atomic_exchange_n(word, 0, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t cc_drop_bits(uint64_t *word, uint64_t bits)
+{
+    return __atomic_fetch_and(word, ~bits, __ATOMIC_SEQ_CST);
+}
+static inline uint64_t cc_read_summary(const uint64_t *word)
+{
+    return __atomic_load_n(word, __ATOMIC_SEQ_CST);
+}
 
-static inline uint32_t cc_add32(uint32_t *word, uint32_t n) { return __atomic_add_fetch(word, n, __ATOMIC_SEQ_CST); }
-static inline uint32_t cc_or32(uint32_t *word, uint32_t bits) { return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST); }
-static inline uint32_t cc_and32(uint32_t *word, uint32_t bits) { return __atomic_fetch_and(word, bits, __ATOMIC_SEQ_CST); }
+static inline uint32_t cc_add32(uint32_t *word, uint32_t n)
+{
+    return __atomic_add_fetch(word, n, __ATOMIC_SEQ_CST);
+}
+static inline uint32_t cc_or32(uint32_t *word, uint32_t bits)
+{
+    return __atomic_fetch_or(word, bits, __ATOMIC_SEQ_CST);
+}
+static inline uint32_t cc_and32(uint32_t *word, uint32_t bits)
+{
+    return __atomic_fetch_and(word, bits, __ATOMIC_SEQ_CST);
+}
 
 /* One decision between several threads: true if *word was *expected and is `desired` now; else *expected is what it is. */
 static inline bool cc_decide32(uint32_t *word, uint32_t *expected, uint32_t desired)

@@ -175,13 +175,13 @@ static uint64_t next_word(const struct cc_bitmap *bitmap, uint64_t w)
  * they are taken in pairs without a branch on what they are.  Words that are all clear between runs, or all set inside one,
  * have none. */
 static inline __attribute__((always_inline)) uint32_t runs_of(const struct cc_bitmap *bitmap, uint64_t *from, uint64_t end,
-                                                             struct cc_bit_run *runs, uint32_t room)
+                                                              struct cc_bit_run *runs, uint32_t room)
 {
     if (*from >= end)
         return 0;
     const uint64_t end_word = cc_words_for(end), last_mask = end % 64 ? cc_word_mask(0, end % 64) : ~0ull;
     uint64_t w = *from / 64, mask = ~0ull << (*from % 64); /* of the first word, only pages from *from on */
-    uint64_t start = 0, carry = 0; /* carry 1: the page before this word is in a run, which began at start */
+    uint64_t start = 0, carry = 0;                         /* carry 1: the page before this word is in a run, which began at start */
     uint32_t n = 0;
     while (w < end_word) {
         uint64_t bits = bitmap->words[w] & mask;

@@ -43,10 +43,16 @@ struct cc_bit_run {
     uint64_t first, n;
 };
 
-static inline uint64_t cc_words_for(uint64_t n_bits) { return n_bits / 64 + (n_bits % 64 != 0); }
+static inline uint64_t cc_words_for(uint64_t n_bits)
+{
+    return n_bits / 64 + (n_bits % 64 != 0);
+}
 
 /* Bits [first, first+n) of one word; n >= 1, first + n <= 64. */
-static inline uint64_t cc_word_mask(uint64_t first, uint64_t n) { return (~0ull >> (64 - n)) << first; }
+static inline uint64_t cc_word_mask(uint64_t first, uint64_t n)
+{
+    return (~0ull >> (64 - n)) << first;
+}
 
 /* Names the parts; words and summary are the caller's and not touched.  If they are not all zero: rebuild_summary. */
 void cc_bitmap_init(struct cc_bitmap *bitmap, uint64_t *words, uint64_t *summary, uint64_t n_bits);

@@ -31,8 +31,8 @@ void cc_unite_plain(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t 
 #if defined(__x86_64__)
 #include <immintrin.h>
 
-__attribute__((target("popcnt"))) static void unite_popcnt(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n,
-                                                           uint64_t index, struct cc_union_counts *counts)
+__attribute__((target("popcnt"))) static void unite_popcnt(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n, uint64_t index,
+                                                           struct cc_union_counts *counts)
 {
     unite(f, p, s, n, index, counts);
 }
@@ -44,8 +44,8 @@ __attribute__((target("avx2"))) static inline uint64_t add_lanes(__m256i v)
     return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
-__attribute__((target("avx2,popcnt"))) static void unite_avx2(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s, uint64_t n,
-                                                              uint64_t index, struct cc_union_counts *counts)
+__attribute__((target("avx2,popcnt"))) static void unite_avx2(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s,
+                                                              uint64_t n, uint64_t index, struct cc_union_counts *counts)
 {
     const uint64_t key = CC_CHECKSUM_KEY;
     __m256i keys = _mm256_set_epi64x((long long)((index + 4) * key), (long long)((index + 3) * key), (long long)((index + 2) * key),
@@ -87,8 +87,9 @@ __attribute__((target("avx512f"))) static inline uint64_t add_lanes_512(__m512i 
     return sum;
 }
 
-__attribute__((target("avx512f,avx512vpopcntdq,popcnt"))) static void unite_avx512(uint64_t *restrict f, const uint64_t *restrict p, const uint64_t *restrict s,
-                                                                                   uint64_t n, uint64_t index, struct cc_union_counts *counts)
+__attribute__((target("avx512f,avx512vpopcntdq,popcnt"))) static void unite_avx512(uint64_t *restrict f, const uint64_t *restrict p,
+                                                                                   const uint64_t *restrict s, uint64_t n, uint64_t index,
+                                                                                   struct cc_union_counts *counts)
 {
     const uint64_t key = CC_CHECKSUM_KEY;
     __m512i keys = _mm512_set_epi64((long long)((index + 8) * key), (long long)((index + 7) * key), (long long)((index + 6) * key),

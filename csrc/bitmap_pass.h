@@ -16,8 +16,7 @@ struct cc_union_counts {
 };
 
 /* f[i] := p[i] | s[i] for n words, the first of which is word `index` of its bitmap; adds to *counts. */
-typedef void (*cc_unite_fn)(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n, uint64_t index,
-                            struct cc_union_counts *counts);
+typedef void (*cc_unite_fn)(uint64_t *f, const uint64_t *p, const uint64_t *s, uint64_t n, uint64_t index, struct cc_union_counts *counts);
 
 /* The n-th of those that this CPU can run, the best first; NULL past the last, which is plain C. */
 cc_unite_fn cc_unite_variant(unsigned n);

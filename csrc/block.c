@@ -78,9 +78,8 @@ int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes
     if (cc_bounds_block(entry->name, entry->len_bytes, entry->page_size))
         return COLOCACHE_E_CORRUPT; /* the sentence has been left */
     uint64_t expected = bitmap_bytes_for(entry->len_bytes / entry->page_size);
-    bool fits = entry->bitmap_offset % CC_PAGE == 0 && entry->bitmap_offset >= CC_DEVICES_OFFSET &&
-                entry->bitmap_offset <= file_bytes && entry->bitmap_bytes == expected &&
-                expected <= file_bytes - entry->bitmap_offset;
+    bool fits = entry->bitmap_offset % CC_PAGE == 0 && entry->bitmap_offset >= CC_DEVICES_OFFSET && entry->bitmap_offset <= file_bytes &&
+                entry->bitmap_bytes == expected && expected <= file_bytes - entry->bitmap_offset;
     uint64_t reserved = entry->sparse > 1;
     for (size_t i = 0; i < sizeof entry->reserved / sizeof *entry->reserved; i++)
         reserved |= entry->reserved[i];
@@ -108,8 +107,8 @@ static int check_mappings(const struct colocache_images *images)
 }
 
 /* build -- everything of a block but its entry; on error what was made is given back */
-static int build(struct colocache *cc, struct cc_block *block, const struct colocache_images *images,
-                 const struct cc_block_entry *entry, uint64_t guest_granule, uint64_t cache_granule)
+static int build(struct colocache *cc, struct cc_block *block, const struct colocache_images *images, const struct cc_block_entry *entry,
+                 uint64_t guest_granule, uint64_t cache_granule)
 {
     memset(block, 0, sizeof *block);
     block->guest.fd = block->cache.fd = -1;
@@ -248,8 +247,8 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s was given by address: such memory dies with its process", entry->name);
     if (images->len_bytes != entry->len_bytes || images->page_size != entry->page_size)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s has %llu bytes in pages of %u in the region, %llu in pages of %u were given",
-                       entry->name, (unsigned long long)entry->len_bytes, entry->page_size,
-                       (unsigned long long)images->len_bytes, images->page_size);
+                       entry->name, (unsigned long long)entry->len_bytes, entry->page_size, (unsigned long long)images->len_bytes,
+                       images->page_size);
     struct cc_block_entry found = *entry;
     uint64_t guest_granule, cache_granule;
     rc = identify_both(images, &found, &guest_granule, &cache_granule);

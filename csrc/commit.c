@@ -31,8 +31,9 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
             uint64_t written = cc_observe(&control->records[0].generation); /* record 0 is first written when the word is 1 */
             word = cc_observe(&control->commit_word);
             if (word == 0)
-                return written == 0 ? 0 : cc_fail(COLOCACHE_E_CORRUPT, "the commit word is 0 but record %llu was written: not used",
-                                                  (unsigned long long)written);
+                return written == 0 ? 0
+                                    : cc_fail(COLOCACHE_E_CORRUPT, "the commit word is 0 but record %llu was written: not used",
+                                              (unsigned long long)written);
             continue;
         }
         cc_observe_words(out, &control->records[word & 1], sizeof *out / 8);
@@ -43,8 +44,8 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
     }
     uint64_t expected = record_checksum(out);
     if (out->checksum != expected)
-        return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used",
-                       (unsigned long long)word, (unsigned long long)out->checksum, (unsigned long long)expected);
+        return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used", (unsigned long long)word,
+                       (unsigned long long)out->checksum, (unsigned long long)expected);
     if (out->generation != word || out->epoch == 0 || out->committed > 1 || out->device_area > 1 ||
         out->device_bytes > control->device_state_max_bytes)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",

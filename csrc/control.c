@@ -121,8 +121,7 @@ int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
                      cc_observe(&control->n_blocks) <= COLOCACHE_BLOCKS_MAX;
     if (!sizes_fit)
         return cc_fail(COLOCACHE_E_CORRUPT, "control region of %llu bytes does not fit what its head says (%llu blocks, %llu bytes)",
-                       (unsigned long long)file_bytes, (unsigned long long)control->n_blocks,
-                       (unsigned long long)control->bitmap_end);
+                       (unsigned long long)file_bytes, (unsigned long long)control->n_blocks, (unsigned long long)control->bitmap_end);
     uint64_t reserved = control->reserved0;
     for (size_t i = 0; i < 6; i++)
         reserved |= control->reserved1[i] | control->reserved2[i];

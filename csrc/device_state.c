@@ -23,8 +23,8 @@ int cc_device_state_check(struct colocache *cc, const struct cc_record *record)
     uint64_t found = cc_checksum(cc_device_area(cc, record->device_area), record->device_bytes);
     if (found != record->device_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT, "device state of epoch %llu (%llu bytes) has checksum %016llx, its record says %016llx",
-                       (unsigned long long)record->epoch, (unsigned long long)record->device_bytes,
-                       (unsigned long long)found, (unsigned long long)record->device_checksum);
+                       (unsigned long long)record->epoch, (unsigned long long)record->device_bytes, (unsigned long long)found,
+                       (unsigned long long)record->device_checksum);
     return 0;
 }
 

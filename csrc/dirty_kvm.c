@@ -45,8 +45,8 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
     /* num_pages must be a multiple of 64 or reach the end of the slot: one call per 2^31 pages at most does both */
     for (uint64_t first = 0; first < slot->n_pages;) {
         uint64_t n = slot->n_pages - first < (1u << 31) ? slot->n_pages - first : 1u << 31;
-        struct kvm_clear_dirty_log clear = {.slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first,
-                                            .dirty_bitmap = source->words + first / 64};
+        struct kvm_clear_dirty_log clear = {
+            .slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first, .dirty_bitmap = source->words + first / 64};
         if (cc_source_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
             return cc_source_lost("KVM_CLEAR_DIRTY_LOG");
         first += n;
@@ -95,7 +95,8 @@ int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint
     source->words = calloc(cc_words_for(most), 8);
     source->vm_fd = fcntl(vm_fd, F_DUPFD_CLOEXEC, 3);
     if (!source->words || source->vm_fd < 0) {
-        rc = source->words ? cc_fail_errno("duplicating the VM's descriptor") : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
+        rc = source->words ? cc_fail_errno("duplicating the VM's descriptor")
+                           : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
         kvm_close(&source->base);
         return rc;
     }

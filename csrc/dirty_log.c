@@ -25,8 +25,8 @@ static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64
     if (rc || n_pages == 0)
         return rc;
     if (words && !cc_bitmap_tail_ok(words, n_pages))
-        return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
-                       (unsigned long long)n_pages, block->name);
+        return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page", (unsigned long long)n_pages,
+                       block->name);
     cc_gate_enter(&cc->mark_gate);
     CC_CRASH_POINT("sync: before the SVM bits");
     if (words)

@@ -52,7 +52,7 @@ struct ring {
 
 struct ring_slot {
     struct colocache_kvm_slot given;
-    uint64_t *words;    /* taken and not handed on yet */
+    uint64_t *words; /* taken and not handed on yet */
     bool touched;
 };
 
@@ -134,8 +134,10 @@ static int ring_sync(struct colocache_source *base, cc_take_fn *take, void *cont
     if (rc == 0 && cc_source_ioctl(source->vm_fd, KVM_RESET_DIRTY_RINGS, NULL) < 0) /* the clear: entries are free, pages write-protected */
         rc = cc_source_lost("KVM_RESET_DIRTY_RINGS");
     if (rc == 0 && source->n_unknown)
-        rc = cc_fail(COLOCACHE_E_LOG_LOST, "%llu entries of the dirty rings name slots or pages this source was not given; call "
-                     "colocache_dirty_log_lost", (unsigned long long)source->n_unknown);
+        rc = cc_fail(COLOCACHE_E_LOG_LOST,
+                     "%llu entries of the dirty rings name slots or pages this source was not given; call "
+                     "colocache_dirty_log_lost",
+                     (unsigned long long)source->n_unknown);
     if (rc == 0 || rc == COLOCACHE_E_LOG_LOST) /* told: all ones cover them */
         source->n_unknown = 0;
     pthread_mutex_unlock(&source->lock);
@@ -178,10 +180,13 @@ static int map_rings(struct ring_source *source, const struct colocache_kvm_ring
     for (uint32_t i = 0; i < source->n_rings; i++) {
         void *addr = rings[i].addr;
         if (!addr) {
-            int rc = cc_map_file(rings[i].vcpu_fd, (uint64_t)KVM_DIRTY_LOG_PAGE_OFFSET * (uint64_t)sysconf(_SC_PAGESIZE), n_bytes, true, &addr);
+            int rc =
+                cc_map_file(rings[i].vcpu_fd, (uint64_t)KVM_DIRTY_LOG_PAGE_OFFSET * (uint64_t)sysconf(_SC_PAGESIZE), n_bytes, true, &addr);
             if (rc)
-                return cc_fail(rc, "the dirty ring of vCPU %u (%llu bytes) does not map: %s; was KVM_CAP_DIRTY_LOG_RING enabled with this size "
-                               "before the vCPU was made?", i, (unsigned long long)n_bytes, colocache_strerror(rc));
+                return cc_fail(rc,
+                               "the dirty ring of vCPU %u (%llu bytes) does not map: %s; was KVM_CAP_DIRTY_LOG_RING enabled with this size "
+                               "before the vCPU was made?",
+                               i, (unsigned long long)n_bytes, colocache_strerror(rc));
             source->rings[i].map_bytes = n_bytes;
         }
         source->rings[i].entries = addr;
@@ -189,9 +194,8 @@ static int map_rings(struct ring_source *source, const struct colocache_kvm_ring
     return 0;
 }
 
-int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots,
-                              const struct colocache_kvm_ring *rings, uint32_t n_rings, uint32_t ring_bytes,
-                              struct colocache_source **out)
+int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots, const struct colocache_kvm_ring *rings,
+                              uint32_t n_rings, uint32_t ring_bytes, struct colocache_source **out)
 {
     if (!rings || !n_rings || n_rings > CC_SOURCE_PARTS_MAX || !out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "a dirty-ring log needs 1 to %u rings, and a place for the result", CC_SOURCE_PARTS_MAX);

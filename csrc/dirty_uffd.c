@@ -57,8 +57,7 @@ struct uffd_source {
 };
 
 /* take_region -- pages [start, end) of a range were written: hand them on as words of ones, at most 4096 pages at a time */
-static int take_region(const struct colocache_uffd_range *range, const struct cc_page_region *region,
-                       cc_take_fn *take, void *context)
+static int take_region(const struct colocache_uffd_range *range, const struct cc_page_region *region, cc_take_fn *take, void *context)
 {
     static const uint64_t ones[64] = {
         [0 ... 63] = ~0ull,
@@ -104,7 +103,8 @@ static int scan(const struct uffd_source *source, uint64_t *at, uint64_t end, st
     };
     int n = cc_source_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &arg);
     if (n < 0)
-        return errno == ESRCH ? cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended") : cc_source_lost("PAGEMAP_SCAN");
+        return errno == ESRCH ? cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended")
+                              : cc_source_lost("PAGEMAP_SCAN");
     *at = arg.walk_end > *at ? arg.walk_end : end;
     return n;
 }
@@ -170,7 +170,8 @@ static void uffd_close(struct colocache_source *base)
 {
     struct uffd_source *source = (struct uffd_source *)base;
     for (uint32_t i = 0; source->foreign && source->uffd >= 0 && i < source->n_ranges; i++) { /* its maker's copy may stay open */
-        struct uffdio_range range = {.start = (uint64_t)(uintptr_t)source->ranges[i].addr, .len = source->ranges[i].n_pages * CC_SOURCE_PAGE};
+        struct uffdio_range range = {.start = (uint64_t)(uintptr_t)source->ranges[i].addr,
+                                     .len = source->ranges[i].n_pages * CC_SOURCE_PAGE};
         ioctl(source->uffd, UFFDIO_UNREGISTER, &range);
     }
     if (source->uffd >= 0)
@@ -282,8 +283,8 @@ int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_
     return finish(source, rc, n_ranges, out);
 }
 
-int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it, const struct colocache_uffd_range *ranges,
-                                  uint32_t n_ranges, struct colocache_source **out)
+int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it, const struct colocache_uffd_range *ranges, uint32_t n_ranges,
+                                  struct colocache_source **out)
 {
     struct uffd_source *source;
     int rc = out ? make(ranges, n_ranges, kvm_maps_it != 0, &source) : cc_fail(COLOCACHE_E_ARGUMENT, "there is no place for the log");

@@ -45,10 +45,16 @@ static const uint8_t table[CC_STATES][EVENTS] = {
     [CC_CLAIMED_FIRST] = {[RELEASE] = CC_EMPTY, [SEAL] = CC_SEALED},
     [CC_CLAIMED] = {[RELEASE] = CC_LIVE, [SEAL] = CC_SEALED, [FAILOVER] = CC_CLAIMED_ASKED},
     [CC_CLAIMED_ASKED] = {[RELEASE] = CC_TAKING_OVER, [SEAL] = CC_SEALED_ASKED, [FAILOVER] = CC_CLAIMED_ASKED},
-    [CC_SEALED] = {[LOADED] = CC_LIVE, [LOADED_UNCOMMITTED] = CC_RUNNING, [LOADED_BADLY] = CC_LOAD_FAILED, [COMMITTED] = CC_SEALED,
+    [CC_SEALED] = {[LOADED] = CC_LIVE,
+                   [LOADED_UNCOMMITTED] = CC_RUNNING,
+                   [LOADED_BADLY] = CC_LOAD_FAILED,
+                   [COMMITTED] = CC_SEALED,
                    [FAILOVER] = CC_SEALED_ASKED},
-    [CC_SEALED_ASKED] = {[LOADED] = CC_TAKING_OVER, [LOADED_UNCOMMITTED] = CC_TAKING_OVER, [LOADED_BADLY] = CC_LOAD_FAILED,
-                         [COMMITTED] = CC_SEALED_ASKED, [FAILOVER] = CC_SEALED_ASKED},
+    [CC_SEALED_ASKED] = {[LOADED] = CC_TAKING_OVER,
+                         [LOADED_UNCOMMITTED] = CC_TAKING_OVER,
+                         [LOADED_BADLY] = CC_LOAD_FAILED,
+                         [COMMITTED] = CC_SEALED_ASKED,
+                         [FAILOVER] = CC_SEALED_ASKED},
     [CC_RUNNING] = {[COMMITTED] = CC_LIVE, [FAILOVER] = CC_TAKING_OVER},
     [CC_TAKING_OVER] = {[COMMITTED] = CC_TAKING_OVER, [FAILOVER] = CC_TAKING_OVER, [TOLD] = CC_FAILED_OVER},
     [CC_FAILED_OVER] = {[COMMITTED] = CC_FAILED_OVER, [FAILOVER] = CC_FAILED_OVER, [TOLD] = CC_FAILED_OVER},
@@ -97,9 +103,15 @@ enum cc_state cc_epoch_state(const struct colocache *cc)
 enum colocache_phase cc_epoch_phase(enum cc_state state)
 {
     static const uint8_t phases[CC_STATES] = {
-        [CC_EMPTY] = COLOCACHE_PHASE_EMPTY, [CC_LIVE] = COLOCACHE_PHASE_LIVE, [CC_CLAIMED_FIRST] = COLOCACHE_PHASE_SEALING,
-        [CC_CLAIMED] = COLOCACHE_PHASE_SEALING, [CC_CLAIMED_ASKED] = COLOCACHE_PHASE_SEALING, [CC_SEALED] = COLOCACHE_PHASE_SEALING,
-        [CC_SEALED_ASKED] = COLOCACHE_PHASE_SEALING, [CC_RUNNING] = COLOCACHE_PHASE_LIVE, [CC_LOAD_FAILED] = COLOCACHE_PHASE_LOAD_FAILED,
+        [CC_EMPTY] = COLOCACHE_PHASE_EMPTY,
+        [CC_LIVE] = COLOCACHE_PHASE_LIVE,
+        [CC_CLAIMED_FIRST] = COLOCACHE_PHASE_SEALING,
+        [CC_CLAIMED] = COLOCACHE_PHASE_SEALING,
+        [CC_CLAIMED_ASKED] = COLOCACHE_PHASE_SEALING,
+        [CC_SEALED] = COLOCACHE_PHASE_SEALING,
+        [CC_SEALED_ASKED] = COLOCACHE_PHASE_SEALING,
+        [CC_RUNNING] = COLOCACHE_PHASE_LIVE,
+        [CC_LOAD_FAILED] = COLOCACHE_PHASE_LOAD_FAILED,
         [CC_TAKING_OVER] = COLOCACHE_PHASE_LIVE, /* FAILED_OVER is said when it stands in shared memory */
         [CC_FAILED_OVER] = COLOCACHE_PHASE_FAILED_OVER,
     };
@@ -139,7 +151,8 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
     if (open == 0) {
         uint64_t newest = cc_observe(&cc->region.control->receiving);
         if (epoch <= newest || epoch == UINT64_MAX) {
-            rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
+            rc = cc_fail(COLOCACHE_E_EPOCH,
+                         "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
                          (unsigned long long)epoch, (unsigned long long)newest);
         } else {
             cc_add(&mine->received_before, cc_peek(&mine->received_pages));
@@ -151,8 +164,8 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
             CC_CRASH_POINT("receive: the epoch is open");
         }
     } else if (open != epoch) {
-        rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu came while epoch %llu is open: seal or abort that first",
-                     (unsigned long long)epoch, (unsigned long long)open);
+        rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu came while epoch %llu is open: seal or abort that first", (unsigned long long)epoch,
+                     (unsigned long long)open);
     }
     pthread_mutex_unlock(&mine->opening);
     return rc;

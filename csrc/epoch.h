@@ -14,10 +14,10 @@ enum cc_state {
     CC_CLAIMED_ASKED,  /* and failover was asked for meanwhile */
     CC_SEALED,         /* the commit word is stored; the VM stands until its device state is loaded */
     CC_SEALED_ASKED,
-    CC_RUNNING,        /* the VM runs, and its flush is not committed yet: no page of a newer epoch may come */
+    CC_RUNNING, /* the VM runs, and its flush is not committed yet: no page of a newer epoch may come */
     CC_LOAD_FAILED,
-    CC_TAKING_OVER,    /* decided; `taken_over` is not stored yet */
-    CC_FAILED_OVER,    /* this machine is the one the world sees, and shared memory says so */
+    CC_TAKING_OVER, /* decided; `taken_over` is not stored yet */
+    CC_FAILED_OVER, /* this machine is the one the world sees, and shared memory says so */
     CC_STATES
 };
 
@@ -32,7 +32,7 @@ bool cc_epoch_failover_asked(enum cc_state state);
 /* Into the gate, with `epoch` open: a new number opens it.  cc_epoch_leave after every 0.  E_EPOCH, E_SEALED, E_LOAD_FAILED, E_FAILED_OVER. */
 int cc_epoch_enter(struct colocache *cc, uint64_t epoch);
 void cc_epoch_leave(struct colocache *cc);
-void cc_epoch_received(struct colocache *cc, uint64_t n_pages); /* inside the gate: pages that came whole */
+void cc_epoch_received(struct colocache *cc, uint64_t n_pages);            /* inside the gate: pages that came whole */
 void cc_epoch_stage(struct colocache *cc, const struct cc_staged *staged); /* inside the gate */
 uint64_t cc_epoch_received_in_all(struct colocache *cc);
 

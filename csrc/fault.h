@@ -24,8 +24,8 @@ int cc_fault_refuse(void);
 #ifdef COLOCACHE_FAULTS
 #include <stdint.h>
 #pragma GCC visibility push(default)
-extern uint64_t colocache_fault_crash_at; /* 0 = never */
-extern uint64_t colocache_fault_passed;   /* crash points passed so far */
+extern uint64_t colocache_fault_crash_at;              /* 0 = never */
+extern uint64_t colocache_fault_passed;                /* crash points passed so far */
 extern void (*colocache_fault_seen)(const char *name); /* called at every point, before the death; NULL = nobody looks */
 #pragma GCC visibility pop
 void cc_fault_pass(const char *name);

@@ -17,8 +17,7 @@
 
 #define HUGETLBFS_MAGIC 0x958458f6
 
-int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_bytes, struct cc_image_identity *identity,
-                      uint64_t *granule)
+int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_bytes, struct cc_image_identity *identity, uint64_t *granule)
 {
     struct stat st;
     struct statfs fs;
@@ -30,10 +29,10 @@ int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_by
                        (unsigned long long)offset, (unsigned long long)*granule);
     uint64_t end = offset + (len_bytes + *granule - 1) / *granule * *granule;
     if ((uint64_t)st.st_size < end)
-        return cc_fail(COLOCACHE_E_LENGTH, "the image of block %s has %llu bytes, %llu are needed", name,
-                       (unsigned long long)st.st_size, (unsigned long long)end);
-    *identity = (struct cc_image_identity){.device = (uint64_t)st.st_dev, .inode = (uint64_t)st.st_ino,
-                                           .size_bytes = (uint64_t)st.st_size, .offset = offset};
+        return cc_fail(COLOCACHE_E_LENGTH, "the image of block %s has %llu bytes, %llu are needed", name, (unsigned long long)st.st_size,
+                       (unsigned long long)end);
+    *identity = (struct cc_image_identity){
+        .device = (uint64_t)st.st_dev, .inode = (uint64_t)st.st_ino, .size_bytes = (uint64_t)st.st_size, .offset = offset};
     return 0;
 }
 

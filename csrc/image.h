@@ -23,8 +23,7 @@ struct cc_image {
 };
 
 /* What file is this, and does it hold [offset, offset + len_bytes)?  0, E_LENGTH, -errno. */
-int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_bytes, struct cc_image_identity *identity,
-                      uint64_t *granule);
+int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_bytes, struct cc_image_identity *identity, uint64_t *granule);
 /* Duplicates the descriptor and maps; vm_addr may be NULL.  fd -1: by address alone.  Whatever it returned: cc_image_close. */
 int cc_image_open(struct cc_image *image, int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, void *vm_addr);
 void cc_image_close(struct cc_image *image);

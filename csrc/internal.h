@@ -60,7 +60,7 @@ struct cc_staged {
 
 /* The open epoch and what may be done with it: epoch.c's alone. */
 struct cc_epoch {
-    _Alignas(64) uint32_t state; /* enum cc_state */
+    _Alignas(64) uint32_t state;      /* enum cc_state */
     _Alignas(64) struct cc_gate gate; /* receivers */
     _Alignas(64) uint64_t open;       /* 0 = none */
     uint64_t received_pages;          /* of the open epoch, or of the last that was */

@@ -24,7 +24,8 @@
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
 #define CC_DEVICE_STATE_DEFAULT (64ull << 20)
-#define CC_DEVICE_STATE_LIMIT (1ull << 40) /* with COLOCACHE_BLOCKS_MAX blocks of COLOCACHE_BLOCK_BYTES_MAX: every sum of offsets stays below 2^63 */
+#define CC_DEVICE_STATE_LIMIT \
+    (1ull << 40) /* with COLOCACHE_BLOCKS_MAX blocks of COLOCACHE_BLOCK_BYTES_MAX: every sum of offsets stays below 2^63 */
 
 static inline uint64_t cc_round_to_page(uint64_t n)
 {
@@ -33,35 +34,35 @@ static inline uint64_t cc_round_to_page(uint64_t n)
 
 /* What the commit word names: an epoch that is sealed, and whether its flush is complete. */
 struct cc_record {
-    uint64_t generation;      /* the commit word that names this record */
+    uint64_t generation; /* the commit word that names this record */
     uint64_t epoch;
-    uint64_t committed;       /* 0 sealed, 1 guest RAM is the epoch */
-    uint32_t strategy;        /* cc_strategy.number: how its flush is replayed */
-    uint32_t device_area;     /* 0 or 1 */
+    uint64_t committed;   /* 0 sealed, 1 guest RAM is the epoch */
+    uint32_t strategy;    /* cc_strategy.number: how its flush is replayed */
+    uint32_t device_area; /* 0 or 1 */
     uint64_t device_bytes;
     uint64_t device_checksum;
-    uint64_t flush_checksum;  /* over the flush sets of all blocks; 0 once committed */
+    uint64_t flush_checksum; /* over the flush sets of all blocks; 0 once committed */
     uint64_t flush_pages;
     uint64_t committed_before; /* the epoch that was committed when this one was sealed; 0 = none */
     uint64_t reserved[6];
-    uint64_t checksum;        /* of everything before it */
+    uint64_t checksum; /* of everything before it */
 };
 
 struct cc_control {
     uint64_t magic;
     uint32_t layout_version;
     uint32_t reserved0;
-    uint64_t stamp;           /* cc_layout_stamp(): sizes and offsets of these structs */
+    uint64_t stamp; /* cc_layout_stamp(): sizes and offsets of these structs */
     uint8_t history_id[16];
     uint64_t device_area_bytes; /* room of each area, a multiple of a page */
     uint64_t device_state_max_bytes;
-    int64_t owner_pid;        /* whoever took the lock last */
-    uint64_t n_blocks;        /* stored (release) after its entry is complete */
-    uint64_t bitmap_end;      /* first byte after the last block's bitmaps */
+    int64_t owner_pid;   /* whoever took the lock last */
+    uint64_t n_blocks;   /* stored (release) after its entry is complete */
+    uint64_t bitmap_end; /* first byte after the last block's bitmaps */
     uint64_t reserved1[6];
 
-    _Alignas(64) uint64_t receiving;  /* newest epoch whose pages may be in the cache; stored before its first byte */
-    uint64_t taken_over;              /* 1: this secondary is the machine the world sees */
+    _Alignas(64) uint64_t receiving; /* newest epoch whose pages may be in the cache; stored before its first byte */
+    uint64_t taken_over;             /* 1: this secondary is the machine the world sees */
     uint64_t reserved2[6];
 
     _Alignas(64) uint64_t commit_word; /* generation; its lowest bit names the valid record; 0 = none yet */
@@ -71,9 +72,9 @@ struct cc_control {
 };
 
 struct cc_image_identity {
-    uint64_t device, inode;   /* 0, 0: a block by address alone */
-    uint64_t size_bytes;      /* of the file */
-    uint64_t offset;          /* of the block in it */
+    uint64_t device, inode; /* 0, 0: a block by address alone */
+    uint64_t size_bytes;    /* of the file */
+    uint64_t offset;        /* of the block in it */
 };
 
 struct cc_block_entry {
@@ -83,7 +84,7 @@ struct cc_block_entry {
     uint32_t sparse;
     struct cc_image_identity guest, cache;
     uint64_t bitmap_offset;
-    uint64_t bitmap_bytes;    /* of the six parts together */
+    uint64_t bitmap_bytes; /* of the six parts together */
     uint64_t reserved[20];
 };
 
@@ -102,10 +103,18 @@ _Static_assert(sizeof(void *) == 8, "64-bit only");
 static inline uint64_t cc_layout_stamp(void)
 {
     const uint64_t facts[] = {
-        CC_LAYOUT_VERSION, sizeof(struct cc_control), sizeof(struct cc_record), sizeof(struct cc_block_entry),
-        _Alignof(struct cc_control), _Alignof(struct cc_record), offsetof(struct cc_control, receiving),
-        offsetof(struct cc_control, commit_word), offsetof(struct cc_control, records),
-        offsetof(struct cc_block_entry, guest), offsetof(struct cc_block_entry, bitmap_offset), COLOCACHE_BLOCKS_MAX,
+        CC_LAYOUT_VERSION,
+        sizeof(struct cc_control),
+        sizeof(struct cc_record),
+        sizeof(struct cc_block_entry),
+        _Alignof(struct cc_control),
+        _Alignof(struct cc_record),
+        offsetof(struct cc_control, receiving),
+        offsetof(struct cc_control, commit_word),
+        offsetof(struct cc_control, records),
+        offsetof(struct cc_block_entry, guest),
+        offsetof(struct cc_block_entry, bitmap_offset),
+        COLOCACHE_BLOCKS_MAX,
     };
     uint64_t stamp = 0xcbf29ce484222325ull;
     for (size_t i = 0; i < sizeof facts / sizeof *facts; i++)

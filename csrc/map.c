@@ -80,8 +80,9 @@ static int check_one(const char *what, const struct mapping *one, uint64_t at, c
     if (file && one->access[3] != 's')
         return cc_fail(COLOCACHE_E_ARGUMENT, "%s is mapped privately at %#" PRIx64 ": map it with MAP_SHARED", what, at);
     if (file && (one->inode != (uint64_t)file->st_ino || one->offset + (at - one->begin) != offset))
-        return cc_fail(COLOCACHE_E_ARGUMENT, "%s is no mapping of its descriptor at offset %" PRIu64 ": inode %" PRIu64 ", offset %" PRIu64
-                       " is mapped there", what, offset, one->inode, one->offset + (at - one->begin));
+        return cc_fail(COLOCACHE_E_ARGUMENT,
+                       "%s is no mapping of its descriptor at offset %" PRIu64 ": inode %" PRIu64 ", offset %" PRIu64 " is mapped there",
+                       what, offset, one->inode, one->offset + (at - one->begin));
     return 0;
 }
 

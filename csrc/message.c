@@ -36,9 +36,14 @@ uint64_t cc_message_checksum(const void *header, const void *runs, uint64_t n_by
 
 void cc_message_put(void *header, const struct cc_message *message)
 {
-    struct wire_header wire = {.magic = WIRE_MAGIC, .version = COLOCACHE_WIRE_VERSION, .type = (uint16_t)message->type,
-                               .epoch = message->epoch, .body_len_bytes = message->body_len_bytes, .a = message->a,
-                               .b = message->b, .checksum = message->checksum};
+    struct wire_header wire = {.magic = WIRE_MAGIC,
+                               .version = COLOCACHE_WIRE_VERSION,
+                               .type = (uint16_t)message->type,
+                               .epoch = message->epoch,
+                               .body_len_bytes = message->body_len_bytes,
+                               .a = message->a,
+                               .b = message->b,
+                               .checksum = message->checksum};
     memcpy(header, &wire, sizeof wire);
 }
 
@@ -51,8 +56,8 @@ int cc_message_get(const void *header, struct cc_message *out)
                        wire.magic, WIRE_MAGIC);
     if (wire.version != COLOCACHE_WIRE_VERSION)
         return cc_fail(COLOCACHE_E_PACKET, "message has wire version %u, this build speaks %u", wire.version, COLOCACHE_WIRE_VERSION);
-    *out = (struct cc_message){.type = wire.type, .a = wire.a, .b = wire.b, .epoch = wire.epoch,
-                               .body_len_bytes = wire.body_len_bytes, .checksum = wire.checksum};
+    *out = (struct cc_message){
+        .type = wire.type, .a = wire.a, .b = wire.b, .epoch = wire.epoch, .body_len_bytes = wire.body_len_bytes, .checksum = wire.checksum};
     return 0;
 }
 
@@ -68,8 +73,8 @@ int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64
     return 0;
 }
 
-int colocache_message_parse(const void *header, uint32_t *type_out, uint64_t *epoch_out, uint64_t *body_len_bytes_out,
-                            uint32_t *a_out, uint32_t *b_out)
+int colocache_message_parse(const void *header, uint32_t *type_out, uint64_t *epoch_out, uint64_t *body_len_bytes_out, uint32_t *a_out,
+                            uint32_t *b_out)
 {
     struct cc_message message = {0};
     if (!header || !type_out || !epoch_out || !body_len_bytes_out || !a_out || !b_out)

@@ -5,9 +5,7 @@
 
 #include "colocache.h"
 
-static void no_fence(void)
-{
-}
+static void no_fence(void) {}
 
 static void run_libc(void *dst, const void *src, uint64_t n_bytes)
 {
@@ -40,8 +38,8 @@ static inline __attribute__((always_inline)) void copy_run(char *dst, const char
  *   Intel Xeon with 300 MiB of L3 single pages 1.16 and 1.12 (0.84 and 0.92), runs of 64 pages 1.09 and 1.13 (0.95 and 1.00)
  * So long runs are copied like this, too.  4 to 16 lanes and turns of 64 to 512 bytes gave no more, prefetching into L1 less; a line of
  * each destination page prefetched for its translation cost 2 to 4 %. */
-static inline __attribute__((always_inline)) void copy_pages(char *dst, const char *src, const uint64_t *at, uint32_t n,
-                                                             uint32_t n_next, copy_turn *turn)
+static inline __attribute__((always_inline)) void copy_pages(char *dst, const char *src, const uint64_t *at, uint32_t n, uint32_t n_next,
+                                                             copy_turn *turn)
 {
     while (n) {
         const uint32_t lanes = n < CC_COPY_LANES ? n : CC_COPY_LANES, left = n - lanes + n_next;

@@ -22,9 +22,9 @@
 #include "pagemap.h"
 #include "source.h"
 
-#define REGIONS 256u     /* of one scan, on the stack */
-#define ENTRIES 512u     /* of /proc/PID/pagemap at a time, on the stack */
-#define WHOLE_SHARE 16u  /* more than one page in so many: zap everything */
+#define REGIONS 256u    /* of one scan, on the stack */
+#define ENTRIES 512u    /* of /proc/PID/pagemap at a time, on the stack */
+#define WHOLE_SHARE 16u /* more than one page in so many: zap everything */
 #define PM_SWAPPED (1ull << 62)
 #define PM_PRESENT (1ull << 63)
 #define PM_FILE (1ull << 61) /* of a file, or shared */

@@ -72,8 +72,8 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
     if (rc)
         return rc;
     if (n_pages > block->n_pages * 64 || len_bytes != n_pages * block->page_size) /* the first keeps the product small */
-        return cc_fail(COLOCACHE_E_LENGTH, "%llu bytes were given for %llu pages, block %s uses %u a page",
-                       (unsigned long long)len_bytes, (unsigned long long)n_pages, block->name, block->page_size);
+        return cc_fail(COLOCACHE_E_LENGTH, "%llu bytes were given for %llu pages, block %s uses %u a page", (unsigned long long)len_bytes,
+                       (unsigned long long)n_pages, block->name, block->page_size);
     for (uint64_t i = 0; block->sparse && i < n_pages; i++) {
         rc = cc_sparse_allocate(block, pfns[i], 1);
         if (rc)

@@ -43,8 +43,8 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
 {
     uint64_t n_blocks = cc_observe(&cc->region.control->n_blocks);
     if (n_images != n_blocks)
-        return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u",
-                       (unsigned long long)n_blocks, n_images);
+        return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u", (unsigned long long)n_blocks,
+                       n_images);
     for (uint32_t b = 0; b < n_blocks; b++) {
         int rc = cc_block_check_entry(&cc->region.table[b], file_bytes);
         if (rc)
@@ -91,7 +91,8 @@ static int replay(struct colocache *cc, const struct cc_strategy *strategy, stru
 {
     uint64_t found = cc_flush_set_checksum(cc);
     if (found != record->flush_checksum)
-        return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
+        return cc_fail(COLOCACHE_E_CORRUPT,
+                       "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
                        (unsigned long long)record->epoch, (unsigned long long)found, (unsigned long long)record->flush_checksum);
     struct colocache_flush_result result = {0};
     int rc = strategy->replay(cc, &result);
@@ -121,7 +122,8 @@ static int no_restart(struct colocache *cc, const struct cc_record *record, stru
     report->action = COLOCACHE_RECOVERED_NO_RESTART;
     report->epoch = 0;
     snprintf(report->sentence, sizeof report->sentence,
-             "cannot restart: pages of epoch %llu had already come over epoch %llu and the VM that ran is gone; the next checkpoint makes the secondary whole",
+             "cannot restart: pages of epoch %llu had already come over epoch %llu and the VM that ran is gone; the next checkpoint makes "
+             "the secondary whole",
              (unsigned long long)report->receiving_epoch, (unsigned long long)record->epoch);
     int rc = colocache_dirty_log_lost(cc);
     CC_CRASH_POINT("attach: every page counts as written");
@@ -145,8 +147,10 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     }
     const struct cc_strategy *strategy = cc_strategy_find(record.strategy);
     if (!strategy)
-        return cc_fail(COLOCACHE_E_STRATEGY, "epoch %llu was sealed for flush strategy %u, which this build does not have: attach with the "
-                       "build that sealed it", (unsigned long long)record.epoch, record.strategy);
+        return cc_fail(COLOCACHE_E_STRATEGY,
+                       "epoch %llu was sealed for flush strategy %u, which this build does not have: attach with the "
+                       "build that sealed it",
+                       (unsigned long long)record.epoch, record.strategy);
     if (report->receiving_epoch < record.epoch)
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed but only epoch %llu was ever received", (unsigned long long)record.epoch,
                        (unsigned long long)report->receiving_epoch);
@@ -156,7 +160,8 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     if (rc)
         return rc;
     if (!record.committed && report->receiving_epoch > record.epoch)
-        return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
+        return cc_fail(COLOCACHE_E_CORRUPT,
+                       "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
                        (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
     CC_CRASH_POINT("attach: all is verified");
     if (!record.committed)
@@ -170,8 +175,8 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     return rc;
 }
 
-int colocache_attach(int control_fd, const struct colocache_options *options, const struct colocache_images *images,
-                     uint32_t n_images, struct colocache_recovery *report, struct colocache **out)
+int colocache_attach(int control_fd, const struct colocache_options *options, const struct colocache_images *images, uint32_t n_images,
+                     struct colocache_recovery *report, struct colocache **out)
 {
     struct colocache *cc;
     struct colocache_recovery found = {0};

@@ -33,8 +33,8 @@ int colocache_sender_close(struct colocache_sender *sender)
     return 0;
 }
 
-int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes,
-                               uint32_t page_size, uint32_t *block_out)
+int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr, uint64_t len_bytes, uint32_t page_size,
+                               uint32_t *block_out)
 {
     if (!sender || !addr)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the sender or the block's address is NULL");
@@ -96,8 +96,8 @@ static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_
     if (rc)
         return rc;
     if (words && !cc_bitmap_tail_ok(words, n_pages))
-        return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page",
-                       (unsigned long long)n_pages, block->name);
+        return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page", (unsigned long long)n_pages,
+                       block->name);
     mark_in_turn(block, first_pfn, n_pages, words);
     return 0;
 }
@@ -120,7 +120,8 @@ int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colo
     return source->sync(source, take_into_sender, sender);
 }
 
-int colocache_sender_sync_words(struct colocache_sender *sender, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+int colocache_sender_sync_words(struct colocache_sender *sender, uint32_t block, uint64_t first_pfn, uint64_t n_pages,
+                                const uint64_t *words)
 {
     if (!words)
         return cc_fail(COLOCACHE_E_ARGUMENT, "words is NULL");

@@ -107,8 +107,8 @@ int colocache_sender_next(struct colocache_sender *sender, uint32_t stripe, uint
         if (last && last->block == walk.block && last->first_pfn + last->n_pages == pfn && last->zero == zero) {
             last->n_pages++;
         } else if (n_runs < max_runs) {
-            runs[n_runs++] = (struct colocache_run){.block = walk.block, .zero = zero, .first_pfn = pfn, .n_pages = 1,
-                                                    .addr = block->addr + (pfn << block->page_shift)};
+            runs[n_runs++] = (struct colocache_run){
+                .block = walk.block, .zero = zero, .first_pfn = pfn, .n_pages = 1, .addr = block->addr + (pfn << block->page_shift)};
         } else {
             put_back(&walk, &pfn);
             break;
@@ -153,8 +153,8 @@ static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, 
     struct cc_sender_block *block = &sender->blocks[packet->block];
     uint64_t run_bytes = packet->n_runs * sizeof packet->runs[0];
     uint64_t data_bytes = (uint64_t)packet->n_data_pages << block->page_shift;
-    struct cc_message message = {.type = COLOCACHE_MSG_PAGES, .a = packet->block, .b = packet->n_runs, .epoch = epoch,
-                                 .body_len_bytes = run_bytes + data_bytes};
+    struct cc_message message = {
+        .type = COLOCACHE_MSG_PAGES, .a = packet->block, .b = packet->n_runs, .epoch = epoch, .body_len_bytes = run_bytes + data_bytes};
     cc_message_put(packet->header, &message);
     message.checksum = cc_message_checksum(packet->header, packet->runs, run_bytes);
     cc_message_put(packet->header, &message);
@@ -181,8 +181,8 @@ static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, 
     return rc;
 }
 
-int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe,
-                          uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out)
+int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe, uint32_t n_stripes,
+                          uint64_t max_pages, struct colocache_send_result *out)
 {
     int rc = check_stripe(sender, stripe, n_stripes);
     if (rc)

@@ -21,8 +21,10 @@ int cc_source_page_size(const char *block_name, uint32_t page_size)
 {
     if (page_size == CC_SOURCE_PAGE)
         return 0;
-    return cc_fail(COLOCACHE_E_LENGTH, "block %s has pages of %u bytes, a dirty log has %u: add the block with page_size %u, or hand its log "
-                   "on in the block's pages by sync_words", block_name, page_size, CC_SOURCE_PAGE, CC_SOURCE_PAGE);
+    return cc_fail(COLOCACHE_E_LENGTH,
+                   "block %s has pages of %u bytes, a dirty log has %u: add the block with page_size %u, or hand its log "
+                   "on in the block's pages by sync_words",
+                   block_name, page_size, CC_SOURCE_PAGE, CC_SOURCE_PAGE);
 }
 
 int cc_source_not_taken(const char *log)

@@ -2,8 +2,7 @@
 /* strategy.c -- the strategies there are, each in a file of its own.  The first is the one that new epochs are sealed with. */
 #include "strategy.h"
 
-#define STRATEGIES(each) \
-    each(cc_flush_copy)
+#define STRATEGIES(each) each(cc_flush_copy)
 
 #define DECLARE(name) extern const struct cc_strategy name;
 STRATEGIES(DECLARE)

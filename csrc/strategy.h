@@ -15,7 +15,7 @@
 #include "internal.h"
 
 struct cc_strategy {
-    uint32_t number; /* in commit records; never given to another strategy */
+    uint32_t number;                                                         /* in commit records; never given to another strategy */
     int (*begin)(struct colocache *cc, struct colocache_flush_result *out);  /* 0, or an error and begin may be called again */
     int (*finish)(struct colocache *cc, struct colocache_flush_result *out); /* adds to *out */
     int (*replay)(struct colocache *cc, struct colocache_flush_result *out);

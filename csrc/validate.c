@@ -110,7 +110,8 @@ static int compare_pages(struct colocache *cc)
         uint64_t at = 0, first, n_bytes;
         while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             for (uint64_t pfn = first >> block->page_shift; pfn < (first + n_bytes) >> block->page_shift; pfn++) {
-                uint64_t dirty = block->bitmaps[COLOCACHE_BITMAP_PVM].words[pfn / 64] | block->bitmaps[COLOCACHE_BITMAP_SVM].words[pfn / 64];
+                uint64_t dirty =
+                    block->bitmaps[COLOCACHE_BITMAP_PVM].words[pfn / 64] | block->bitmaps[COLOCACHE_BITMAP_SVM].words[pfn / 64];
                 if (!record.committed)
                     dirty |= block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET].words[pfn / 64];
                 int same = dirty >> (pfn % 64) & 1 ? 1 : same_page(block, pfn);

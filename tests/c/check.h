@@ -23,50 +23,50 @@
 static unsigned check_passed, check_failed, check_skipped, check_broken;
 static const char *check_skip_reason;
 
-#define CHECK_SAY(...)                                         \
-    do {                                                       \
+#define CHECK_SAY(...) \
+    do { \
         __atomic_fetch_add(&check_broken, 1, __ATOMIC_RELAXED); \
-        printf("    %s:%d: ", __FILE__, __LINE__);             \
-        printf(__VA_ARGS__);                                   \
-        printf("\n");                                          \
+        printf("    %s:%d: ", __FILE__, __LINE__); \
+        printf(__VA_ARGS__); \
+        printf("\n"); \
     } while (0)
 
-#define CHECK(condition)                        \
-    do {                                        \
-        if (!(condition))                       \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) \
             CHECK_SAY("not true: %s", #condition); \
     } while (0)
 
-#define CHECK_EQ(expected, found)                                                                                         \
-    do {                                                                                                                  \
-        uint64_t check_e = (uint64_t)(expected), check_f = (uint64_t)(found);                                             \
-        if (check_e != check_f)                                                                                           \
-            CHECK_SAY("%s is %" PRIu64 " (0x%" PRIx64 "), expected %" PRIu64 " (0x%" PRIx64 ")", #found, check_f, check_f, \
-                      check_e, check_e);                                                                                  \
+#define CHECK_EQ(expected, found) \
+    do { \
+        uint64_t check_e = (uint64_t)(expected), check_f = (uint64_t)(found); \
+        if (check_e != check_f) \
+            CHECK_SAY("%s is %" PRIu64 " (0x%" PRIx64 "), expected %" PRIu64 " (0x%" PRIx64 ")", #found, check_f, check_f, check_e, \
+                      check_e); \
     } while (0)
 
 /* A code; and with a failing one, a sentence must have been left. */
-#define CHECK_RC(expected, call)                                                                            \
-    do {                                                                                                    \
-        int check_e = (expected), check_f = (call);                                                         \
-        if (check_e != check_f)                                                                             \
+#define CHECK_RC(expected, call) \
+    do { \
+        int check_e = (expected), check_f = (call); \
+        if (check_e != check_f) \
             CHECK_SAY("%s gave %d (%s), expected %d", #call, check_f, check_f < 0 ? colocache_last_error() : "", check_e); \
-        else if (check_f < 0 && !*colocache_last_error())                                                   \
-            CHECK_SAY("%s failed without a sentence", #call);                                               \
+        else if (check_f < 0 && !*colocache_last_error()) \
+            CHECK_SAY("%s failed without a sentence", #call); \
     } while (0)
 
-#define REQUIRE(condition)                                                                      \
-    do {                                                                                        \
-        if (!(condition)) {                                                                     \
+#define REQUIRE(condition) \
+    do { \
+        if (!(condition)) { \
             printf("    %s:%d: can't go on without: %s (%s)\n", __FILE__, __LINE__, #condition, colocache_last_error()); \
-            exit(1);                                                                            \
-        }                                                                                       \
+            exit(1); \
+        } \
     } while (0)
 
-#define SKIP(reason)                \
-    do {                            \
+#define SKIP(reason) \
+    do { \
         check_skip_reason = reason; \
-        return;                     \
+        return; \
     } while (0)
 
 #define RUN(test) check_run(#test, test)

@@ -51,7 +51,8 @@ static bool state_is(struct colocache *cc, unsigned epoch, uint64_t len)
 {
     const void *at;
     uint64_t found;
-    if (!is("device_state", colocache_device_state(cc, &at, &found), 0) || !is("length of the device state", (long long)found, (long long)len))
+    if (!is("device_state", colocache_device_state(cc, &at, &found), 0) ||
+        !is("length of the device state", (long long)found, (long long)len))
         return false;
     for (uint64_t i = 0; i < len; i++) {
         if (((const unsigned char *)at)[i] != state_byte(epoch, i)) {
@@ -75,13 +76,14 @@ static bool receive(struct colocache *cc, unsigned epoch, unsigned page, uint64_
     uint8_t content[PAGE];
     unsigned block = page >= PAGES_0, pfn = block ? page - PAGES_0 : page;
     fill_page(content, tag);
-    return is("receive", tag ? colocache_receive_page(cc, epoch, block, pfn, content, PAGE) : colocache_receive_zero(cc, epoch, block, pfn, 1), 0);
+    return is("receive",
+              tag ? colocache_receive_page(cc, epoch, block, pfn, content, PAGE) : colocache_receive_zero(cc, epoch, block, pfn, 1), 0);
 }
 
 /* go_on -- a further epoch: the PVM sends only what the secondary can't have (all of it before the first seal); the SVM, if
  * it runs, has written too.  Afterwards the secondary is whole. */
-static bool go_on(const struct memory *memory, struct colocache *cc, const struct history *history, const struct model *model, unsigned at_epoch,
-                  bool svm_runs)
+static bool go_on(const struct memory *memory, struct colocache *cc, const struct history *history, const struct model *model,
+                  unsigned at_epoch, bool svm_runs)
 {
     unsigned epoch = model->receiving + 1, n = 0;
     uint64_t now[PAGES];
@@ -132,8 +134,8 @@ static bool begin_again(const struct memory *memory, const struct history *histo
     memory_images(memory, images);
     if (ftruncate(memory->control, 0) != 0 || !is("create", colocache_create(memory->control, &options, &cc), 0))
         return false;
-    bool ok = is("add_block", colocache_add_block(cc, &images[0], NULL), 0) && is("add_block", colocache_add_block(cc, &images[1], NULL), 0) &&
-              go_on(memory, cc, history, model, 1, false);
+    bool ok = is("add_block", colocache_add_block(cc, &images[0], NULL), 0) &&
+              is("add_block", colocache_add_block(cc, &images[1], NULL), 0) && go_on(memory, cc, history, model, 1, false);
     colocache_close(cc);
     return ok;
 }
@@ -149,7 +151,7 @@ static bool check_report(const struct model *model, const struct colocache_recov
     if (!is("epoch of the recovery", (long long)report->epoch, whole ? model->sealed : 0) ||
         !is("newest epoch in the cache", (long long)report->receiving_epoch, model->receiving))
         return false;
-    uint64_t pages = action == COLOCACHE_RECOVERED_RESTART ? PAGES
+    uint64_t pages = action == COLOCACHE_RECOVERED_RESTART    ? PAGES
                      : action == COLOCACHE_RECOVERED_REPLAYED ? (uint64_t)__builtin_popcount(model->flush_bits)
                                                               : 0;
     return is("pages copied by attach", (long long)report->n_pages, (long long)pages) &&

@@ -51,8 +51,8 @@ static void restore(const struct state *state)
 
 static void __attribute__((noreturn)) breach(const struct state *state, const char *what, uint64_t offset, unsigned bit, int rc)
 {
-    fprintf(stderr, "%s, byte %llu bit %u of the region (%s) turned over: attach gave %d (%s)\n", state->name, (unsigned long long)offset, bit,
-            what, rc, rc ? colocache_last_error() : "no error");
+    fprintf(stderr, "%s, byte %llu bit %u of the region (%s) turned over: attach gave %d (%s)\n", state->name, (unsigned long long)offset,
+            bit, what, rc, rc ? colocache_last_error() : "no error");
     exit(1);
 }
 
@@ -75,12 +75,14 @@ static void flip(const struct state *state, const char *what, uint64_t offset, u
     const struct cc_block_entry *blocks = (const void *)(state->control + CC_TABLE_OFFSET);
     uint64_t summaries = CC_BITMAPS * CC_PAGE; /* of each block, after its words: made anew, which changes nothing they say */
     for (unsigned block = 0; block < 2; block++)
-        memcpy(memory.control_at + blocks[block].bitmap_offset + summaries, state->control + blocks[block].bitmap_offset + summaries, summaries);
+        memcpy(memory.control_at + blocks[block].bitmap_offset + summaries, state->control + blocks[block].bitmap_offset + summaries,
+               summaries);
     if (memcmp(memory.control_at, state->control, state->control_bytes) != 0)
         breach(state, "refused, but the region was written", offset, bit, rc);
     for (unsigned page = 0; page < PAGES; page++) {
         const uint8_t *cache = page < PAGES_0 ? memory.cache_at[0] + page * PAGE : memory.cache_at[1];
-        if (memcmp(memory_page(&memory, page), state->guest + page * PAGE, PAGE) != 0 || memcmp(cache, state->cache + page * PAGE, PAGE) != 0)
+        if (memcmp(memory_page(&memory, page), state->guest + page * PAGE, PAGE) != 0 ||
+            memcmp(cache, state->cache + page * PAGE, PAGE) != 0)
             breach(state, "refused, but an image was written", offset, bit, rc);
     }
 }

@@ -82,8 +82,12 @@ void memory_images(const struct memory *memory, struct colocache_images images[2
 {
     static const char *const names[] = {"pc.ram", "boot"};
     for (unsigned block = 0; block < 2; block++)
-        images[block] = (struct colocache_images){.struct_size = sizeof images[0], .name = names[block], .len_bytes = block_bytes(block),
-                                                  .page_size = PAGE, .guest_fd = memory->guest[block], .cache_fd = memory->cache[block]};
+        images[block] = (struct colocache_images){.struct_size = sizeof images[0],
+                                                  .name = names[block],
+                                                  .len_bytes = block_bytes(block),
+                                                  .page_size = PAGE,
+                                                  .guest_fd = memory->guest[block],
+                                                  .cache_fd = memory->cache[block]};
 }
 
 /* in_child -- a process that is killed at its crash_at-th crash point: 1 killed at its crash point, 0 it came to the end, -1 anything else */
@@ -177,7 +181,8 @@ static int veto(void *context, const void *state, uint64_t len_bytes)
 }
 
 /* stream_pages -- through a socket pair from a sender's memory; `torn`: the connection ends in the middle of the last page */
-static void stream_pages(const struct memory *memory, struct colocache *cc, const struct history *history, const struct step *step, bool torn)
+static void stream_pages(const struct memory *memory, struct colocache *cc, const struct history *history, const struct step *step,
+                         bool torn)
 {
     static uint8_t ram[PAGES][PAGE] __attribute__((aligned(PAGE)));
     static uint8_t wire[PAGES * PAGE + 8192];

@@ -24,10 +24,10 @@
 enum { PAGE = 4096, N = 4800, THREADS = 3, STEP = 7 };
 
 static int control_fd, guest_fd, cache_fd;
-static uint64_t *guest;                   /* the parent's mapping of guest RAM */
-static uint64_t truth[N];                 /* what each page must hold: one number, repeated */
+static uint64_t *guest;   /* the parent's mapping of guest RAM */
+static uint64_t truth[N]; /* what each page must hold: one number, repeated */
 static uint64_t seed = 1;
-static volatile int *stored;              /* shared: the commit word was stored, how often since the seal began */
+static volatile int *stored; /* shared: the commit word was stored, how often since the seal began */
 
 static void must(int ok, const char *what)
 {
@@ -64,8 +64,12 @@ static const struct colocache_options options = {.struct_size = sizeof options, 
 
 static struct colocache_images images(void)
 {
-    return (struct colocache_images){.struct_size = sizeof(struct colocache_images), .name = "ram", .len_bytes = (uint64_t)N * PAGE,
-                                     .page_size = PAGE, .guest_fd = guest_fd, .cache_fd = cache_fd};
+    return (struct colocache_images){.struct_size = sizeof(struct colocache_images),
+                                     .name = "ram",
+                                     .len_bytes = (uint64_t)N * PAGE,
+                                     .page_size = PAGE,
+                                     .guest_fd = guest_fd,
+                                     .cache_fd = cache_fd};
 }
 
 static struct colocache *attach(struct colocache_recovery *report)
@@ -170,7 +174,8 @@ int main(int argc, char **argv)
         write_pvm(epoch, NULL);
         struct colocache_recovery report;
         cc = attach(&report);
-        must(report.action == (*stored ? COLOCACHE_RECOVERED_RESTART : COLOCACHE_RECOVERED_REPLAYED) && report.epoch == epoch, "what attach says");
+        must(report.action == (*stored ? COLOCACHE_RECOVERED_RESTART : COLOCACHE_RECOVERED_REPLAYED) && report.epoch == epoch,
+             "what attach says");
         for (uint64_t pfn = 0; pfn < N; pfn++) {
             if (!holds(guest + pfn * PAGE / 8, truth[pfn])) {
                 fprintf(stderr, "seed %llu: killed at point %llu of the flush of epoch %llu: page %llu is not the epoch's\n",

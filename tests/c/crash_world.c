@@ -84,9 +84,10 @@ unsigned char state_byte(unsigned epoch, uint64_t i)
 
 const char *kind_name(enum kind kind)
 {
-    static const char *const names[] = {"create", "add_block", "receive_page", "receive_zero", "receive_stream", "torn packet", "preflush",
-                                        "guest writes", "sync", "late mark_dirty", "device state", "seal", "vetoed seal", "flush",
-                                        "loaded", "abort", "end"};
+    static const char *const names[] = {"create",       "add_block", "receive_page", "receive_zero", "receive_stream",
+                                        "torn packet",  "preflush",  "guest writes", "sync",         "late mark_dirty",
+                                        "device state", "seal",      "vetoed seal",  "flush",        "loaded",
+                                        "abort",        "end"};
     return names[kind];
 }
 

@@ -30,15 +30,31 @@ enum {
 };
 
 enum kind {
-    CREATE, ADD_BLOCK, RECEIVE, ZERO, STREAM, TORN, PREFLUSH, WRITE, SYNC, LATE_MARK, STATE, SEAL, VETO, FLUSH, LOADED, ABORT, END
+    CREATE,
+    ADD_BLOCK,
+    RECEIVE,
+    ZERO,
+    STREAM,
+    TORN,
+    PREFLUSH,
+    WRITE,
+    SYNC,
+    LATE_MARK,
+    STATE,
+    SEAL,
+    VETO,
+    FLUSH,
+    LOADED,
+    ABORT,
+    END
 };
 
 struct step {
     enum kind kind;
     unsigned epoch;
-    unsigned page;    /* RECEIVE, ZERO, WRITE, LATE_MARK: page; ADD_BLOCK: block; STREAM, TORN, SYNC: set of pages */
-    uint64_t tag;     /* RECEIVE, WRITE */
-    uint64_t len;     /* STATE */
+    unsigned page; /* RECEIVE, ZERO, WRITE, LATE_MARK: page; ADD_BLOCK: block; STREAM, TORN, SYNC: set of pages */
+    uint64_t tag;  /* RECEIVE, WRITE */
+    uint64_t len;  /* STATE */
 };
 
 struct history {
@@ -51,29 +67,29 @@ struct history {
 
 /* What the child tells before it dies; in memory shared with the parent. */
 struct progress {
-    volatile int step;               /* the step it is in */
-    volatile int word_stored;        /* commit word stored in this step */
-    volatile int receiving_stored;   /* receiving word stored in this step */
+    volatile int step;                       /* the step it is in */
+    volatile int word_stored;                /* commit word stored in this step */
+    volatile int receiving_stored;           /* receiving word stored in this step */
     volatile uint64_t passed[STEPS_MAX + 1]; /* crash points passed at the beginning of each step */
-    volatile const char *where;      /* name of the crash point */
-    char failed[400];                /* an error it found itself */
+    volatile const char *where;              /* name of the crash point */
+    char failed[400];                        /* an error it found itself */
 };
 
 struct model {
     unsigned sealed, committed, receiving;
-    uint64_t guest[PAGES];           /* guest RAM, as tags */
-    uint64_t or_else[PAGES];         /* or, half page by half page, this; the same tag where nothing was in progress */
+    uint64_t guest[PAGES];                   /* guest RAM, as tags */
+    uint64_t or_else[PAGES];                 /* or, half page by half page, this; the same tag where nothing was in progress */
     unsigned pvm_bits, svm_bits, flush_bits; /* that must be set at least */
-    bool created, blocks;            /* create and both add_blocks are done */
-    bool partial;                    /* until the first epoch is committed: guest RAM means nothing */
+    bool created, blocks;                    /* create and both add_blocks are done */
+    bool partial;                            /* until the first epoch is committed: guest RAM means nothing */
 };
 
 /* crash_world.c */
 uint64_t tag_of(unsigned epoch, unsigned writer, unsigned page); /* writer: 1 PVM, 2 SVM, 3 device load, 4 after a recovery */
-void fill_page(void *page, uint64_t tag);                         /* tag 0: zeros */
+void fill_page(void *page, uint64_t tag);                        /* tag 0: zeros */
 bool page_is(const void *page, uint64_t tag);
 bool page_is_either(const void *page, uint64_t tag, uint64_t other); /* each half is one of the two */
-const char *name_page(const void *page);                          /* where its halves come from, for messages */
+const char *name_page(const void *page);                             /* where its halves come from, for messages */
 unsigned char state_byte(unsigned epoch, uint64_t i);
 void make_history(struct history *history, unsigned pvm, unsigned svm);
 void model_start(struct model *model);

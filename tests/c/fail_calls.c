@@ -26,9 +26,11 @@
 #define KVM_RESET_DIRTY_RINGS _IO(KVMIO, 0xc7)
 #endif
 
-const char *const call_names[N_CALLS] = {"mmap", "munmap", "ftruncate", "posix_fallocate", "open", "fcntl", "fstat", "fstatfs", "getrandom",
-                                         "recvmsg", "sendmsg", "poll", "ioctl", "pthread_create", "calloc", "posix_memalign", "fopen", "pread",
-                                         "lseek", "syscall", "sched_getaffinity", "madvise"};
+const char *const call_names[N_CALLS] = {
+    "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",  "fcntl",   "fstat",
+    "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",  "ioctl",   "pthread_create",
+    "calloc",  "posix_memalign", "fopen",     "pread",           "lseek", "syscall", "sched_getaffinity",
+    "madvise"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
@@ -70,7 +72,7 @@ const int *errors_of(enum call call)
 bool is_absorbed(enum call call, int error)
 {
     if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || (call == PREAD && owner_unnamed))
-        return true; /* nothing to undo; other entropy; one thread; all counts as data */
+        return true;                                           /* nothing to undo; other entropy; one thread; all counts as data */
     if (call == IOCTL && error == ENOTTY && counted_otherwise) /* private pages, on a kernel without PAGEMAP_SCAN */
         return true;
     return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG || call == MADVISE));
@@ -78,7 +80,10 @@ bool is_absorbed(enum call call, int error)
 
 const char *error_name(int error)
 {
-    return error == END_OF_FILE ? "end of file" : error == SHORT ? "half the bytes" : error == TIMES_OUT ? "timeout" : strerrorname_np(error);
+    return error == END_OF_FILE ? "end of file"
+           : error == SHORT     ? "half the bytes"
+           : error == TIMES_OUT ? "timeout"
+                                : strerrorname_np(error);
 }
 
 /* happens -- does this call fail?  Then errno is set. */
@@ -92,10 +97,10 @@ static bool happens(enum call call)
 }
 
 #define WRAP(type, name, parameters, arguments, call, failed) \
-    type __real_##name parameters;                            \
-    type __wrap_##name parameters;                            \
-    type __wrap_##name parameters                             \
-    {                                                         \
+    type __real_##name parameters; \
+    type __wrap_##name parameters; \
+    type __wrap_##name parameters \
+    { \
         return happens(call) ? (failed) : __real_##name arguments; \
     }
 
@@ -105,8 +110,8 @@ WRAP(int, posix_fallocate, (int fd, off_t offset, off_t n), (fd, offset, n), POS
 WRAP(int, fstat, (int fd, struct stat *st), (fd, st), FSTAT, -1)
 WRAP(int, fstatfs, (int fd, struct statfs *st), (fd, st), FSTATFS, -1)
 WRAP(ssize_t, getrandom, (void *buffer, size_t n, unsigned flags), (buffer, n, flags), GETRANDOM, -1)
-WRAP(int, poll, (struct pollfd *fds, nfds_t n, int timeout_ms), (fds, n, timeout_ms), POLL, failure.error == TIMES_OUT ? 0 : -1)
-WRAP(int, pthread_create, (pthread_t *thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg), (thread, attr, start, arg),
+WRAP(int, poll, (struct pollfd * fds, nfds_t n, int timeout_ms), (fds, n, timeout_ms), POLL, failure.error == TIMES_OUT ? 0 : -1)
+WRAP(int, pthread_create, (pthread_t * thread, const pthread_attr_t *attr, void *(*start)(void *), void *arg), (thread, attr, start, arg),
      PTHREAD_CREATE, failure.error)
 WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)

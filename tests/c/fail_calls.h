@@ -7,8 +7,29 @@
 #include <stdint.h>
 
 enum call {
-    MMAP, MUNMAP, FTRUNCATE, POSIX_FALLOCATE, OPEN, FCNTL, FSTAT, FSTATFS, GETRANDOM, RECVMSG, SENDMSG, POLL, IOCTL, PTHREAD_CREATE, CALLOC,
-    POSIX_MEMALIGN, FOPEN, PREAD, LSEEK, SYSCALL, SCHED_GETAFFINITY, MADVISE, N_CALLS
+    MMAP,
+    MUNMAP,
+    FTRUNCATE,
+    POSIX_FALLOCATE,
+    OPEN,
+    FCNTL,
+    FSTAT,
+    FSTATFS,
+    GETRANDOM,
+    RECVMSG,
+    SENDMSG,
+    POLL,
+    IOCTL,
+    PTHREAD_CREATE,
+    CALLOC,
+    POSIX_MEMALIGN,
+    FOPEN,
+    PREAD,
+    LSEEK,
+    SYSCALL,
+    SCHED_GETAFFINITY,
+    MADVISE,
+    N_CALLS
 };
 
 /* Ways to fail that are no errno. */
@@ -22,12 +43,12 @@ struct failure {
 
 extern const char *const call_names[N_CALLS];
 extern unsigned long call_counts[N_CALLS];
-extern unsigned call_moves; /* of bytes over a socket: every fifth would block once, so that poll is called */
+extern unsigned call_moves;    /* of bytes over a socket: every fifth would block once, so that poll is called */
 extern struct failure failure; /* the one to happen */
 extern bool failure_happened;
-extern bool counting;          /* only calls made inside the library count */
+extern bool counting; /* only calls made inside the library count */
 
-const int *errors_of(enum call call); /* plausible ones, ended by 0 */
+const int *errors_of(enum call call);        /* plausible ones, ended by 0 */
 bool is_absorbed(enum call call, int error); /* the library goes on without an error */
 const char *error_name(int error);
 

@@ -47,8 +47,13 @@ static int file(const char *name, off_t bytes)
 
 static struct colocache_images images(const char *name, int guest, int cache, uint64_t bytes, uint32_t sparse)
 {
-    return (struct colocache_images){.struct_size = sizeof(struct colocache_images), .name = name, .len_bytes = bytes, .page_size = PAGE,
-                                     .sparse = sparse, .guest_fd = guest, .cache_fd = cache};
+    return (struct colocache_images){.struct_size = sizeof(struct colocache_images),
+                                     .name = name,
+                                     .len_bytes = bytes,
+                                     .page_size = PAGE,
+                                     .sparse = sparse,
+                                     .guest_fd = guest,
+                                     .cache_fd = cache};
 }
 
 /* small_tmpfs -- in its directory already */

@@ -33,15 +33,15 @@ static void failed(struct world *world, const char *step, int rc)
 }
 
 /* A step after whose failure the object is as before: the same call again must do. */
-#define STEP(name, expression)                                                                       \
-    do {                                                                                             \
-        if (INSIDE(expression) < 0) {                                                                \
-            failed(world, name, inside);                                                             \
-            if (world->give_up)                                                                      \
-                return -1;                                                                           \
-            if (INSIDE(expression) < 0)                                                              \
-                breach("%s, tried again, gave %d: %s", name, inside, colocache_last_error());        \
-        }                                                                                            \
+#define STEP(name, expression) \
+    do { \
+        if (INSIDE(expression) < 0) { \
+            failed(world, name, inside); \
+            if (world->give_up) \
+                return -1; \
+            if (INSIDE(expression) < 0) \
+                breach("%s, tried again, gave %d: %s", name, inside, colocache_last_error()); \
+        } \
     } while (0)
 
 static void must(bool ok, const char *what)
@@ -108,13 +108,18 @@ static void images_of(const struct world *world, struct colocache_images images[
 {
     static const char *const names[] = {"dense", "sparse"};
     for (int block = 0; block < 2; block++)
-        images[block] = (struct colocache_images){.struct_size = sizeof images[0], .name = names[block], .len_bytes = n_pages[block] * PAGE,
-                                                  .page_size = PAGE, .sparse = block == 1, .guest_fd = world->guest[block],
+        images[block] = (struct colocache_images){.struct_size = sizeof images[0],
+                                                  .name = names[block],
+                                                  .len_bytes = n_pages[block] * PAGE,
+                                                  .page_size = PAGE,
+                                                  .sparse = block == 1,
+                                                  .guest_fd = world->guest[block],
                                                   .cache_fd = world->cache[block]};
     images[0].guest_addr = world->given;
 }
 
-static const struct colocache_options two_threads = {.struct_size = sizeof two_threads, .n_threads = 2, .device_state_max_bytes = STATE_MAX};
+static const struct colocache_options two_threads = {
+    .struct_size = sizeof two_threads, .n_threads = 2, .device_state_max_bytes = STATE_MAX};
 static const struct colocache_options any_threads = {.struct_size = sizeof any_threads, .device_state_max_bytes = STATE_MAX};
 
 static void find_guest(struct world *world)
@@ -130,7 +135,8 @@ static void find_guest(struct world *world)
 static int open_logs(struct world *world)
 {
     struct colocache_uffd_range range = {.block = 0, .n_pages = DENSE, .addr = world->svm[0]};
-    struct colocache_kvm_slot slots[2] = {{.slot = 1, .block = 1, .first_pfn = 0, .n_pages = 4}, {.slot = 2, .block = 1, .first_pfn = 4, .n_pages = 4}};
+    struct colocache_kvm_slot slots[2] = {{.slot = 1, .block = 1, .first_pfn = 0, .n_pages = 4},
+                                          {.slot = 2, .block = 1, .first_pfn = 4, .n_pages = 4}};
     struct colocache_kvm_ring ring = {.vcpu_fd = -1, .addr = kvm_ring};
     world->ring_next = 0;
     memset(kvm_ring, 0, 256 * sizeof kvm_ring[0]);
@@ -153,7 +159,8 @@ static int start(struct world *world)
         return -1;
     STEP("sender_create", colocache_sender_create(&world->sender));
     for (int block = 0; block < 2; block++)
-        STEP("sender_add_block", colocache_sender_add_block(world->sender, images[block].name, world->ram[block], images[block].len_bytes, PAGE, NULL));
+        STEP("sender_add_block",
+             colocache_sender_add_block(world->sender, images[block].name, world->ram[block], images[block].len_bytes, PAGE, NULL));
     must(colocache_sender_mark_all(world->sender) == 0, "mark_all");
     return 0;
 }
@@ -244,7 +251,8 @@ static int seal_epoch(struct world *world, bool svm_runs)
     }
     const uint64_t first[2] = {0, 5};
     for (uint32_t block = 0; block < 2; block++) /* the same bytes again, by the other way */
-        STEP("receive_page", colocache_receive_page(world->cc, world->epoch, block, first[block], world->ram[block] + first[block] * PAGE, PAGE));
+        STEP("receive_page",
+             colocache_receive_page(world->cc, world->epoch, block, first[block], world->ram[block] + first[block] * PAGE, PAGE));
     void *state;
     uint64_t len = world->epoch * 1500 % STATE_MAX;
     STEP("device_state_begin", colocache_device_state_begin(world->cc, world->epoch, len, &state));
@@ -274,7 +282,8 @@ static void check_whole(struct world *world, const char *when)
     for (int block = 0; block < 2; block++) {
         for (uint64_t pfn = 0; pfn < n_pages[block]; pfn++) {
             if (memcmp(world->svm[block] + pfn * PAGE, world->sealed_ram[block] + pfn * PAGE, PAGE) != 0)
-                breach("%s: page %llu of block %d is not epoch %llu's", when, (unsigned long long)pfn, block, (unsigned long long)world->sealed);
+                breach("%s: page %llu of block %d is not epoch %llu's", when, (unsigned long long)pfn, block,
+                       (unsigned long long)world->sealed);
         }
     }
     must(colocache_device_state(world->cc, &state, &len) == 0 && len == world->sealed * 1500 % STATE_MAX, "device_state");
@@ -348,7 +357,8 @@ int world_history(struct world *world)
     struct colocache *second;
     uint64_t epoch;
     int rc;
-    if (private_pages(world) != 0 || start(world) != 0 || whole_epoch(world, false) != 0 || whole_epoch(world, true) != 0 || whole_epoch(world, true) != 0)
+    if (private_pages(world) != 0 || start(world) != 0 || whole_epoch(world, false) != 0 || whole_epoch(world, true) != 0 ||
+        whole_epoch(world, true) != 0)
         return -1;
     images_of(world, images);
     rc = INSIDE(colocache_attach(world->control, &any_threads, images, 2, NULL, &second));
@@ -391,8 +401,8 @@ void world_recover(struct world *world)
         must(ftruncate(world->control, 0) == 0, "ftruncate");
         must(start(world) == 0, "start");
     } else {
-        uint32_t action = world->sealed == 0                  ? COLOCACHE_RECOVERED_NOTHING
-                          : world->committed != world->sealed ? COLOCACHE_RECOVERED_REPLAYED
+        uint32_t action = world->sealed == 0                        ? COLOCACHE_RECOVERED_NOTHING
+                          : world->committed != world->sealed       ? COLOCACHE_RECOVERED_REPLAYED
                           : status.receiving_epoch == world->sealed ? COLOCACHE_RECOVERED_RESTART
                                                                     : COLOCACHE_RECOVERED_NO_RESTART;
         must(attach_again(world, action) == 0, "attach");

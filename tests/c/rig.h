@@ -83,15 +83,18 @@ static inline void rig_block_init(struct rig_block *block, const char *name, uin
 
 static inline struct colocache_images rig_images(const struct rig_block *block)
 {
-    return (struct colocache_images){.struct_size = sizeof(struct colocache_images), .name = block->name, .len_bytes = rig_len(block),
-                                     .page_size = block->page_size, .sparse = block->sparse, .guest_fd = block->guest_fd,
+    return (struct colocache_images){.struct_size = sizeof(struct colocache_images),
+                                     .name = block->name,
+                                     .len_bytes = rig_len(block),
+                                     .page_size = block->page_size,
+                                     .sparse = block->sparse,
+                                     .guest_fd = block->guest_fd,
                                      .cache_fd = block->cache_fd};
 }
 
 static inline struct colocache_options rig_options(void)
 {
-    return (struct colocache_options){.struct_size = sizeof(struct colocache_options), .n_threads = 2,
-                                      .device_state_max_bytes = 10000};
+    return (struct colocache_options){.struct_size = sizeof(struct colocache_options), .n_threads = 2, .device_state_max_bytes = 10000};
 }
 
 /* rig_view -- the test's own mapping of the control region, which may have grown */
@@ -220,8 +223,7 @@ static inline void rig_check_device_state(struct rig *rig, uint64_t epoch, uint6
 
 static inline struct colocache_seal_args rig_seal_args(uint64_t epoch)
 {
-    return (struct colocache_seal_args){.struct_size = sizeof(struct colocache_seal_args), .epoch = epoch,
-                                        .n_pages = COLOCACHE_ANY_COUNT};
+    return (struct colocache_seal_args){.struct_size = sizeof(struct colocache_seal_args), .epoch = epoch, .n_pages = COLOCACHE_ANY_COUNT};
 }
 
 static inline int rig_try_seal(struct rig *rig, uint64_t epoch)

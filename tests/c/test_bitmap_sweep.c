@@ -148,7 +148,7 @@ static void advance_passes_as_many_bits_as_it_says(void)
 static void a_huge_and_almost_clean_bitmap(void)
 {
     const uint64_t n_bits = (1ull << 28) + (1ull << 27) + 77;
-    uint64_t n_words = cc_words_for(n_bits), first, n;
+    uint64_t n_words = cc_words_for(n_bits), first = 0, n = 0;
     static struct cc_bitmap p, s, f;
     struct cc_bitmap *all[] = {&p, &s, &f};
     uint64_t *memory[3];
@@ -196,7 +196,7 @@ static void a_huge_and_almost_clean_bitmap(void)
 static void runs_at_edges(void)
 {
     struct cc_bitmap *b = fresh(&rooms[0], 4097);
-    uint64_t first, n;
+    uint64_t first = 0, n = 0;
     CHECK(!next_run(b, 0, 4097, &first, &n));
     cc_bitmap_set_all(b);
     CHECK(next_run(b, 0, 4097, &first, &n) && first == 0 && n == 4097);

@@ -50,12 +50,12 @@ static void wrong_images_are_refused_and_leave_nothing(void)
         struct colocache_images images;
     } cases[24];
     int n = 0;
-#define CASE(expected, ...)                                                                                            \
-    do {                                                                                                               \
-        struct colocache_images images = rig_images(&one);                                                             \
-        __VA_ARGS__;                                                                                                   \
-        cases[n].code = expected;                                                                                      \
-        cases[n++].images = images;                                                                                    \
+#define CASE(expected, ...) \
+    do { \
+        struct colocache_images images = rig_images(&one); \
+        __VA_ARGS__; \
+        cases[n].code = expected; \
+        cases[n++].images = images; \
     } while (0)
     CASE(COLOCACHE_E_BLOCK, images.name = NULL);
     CASE(COLOCACHE_E_BLOCK, images.name = "");
@@ -125,8 +125,14 @@ static void blocks_may_share_a_file_at_offsets(void)
     int fd = rig_memfd("all", 4 * len);
     uint8_t page[4096];
     uint8_t *all = rig_map(fd, 4 * len);
-    struct colocache_images images = {.struct_size = sizeof images, .name = "a", .len_bytes = len, .page_size = 4096, .guest_fd = fd,
-                                      .cache_fd = fd, .guest_offset = 0, .cache_offset = len};
+    struct colocache_images images = {.struct_size = sizeof images,
+                                      .name = "a",
+                                      .len_bytes = len,
+                                      .page_size = 4096,
+                                      .guest_fd = fd,
+                                      .cache_fd = fd,
+                                      .guest_offset = 0,
+                                      .cache_offset = len};
     CHECK_RC(0, colocache_add_block(cc, &images, NULL));
     images.name = "b";
     images.guest_offset = 3 * len;
@@ -153,8 +159,8 @@ static void there_is_room_for_256_blocks(void)
     begin();
     int fd = rig_memfd("all", 514 * 4096);
     char name[16];
-    struct colocache_images images = {.struct_size = sizeof images, .name = name, .len_bytes = 4096, .page_size = 4096, .guest_fd = fd,
-                                      .cache_fd = fd};
+    struct colocache_images images = {
+        .struct_size = sizeof images, .name = name, .len_bytes = 4096, .page_size = 4096, .guest_fd = fd, .cache_fd = fd};
     for (uint32_t i = 0; i < 257; i++) {
         uint32_t index = 999;
         snprintf(name, sizeof name, "block %u", i);
@@ -271,13 +277,13 @@ static void attach_takes_no_other_images(void)
     rig_block_init(&other, "pc.ram", 100, 4096, false);
     struct colocache_images right[2] = {rig_images(&rig.blocks[0]), rig_images(&rig.blocks[1])}, wrong[3];
     struct colocache *cc2 = NULL;
-#define ATTACH_GIVES(code, n, ...)                                                                   \
-    do {                                                                                             \
-        memcpy(wrong, right, sizeof right);                                                          \
-        wrong[2] = rig_images(&other);                                                               \
-        __VA_ARGS__;                                                                                 \
-        CHECK_RC(code, colocache_attach(rig.control_fd, NULL, wrong, n, NULL, &cc2));                \
-        CHECK(cc2 == NULL);                                                                          \
+#define ATTACH_GIVES(code, n, ...) \
+    do { \
+        memcpy(wrong, right, sizeof right); \
+        wrong[2] = rig_images(&other); \
+        __VA_ARGS__; \
+        CHECK_RC(code, colocache_attach(rig.control_fd, NULL, wrong, n, NULL, &cc2)); \
+        CHECK(cc2 == NULL); \
     } while (0)
     ATTACH_GIVES(COLOCACHE_E_FOREIGN_IMAGE, 2, wrong[0].guest_fd = other.guest_fd);
     ATTACH_GIVES(COLOCACHE_E_FOREIGN_IMAGE, 2, wrong[0].cache_fd = other.cache_fd);

@@ -111,7 +111,7 @@ static void options_are_checked(void)
     options = (struct colocache_options){.struct_size = sizeof options, .device_state_max_bytes = 1ull << 60};
     CHECK_RC(COLOCACHE_E_TOO_LARGE, colocache_create(fd, &options, &cc));
     struct stat st;
-    CHECK(fstat(fd, &st) == 0 && st.st_size == 0); /* nothing was left in the file */
+    CHECK(fstat(fd, &st) == 0 && st.st_size == 0);                           /* nothing was left in the file */
     options = (struct colocache_options){.struct_size = 16, .n_threads = 1}; /* an older caller's shorter struct */
     CHECK_RC(0, colocache_create(fd, &options, &cc));
     struct colocache_status status = {.struct_size = sizeof status};

@@ -37,8 +37,8 @@ static int run_bytes;
  *     inc byte [es:0x20]
  *     jmp 1b
  * 2:  hlt                                                                                       */
-static const uint8_t program[] = {0xbe, 0x00, 0x10, 0xad, 0x3d, 0xff, 0xff, 0x74, 0x09, 0x8e, 0xc0,
-                                  0x26, 0xfe, 0x06, 0x20, 0x00, 0xeb, 0xf1, 0xf4};
+static const uint8_t program[] = {0xbe, 0x00, 0x10, 0xad, 0x3d, 0xff, 0xff, 0x74, 0x09, 0x8e,
+                                  0xc0, 0x26, 0xfe, 0x06, 0x20, 0x00, 0xeb, 0xf1, 0xf4};
 
 static bool begin(bool manual_protect, struct colocache_source **log)
 {
@@ -67,9 +67,14 @@ static bool begin(bool manual_protect, struct colocache_source **log)
         struct kvm_enable_cap cap = {.cap = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, .args = {KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE}};
         REQUIRE(ioctl(vm, KVM_ENABLE_CAP, &cap) == 0);
     }
-    struct kvm_userspace_memory_region low = {.slot = 3, .flags = KVM_MEM_LOG_DIRTY_PAGES, .guest_phys_addr = 0,
-                                              .memory_size = SPLIT * 4096, .userspace_addr = (uint64_t)(uintptr_t)guest};
-    struct kvm_userspace_memory_region high = {.slot = 7, .flags = KVM_MEM_LOG_DIRTY_PAGES, .guest_phys_addr = SPLIT * 4096,
+    struct kvm_userspace_memory_region low = {.slot = 3,
+                                              .flags = KVM_MEM_LOG_DIRTY_PAGES,
+                                              .guest_phys_addr = 0,
+                                              .memory_size = SPLIT * 4096,
+                                              .userspace_addr = (uint64_t)(uintptr_t)guest};
+    struct kvm_userspace_memory_region high = {.slot = 7,
+                                               .flags = KVM_MEM_LOG_DIRTY_PAGES,
+                                               .guest_phys_addr = SPLIT * 4096,
                                                .memory_size = (PAGES - SPLIT) * 4096,
                                                .userspace_addr = (uint64_t)(uintptr_t)(guest + SPLIT * 4096)};
     REQUIRE(ioctl(vm, KVM_SET_USER_MEMORY_REGION, &low) == 0 && ioctl(vm, KVM_SET_USER_MEMORY_REGION, &high) == 0);

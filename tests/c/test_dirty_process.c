@@ -29,12 +29,12 @@
 #define FLAT_OUT UINT64_MAX /* a command: write until told otherwise */
 
 static struct {
-    uint8_t *memory;            /* shared with the child, and at another address there */
+    uint8_t *memory; /* shared with the child, and at another address there */
     struct colocache_source *log;
     pid_t pid;
     int uffd, pagemap, commands;
-    uint8_t logged[N_PAGES];    /* taken from the log */
-    uint8_t written[N_PAGES];   /* by the child, on command */
+    uint8_t logged[N_PAGES];  /* taken from the log */
+    uint8_t written[N_PAGES]; /* by the child, on command */
 } world;
 
 /* child -- writes the pages it is told; an answer of one byte each time */

@@ -12,7 +12,7 @@ static int ask_failover(void *context, const void *state, uint64_t len_bytes)
     CHECK_RC(1, colocache_failover(rig->cc, &epoch)); /* in the middle of a seal: decided when it is over */
     CHECK_EQ(1, epoch);
     CHECK_RC(1, colocache_failover(rig->cc, NULL)); /* again: the same answer */
-    return rig->n_blocks == 1; /* veto or not, as the test wants it */
+    return rig->n_blocks == 1;                      /* veto or not, as the test wants it */
 }
 
 static void failover_in_every_phase(void)

@@ -287,7 +287,7 @@ static void damaged_flush_set_bitmaps_and_device_state_are_refused(void)
     rig.control->receiving = 4;
     expect_refused(&rig, "pages over a sealed epoch", COLOCACHE_E_CORRUPT);
     rig.control->receiving = 3;
-    device[333] ^= 1; /* past its end: nobody's business */
+    device[333] ^= 1;                                                            /* past its end: nobody's business */
     memset((uint8_t *)rig.control + table[0].bitmap_offset + 3 * 4096, 0, 4096); /* summaries are not trusted: hidden words are found */
     memset((uint8_t *)rig.control + table[0].bitmap_offset + 5 * 4096, 0, 4096);
     expect_attach(&rig, COLOCACHE_RECOVERED_REPLAYED, 3, 3);

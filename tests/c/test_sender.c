@@ -367,14 +367,14 @@ static void a_lost_or_silent_peer_ends_the_send(void)
         memset(primary.ram[b], 0x55, blocks[b] * 4096);
     struct colocache_send_result result = {.struct_size = sizeof result};
     CHECK_RC(COLOCACHE_E_TIMEOUT, colocache_sender_send(primary.sender, pair[0], 20, 1, 0, 1, 0, &result)); /* nobody reads */
-    const uint64_t in_socket = result.n_pages; /* whole packets */
+    const uint64_t in_socket = result.n_pages;                                                              /* whole packets */
     close(pair[1]);
     CHECK_RC(COLOCACHE_E_PEER_LOST, colocache_sender_send(primary.sender, pair[0], 20, 1, 0, 1, 0, &result));
     uint64_t pending = 0, unacked = 0;
     CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &unacked));
     CHECK_EQ(0, result.n_pages);
     CHECK_EQ(9300 - in_socket, pending); /* what was not handed over whole is pending as before */
-    CHECK_EQ(9300, unacked); /* so a reconnection sends everything */
+    CHECK_EQ(9300, unacked);             /* so a reconnection sends everything */
     CHECK_RC(-EBADF, colocache_sender_send(primary.sender, -1, 20, 1, 0, 1, 0, NULL));
     pair[1] = open("/dev/null", O_RDONLY | O_CLOEXEC);
     end();

@@ -100,8 +100,8 @@ static void refused(const char *what, int code, uint64_t epoch)
     rig_check(&rig, true);
 }
 
-static const struct cc_run good_runs[] = {{.first_pfn = 3, .n_pages = 2}, {.first_pfn = 63, .n_pages = 2, .flags = CC_RUN_ZERO},
-                                          {.first_pfn = 99, .n_pages = 1}};
+static const struct cc_run good_runs[] = {
+    {.first_pfn = 3, .n_pages = 2}, {.first_pfn = 63, .n_pages = 2, .flags = CC_RUN_ZERO}, {.first_pfn = 99, .n_pages = 1}};
 
 static void a_good_packet_is_taken_up_to_the_next_message(void)
 {
@@ -262,7 +262,7 @@ static void a_packet_broken_off_anywhere(void)
         CHECK_EQ(0, n);
         if (cut < head) {
             rig_check(&rig, true); /* nothing was written */
-        } else { /* pages may be torn: they have their bits, whatever they hold now */
+        } else {                   /* pages may be torn: they have their bits, whatever they hold now */
             const uint64_t touched[] = {3, 4, 63, 64, 99};
             for (int k = 0; k < 5; k++) {
                 block->pvm[touched[k]] = 1;

@@ -18,7 +18,7 @@
 static const uint64_t blocks[] = {PAGES, 131};
 static struct rig rig;
 
-static uint64_t go_epoch;          /* receivers may work on this epoch; 0 = end */
+static uint64_t go_epoch; /* receivers may work on this epoch; 0 = end */
 static uint32_t receivers_done;
 static uint32_t bystanders_stop;
 static uint64_t refused_aborts, statuses, live_failovers;

@@ -220,8 +220,13 @@ static void marks_beside_validate_are_no_damage(void)
     pthread_t thread;
     const uint64_t len_bytes = 64ull << 30;
     int control_fd = rig_memfd("control", 0), guest_fd = rig_memfd("guest", len_bytes), cache_fd = rig_memfd("cache", len_bytes);
-    struct colocache_images block = {.struct_size = sizeof block, .name = "ram", .len_bytes = len_bytes, .page_size = 4096,
-                                     .guest_fd = guest_fd, .cache_fd = cache_fd, .sparse = 1};
+    struct colocache_images block = {.struct_size = sizeof block,
+                                     .name = "ram",
+                                     .len_bytes = len_bytes,
+                                     .page_size = 4096,
+                                     .guest_fd = guest_fd,
+                                     .cache_fd = cache_fd,
+                                     .sparse = 1};
     REQUIRE(colocache_create(control_fd, &options, &cc) == 0);
     REQUIRE(colocache_add_block(cc, &block, NULL) == 0);
     __atomic_store_n(&stop, 0, __ATOMIC_RELEASE);
@@ -261,8 +266,14 @@ static void inspect_beside_an_owner_that_adds_blocks_finds_no_damage(void)
         for (unsigned i = 0; i < 256; i++) {
             char name[8];
             snprintf(name, sizeof name, "b%u", i);
-            struct colocache_images block = {.struct_size = sizeof block, .name = name, .len_bytes = 4096, .page_size = 4096, .guest_fd = -1,
-                                             .cache_fd = -1, .guest_addr = images[2 * i], .cache_addr = images[2 * i + 1]};
+            struct colocache_images block = {.struct_size = sizeof block,
+                                             .name = name,
+                                             .len_bytes = 4096,
+                                             .page_size = 4096,
+                                             .guest_fd = -1,
+                                             .cache_fd = -1,
+                                             .guest_addr = images[2 * i],
+                                             .cache_addr = images[2 * i + 1]};
             CHECK_RC(0, colocache_add_block(rig.cc, &block, NULL));
         }
         __atomic_store_n(&stop, 1, __ATOMIC_RELEASE);

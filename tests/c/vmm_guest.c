@@ -66,8 +66,11 @@ static uint64_t code_page(const struct guest *guest)
 
 static int set_slot(struct guest *guest, uint32_t slot, uint64_t gpa, void *addr, uint64_t n_bytes, bool logged)
 {
-    struct kvm_userspace_memory_region region = {.slot = slot, .flags = logged ? KVM_MEM_LOG_DIRTY_PAGES : 0, .guest_phys_addr = gpa,
-                                                 .memory_size = n_bytes, .userspace_addr = (uint64_t)(uintptr_t)addr};
+    struct kvm_userspace_memory_region region = {.slot = slot,
+                                                 .flags = logged ? KVM_MEM_LOG_DIRTY_PAGES : 0,
+                                                 .guest_phys_addr = gpa,
+                                                 .memory_size = n_bytes,
+                                                 .userspace_addr = (uint64_t)(uintptr_t)addr};
     return ioctl(guest->vm, KVM_SET_USER_MEMORY_REGION, &region);
 }
 
@@ -334,8 +337,8 @@ int guest_load_state(struct guest *guest, const void *state, uint64_t len_bytes,
     if (header->flags & 1) {
         const uint64_t *hashes = (const void *)at;
         for (uint64_t i = 0; i < guest->boot_pages + guest->ram_pages; i++) {
-            const uint8_t *page = i < guest->boot_pages ? guest->boot + i * GUEST_PAGE_SIZE
-                                                        : guest->ram + (i - guest->boot_pages) * GUEST_PAGE_SIZE;
+            const uint8_t *page =
+                i < guest->boot_pages ? guest->boot + i * GUEST_PAGE_SIZE : guest->ram + (i - guest->boot_pages) * GUEST_PAGE_SIZE;
             *wrong_out += guest_hash(page, GUEST_PAGE_SIZE) != hashes[i];
             ++*checked_out;
         }

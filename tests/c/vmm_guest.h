@@ -30,18 +30,18 @@ struct guest_history {
 
 struct guest {
     int kvm, vm, vcpu;
-    bool manual_protect;          /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on */
-    uint32_t ring_bytes;          /* of the vCPU's dirty ring; 0 = none */
+    bool manual_protect; /* KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is on */
+    uint32_t ring_bytes; /* of the vCPU's dirty ring; 0 = none */
     struct kvm_run *run;
     uint64_t run_bytes;
     volatile struct guest_mailbox *box;
 
-    uint8_t *boot, *ram;          /* where the blocks are mapped */
+    uint8_t *boot, *ram; /* where the blocks are mapped */
     uint64_t boot_pages, ram_pages, split, high_addr;
 
     struct guest_history *history;
     uint64_t n_history;
-    uint64_t *boot_hashes;        /* of the newest device state; NULL = not known */
+    uint64_t *boot_hashes;           /* of the newest device state; NULL = not known */
     uint8_t shadow[GUEST_PAGE_SIZE]; /* what the load of the device state wrote to the last page of boot */
 
     void (*wrote)(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages); /* user space wrote guest RAM */
@@ -53,7 +53,7 @@ struct guest {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     bool wanted, running, quit;
-    const char *failure;          /* why the vCPU runs no more */
+    const char *failure; /* why the vCPU runs no more */
 };
 
 /* KVM, slots, a vCPU and its thread, standing.  The blocks stay yours.  0, or -1 with a line on stderr; 77: no /dev/kvm here. */

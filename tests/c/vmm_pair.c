@@ -24,12 +24,12 @@
 #define N_EPOCHS 40u
 #define END_OF_PAGES 300u /* a message type of our own */
 
-#define CHECK(condition)                                                                                                  \
-    do {                                                                                                                  \
-        if (!(condition)) {                                                                                               \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
             fprintf(stderr, "%s:%d: %s does not hold; last error: %s\n", __FILE__, __LINE__, #condition, colocache_last_error()); \
-            exit(1);                                                                                                      \
-        }                                                                                                                 \
+            exit(1); \
+        } \
     } while (0)
 
 static const uint64_t n_pages[N_BLOCKS] = {131, 1030};
@@ -58,7 +58,7 @@ static void *send_stripe(void *arg)
     struct stream *stream = arg;
     uint8_t header[COLOCACHE_HEADER_BYTES];
     int fd = ends[stream->number][0];
-    for (int last = 0;; ) { /* in small bites, so that senders and the marker meet */
+    for (int last = 0;;) { /* in small bites, so that senders and the marker meet */
         struct colocache_send_result sent = {.struct_size = sizeof sent};
         CHECK(colocache_sender_send(sender, fd, 5000, open_epoch, stream->number, N_STREAMS, 16, &sent) == 0);
         stream->n_sent += sent.n_pages;
@@ -190,8 +190,14 @@ static void no_memory(int fd)
     struct rlimit before, little = {.rlim_cur = 64u << 20};
     CHECK(getrlimit(RLIMIT_AS, &before) == 0 && ftruncate(fd, 1ll << 40) == 0);
     little.rlim_max = before.rlim_max;
-    struct colocache_images images = {.struct_size = sizeof images, .name = "huge", .len_bytes = 1ull << 38, .page_size = 4096,
-                                      .guest_fd = fd, .cache_fd = fd, .cache_offset = 1ull << 38, .sparse = 1};
+    struct colocache_images images = {.struct_size = sizeof images,
+                                      .name = "huge",
+                                      .len_bytes = 1ull << 38,
+                                      .page_size = 4096,
+                                      .guest_fd = fd,
+                                      .cache_fd = fd,
+                                      .cache_offset = 1ull << 38,
+                                      .sparse = 1};
     CHECK(setrlimit(RLIMIT_AS, &little) == 0);
     CHECK(colocache_add_block(cache, &images, NULL) == COLOCACHE_E_NO_MEMORY);
     CHECK(setrlimit(RLIMIT_AS, &before) == 0 && ftruncate(fd, 0) == 0);
@@ -213,8 +219,14 @@ int main(void)
         ram[b] = mmap(NULL, len, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
         CHECK(ram[b] != MAP_FAILED && ftruncate(images_fd, (off_t)(at + 2 * len)) == 0);
         ranges[b] = (struct colocache_uffd_range){.block = b, .n_pages = n_pages[b], .addr = ram[b]};
-        struct colocache_images images = {.struct_size = sizeof images, .name = b ? "pc.ram" : "boot", .len_bytes = len, .page_size = 4096,
-                                          .guest_fd = images_fd, .cache_fd = images_fd, .guest_offset = at, .cache_offset = at + len};
+        struct colocache_images images = {.struct_size = sizeof images,
+                                          .name = b ? "pc.ram" : "boot",
+                                          .len_bytes = len,
+                                          .page_size = 4096,
+                                          .guest_fd = images_fd,
+                                          .cache_fd = images_fd,
+                                          .guest_offset = at,
+                                          .cache_offset = at + len};
         at += 2 * len;
         CHECK(colocache_add_block(cache, &images, NULL) == 0);
         CHECK(colocache_sender_add_block(sender, images.name, ram[b], len, 4096, NULL) == 0);

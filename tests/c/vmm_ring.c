@@ -19,15 +19,15 @@
 #include "vmm_guest.h"
 
 #define BOOT_PAGES 131u
-#define RAM_PAGES 8201u /* no multiple of 64 */
+#define RAM_PAGES 8201u   /* no multiple of 64 */
 #define RING_BYTES 65536u /* 4096 entries: fewer than the working set has pages */
 
-#define CHECK(condition)                                                                                                  \
-    do {                                                                                                                  \
-        if (!(condition)) {                                                                                               \
+#define CHECK(condition) \
+    do { \
+        if (!(condition)) { \
             fprintf(stderr, "%s:%d: %s does not hold; last error: %s\n", __FILE__, __LINE__, #condition, colocache_last_error()); \
-            exit(1);                                                                                                      \
-        }                                                                                                                 \
+            exit(1); \
+        } \
     } while (0)
 
 struct vmm {
@@ -149,9 +149,14 @@ int main(void)
     int control = memory(0), ram = memory((BOOT_PAGES + RAM_PAGES) * 4096ull), cache = memory((BOOT_PAGES + RAM_PAGES) * 4096ull);
     CHECK(colocache_create(control, NULL, &vmm.cache) == 0);
     for (uint32_t i = 0; i < 2; i++) {
-        struct colocache_images images = {.struct_size = sizeof images, .name = i ? "pc.ram" : "boot", .len_bytes = n_pages[i] * 4096,
-                                          .page_size = 4096, .guest_fd = ram, .cache_fd = cache,
-                                          .guest_offset = i * BOOT_PAGES * 4096ull, .cache_offset = i * BOOT_PAGES * 4096ull};
+        struct colocache_images images = {.struct_size = sizeof images,
+                                          .name = i ? "pc.ram" : "boot",
+                                          .len_bytes = n_pages[i] * 4096,
+                                          .page_size = 4096,
+                                          .guest_fd = ram,
+                                          .cache_fd = cache,
+                                          .guest_offset = i * BOOT_PAGES * 4096ull,
+                                          .cache_offset = i * BOOT_PAGES * 4096ull};
         CHECK(colocache_add_block(vmm.cache, &images, NULL) == 0);
         CHECK(colocache_get_block(vmm.cache, i, &info[i]) == 0);
     }
@@ -189,8 +194,8 @@ int main(void)
     rc = guest_create(&vmm.guest, info[0].guest_addr, BOOT_PAGES, info[1].guest_addr, RAM_PAGES, RING_BYTES);
     CHECK(rc == 0);
     vmm.guest.context = &vmm;
-    void *mapped = mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, vmm.guest.vcpu,
-                        KVM_DIRTY_LOG_PAGE_OFFSET * sysconf(_SC_PAGESIZE));
+    void *mapped =
+        mmap(NULL, RING_BYTES, PROT_READ | PROT_WRITE, MAP_SHARED, vmm.guest.vcpu, KVM_DIRTY_LOG_PAGE_OFFSET * sysconf(_SC_PAGESIZE));
     CHECK(mapped != MAP_FAILED);
     vmm.log = NULL;
     unknown_pages_are_lost_not_ignored(&vmm, slots, mapped);

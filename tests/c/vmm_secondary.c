@@ -29,8 +29,17 @@
 #include "vmm_guest.h"
 
 enum message {
-    CHECKPOINT_READY = 0, CHECKPOINT_REQUEST = 1, CHECKPOINT_REPLY = 2, VMSTATE_SEND = 3, VMSTATE_SIZE = 4, VMSTATE_RECEIVED = 5,
-    VMSTATE_LOADED = 6, HELLO = 0x101, ABORT = 0x102, PING = 0x103, PONG = 0x104,
+    CHECKPOINT_READY = 0,
+    CHECKPOINT_REQUEST = 1,
+    CHECKPOINT_REPLY = 2,
+    VMSTATE_SEND = 3,
+    VMSTATE_SIZE = 4,
+    VMSTATE_RECEIVED = 5,
+    VMSTATE_LOADED = 6,
+    HELLO = 0x101,
+    ABORT = 0x102,
+    PING = 0x103,
+    PONG = 0x104,
 };
 enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
@@ -174,8 +183,8 @@ static int checkpoint(struct vmm *vmm, uint64_t epoch)
         rc = colocache_dirty_log_lost(vmm->cache);
     if (rc)
         return trouble("the dirty log", rc);
-    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = epoch, .n_pages = n_pages,
-                                       .check = guest_check_state, .check_context = &vmm->guest};
+    struct colocache_seal_args args = {
+        .struct_size = sizeof args, .epoch = epoch, .n_pages = n_pages, .check = guest_check_state, .check_context = &vmm->guest};
     struct colocache_seal_result sealed = {.struct_size = sizeof sealed};
     rc = colocache_seal(vmm->cache, &args, &sealed);
     if (rc) { /* nothing was sealed: the SVM's own state is whole, and the epoch is given up */
@@ -211,7 +220,8 @@ static int checkpoint(struct vmm *vmm, uint64_t epoch)
     vmm->svm_pages += sealed.svm_pages;
     vmm->checked_pages += checked;
     vmm->wrong_pages += wrong;
-    printf("{\"event\": \"checkpoint\", \"epoch\": %llu, \"pvm_pages\": %llu, \"svm_pages\": %llu, \"both_pages\": %llu, \"flushed_pages\": %llu, "
+    printf("{\"event\": \"checkpoint\", \"epoch\": %llu, \"pvm_pages\": %llu, \"svm_pages\": %llu, \"both_pages\": %llu, "
+           "\"flushed_pages\": %llu, "
            "\"copy_ns\": %llu, \"verified_pages\": %llu, \"wrong_pages\": %llu}\n",
            (unsigned long long)epoch, (unsigned long long)sealed.pvm_pages, (unsigned long long)sealed.svm_pages,
            (unsigned long long)sealed.both_pages, (unsigned long long)flushed.n_pages, (unsigned long long)flushed.copy_ns,
@@ -296,9 +306,14 @@ static int create(struct vmm *vmm, const uint64_t n_bytes[2])
     int rc = control < 0 || ram < 0 || cache < 0 ? -ENOMEM : colocache_create(control, &options, &vmm->cache);
     struct colocache_block_info info[2];
     for (uint32_t i = 0; rc == 0 && i < 2; i++) {
-        struct colocache_images images = {.struct_size = sizeof images, .name = i ? "pc.ram" : "boot", .len_bytes = n_bytes[i],
-                                          .page_size = GUEST_PAGE_SIZE, .guest_fd = ram, .cache_fd = cache,
-                                          .guest_offset = i ? n_bytes[0] : 0, .cache_offset = i ? n_bytes[0] : 0};
+        struct colocache_images images = {.struct_size = sizeof images,
+                                          .name = i ? "pc.ram" : "boot",
+                                          .len_bytes = n_bytes[i],
+                                          .page_size = GUEST_PAGE_SIZE,
+                                          .guest_fd = ram,
+                                          .cache_fd = cache,
+                                          .guest_offset = i ? n_bytes[0] : 0,
+                                          .cache_offset = i ? n_bytes[0] : 0};
         rc = colocache_add_block(vmm->cache, &images, NULL);
         if (rc == 0)
             rc = colocache_get_block(vmm->cache, i, &info[i]);
@@ -345,7 +360,8 @@ static int greet(struct vmm *vmm)
     colocache_get_status(vmm->cache, &status);
     for (int i = 0; i < 16; i++)
         snprintf(history + 2 * i, 3, "%02x", status.history_id[i]);
-    int n = snprintf(answer, sizeof answer, "{\"wire_version\":%d,\"role\":\"secondary\",\"pair\":\"%s\",\"history\":\"%s\",\"sealed_epoch\":0,"
+    int n = snprintf(answer, sizeof answer,
+                     "{\"wire_version\":%d,\"role\":\"secondary\",\"pair\":\"%s\",\"history\":\"%s\",\"sealed_epoch\":0,"
                      "\"used_epoch\":0,\"lost\":false,\"machine\":\"%s\",\"blocks\":[[\"boot\",%llu,4096],[\"pc.ram\",%llu,4096]],"
                      "\"streams\":1,\"session\":null}",
                      COLOCACHE_WIRE_VERSION, pair, history, machine, n_bytes[0], n_bytes[1]);
