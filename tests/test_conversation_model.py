@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint conversation of DESIGN.md, searched completely by the model checker spin.
+"""The checkpoint conversation of primary and secondary, searched completely by the model checker spin.
 
 The model (tests/model/conversation.pml) must keep every promise in every state it can reach, with one death or one lost
 connection at any point until the pair is in step again.  Each mutant breaks one rule of the conversation, and spin must

@@ -94,8 +94,8 @@ def test_a_state_of_another_machine_is_refused_by_what_differs(theirs: Shape, se
 
 def test_another_version_and_a_wrong_beginning_are_said_before_the_checksum() -> None:
     data = pack(SHAPE, state())
-    with pytest.raises(DeviceStateError, match="version 2, this machine reads version 1"):
-        again(data[:8] + struct.pack("<I", 2) + data[12:])
+    with pytest.raises(DeviceStateError, match="version 1, this machine reads version 2"):
+        again(data[:8] + struct.pack("<I", 1) + data[12:])
     with pytest.raises(DeviceStateError, match="begins with"):
         again(b"QEVM" + data[4:])
 

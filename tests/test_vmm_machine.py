@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 
@@ -12,8 +13,10 @@ import pytest
 from vmm_support import RAM_BYTES, TROUBLE, Host, every_guest, exact_steps, needs_kvm, run_steps, wait_for
 
 from colocache import BlockSpec
+from colocache.choices import GUESTS
 from colocache.errors import ArgumentError, ClosedError, OrderError
 from colocache.vmm import (
+    DeviceStateError,
     GuestOptions,
     MachineError,
     Ram,
@@ -21,6 +24,7 @@ from colocache.vmm import (
     blocks_for,
     guest_kind_available,
     make_machine,
+    process,
 )
 
 
@@ -58,8 +62,8 @@ def test_the_same_salts_make_the_same_memory_in_kvm_and_in_a_process() -> None:
             assert machine.steps == 1178
             assert machine.verify().wrong == ()
             memories.append(host.contents())
-    for kvm, process in zip(*memories, strict=True):
-        assert np.array_equal(kvm, process)
+    for kvm, native in zip(*memories, strict=True):
+        assert np.array_equal(kvm, native)
 
 
 @every_guest
@@ -245,6 +249,31 @@ def test_without_kvm_the_reason_and_what_helps_are_said(monkeypatch: pytest.Monk
     assert guest_kind_available("auto") == ("process", f"{sentence[0]} ({sentence[1]})")
     with pytest.raises(MachineError, match=r"may not open /dev/kvm \(.*usermod"):
         guest_kind_available("kvm")
+
+
+class OtherMachine(process.ProcessMachine):
+    """A guest that somebody adds: a class in a file of its own."""
+
+    kind = "other"
+
+
+def test_a_new_kind_of_guest_is_one_file_and_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GUESTS, "other", "other_guest:OtherMachine")
+    monkeypatch.setitem(sys.modules, "other_guest", sys.modules[OtherMachine.__module__])
+    assert guest_kind_available("other") == ("other", "other was asked for")
+    states = []
+    for kind in ("other", "process"):
+        host = Host(kind, "shm")
+        with host.stack:
+            machine = host.machine()
+            machine.boot()
+            run_steps(machine)
+            assert (machine.kind, machine.verify().wrong) == (kind, ())
+            states.append(machine.save_device_state())
+            machine.check_device_state(states[-1])
+            if kind == "process":
+                with pytest.raises(DeviceStateError, match="kind other, this one is process"):
+                    machine.check_device_state(states[0])
 
 
 def test_blocks_are_specs_of_the_engine() -> None:

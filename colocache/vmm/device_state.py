@@ -2,7 +2,7 @@
 """The device state of the reference machine as bytes: everything of it that is not RAM.
 
 Little-endian, in this order: header; a record per RAM block; the history; the vCPU's registers (KVM guests); if asked
-for, a hash per page of every block; the hash of all that. Version 1. Whoever reads it trusts nothing: parse() takes no
+for, a hash per page of every block; the hash of all that. Version 2. Whoever reads it trusts nothing: parse() takes no
 memory it has not bounded and refuses, with one sentence, whatever this machine could not have written.
 """
 
@@ -19,13 +19,12 @@ from colocache.vmm.history import ENTRIES_MAX, STEPS_MAX, Words
 from colocache.vmm.workload import Workload
 
 MAGIC = b"COLOVMST"
-VERSION = 1
-HEADER = struct.Struct("<8sIIQIIIIQQQQQQQQQ")
+VERSION = 2
+HEADER = struct.Struct("<8sI12sQIIIIQQQQQQQQQ")  # the 12 bytes: the kind of guest by name
 BLOCK = struct.Struct("<32sQII")
 CHECKSUM = struct.Struct("<Q")
 WITH_HASHES = 1
 REGISTERS_MAX = 4096
-KINDS = {1: "kvm", 2: "process"}
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,6 @@ def hash_bytes(data: bytes) -> int:
 
 def pack(shape: Shape, state: DeviceState) -> bytes:
     """The bytes of `state`."""
-    kind = next(number for number, name in KINDS.items() if name == shape.kind)
     registers = state.registers + bytes(-len(state.registers) % 8)
     parts = [BLOCK.pack(name.encode(), n_pages, page_size, 0) for name, n_pages, page_size in shape.blocks]
     parts += [state.history.tobytes(), registers]
@@ -76,7 +74,7 @@ def pack(shape: Shape, state: DeviceState) -> bytes:
         parts.append(state.hashes.tobytes())
     work = state.work
     header = HEADER.pack(
-        MAGIC, VERSION, kind, HEADER.size + sum(map(len, parts)) + CHECKSUM.size,
+        MAGIC, VERSION, shape.kind.encode(), HEADER.size + sum(map(len, parts)) + CHECKSUM.size,
         WITH_HASHES if state.hashes is not None else 0, len(shape.blocks), len(state.history), len(registers),
         shape.program, state.step, state.loads, state.nonce,
         work.first_page, work.n_pages, work.run_pages, work.rewrite_below, work.run_below,
@@ -100,9 +98,10 @@ def parse(shape: Shape, state: bytes, *, ram_pages: int) -> DeviceState:
         raise DeviceStateError(f"the device state says it is {total} bytes and is {len(state)}")
     if CHECKSUM.unpack_from(state, total - CHECKSUM.size)[0] != hash_bytes(state[: -CHECKSUM.size]):
         raise DeviceStateError(f"the checksum of the device state ({total} bytes) does not hold")
-    if KINDS.get(kind) != shape.kind:
+    theirs = kind.rstrip(b"\0").decode("ascii", "replace")
+    if theirs != shape.kind:
         raise DeviceStateError(
-            f"the device state is of a guest of kind {KINDS.get(kind, kind)}, this one is {shape.kind}",
+            f"the device state is of a guest of kind {theirs}, this one is {shape.kind}",
             hint="start both machines with the same --guest",
         )
     if flags not in (0, WITH_HASHES) or n_blocks != len(shape.blocks):
@@ -115,10 +114,10 @@ def parse(shape: Shape, state: bytes, *, ram_pages: int) -> DeviceState:
         raise DeviceStateError(f"the device state is {total} bytes, its counts make {want}")
     at = HEADER.size
     for name, n_pages, page_size in shape.blocks:
-        theirs = BLOCK.unpack_from(state, at)
-        if theirs != (name.encode().ljust(32, b"\0"), n_pages, page_size, 0):
+        block = BLOCK.unpack_from(state, at)
+        if block != (name.encode().ljust(32, b"\0"), n_pages, page_size, 0):
             raise DeviceStateError(
-                f"the device state has block {theirs[0].rstrip(bytes(1))!r} of {theirs[1]} pages of {theirs[2]} bytes "
+                f"the device state has block {block[0].rstrip(bytes(1))!r} of {block[1]} pages of {block[2]} bytes "
                 f"where this machine has {name} of {n_pages} of {page_size}"
             )
         at += BLOCK.size

@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from colocache.choices import GUEST_KINDS, GUESTS
+from colocache.choices import GUESTS
 from colocache.errors import ArgumentError
 from colocache.vmm.errors import MachineError
 from colocache.vmm.machine import Machine, MarkDirty, Ram
@@ -29,8 +29,8 @@ def guest_kind_available(kind: str = "auto") -> tuple[str, str]:
 
     "auto" takes the first kind that works. MachineError: the kind that was named does not, with the command that helps.
     """
-    if kind not in GUEST_KINDS:
-        raise ArgumentError(f"a guest of kind {kind!r}: give one of {', '.join(GUEST_KINDS)}")
+    if kind != "auto" and kind not in GUESTS:
+        raise ArgumentError(f"a guest of kind {kind!r}: give one of {', '.join(['auto', *GUESTS])}")
     reasons: list[str] = []  # why those before it were passed over
     for name in GUESTS if kind == "auto" else (kind,):
         trouble = guest_class(name).trouble()

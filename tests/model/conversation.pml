@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * conversation.pml -- the checkpoint conversation of DESIGN.md, for the model checker spin.
+ * conversation.pml -- the checkpoint conversation of primary and secondary, for the model checker spin.
  *
  * Two processes talk over one connection: primary (PVM) and secondary (SVM).  A third, failures, kills them or cuts the
  * connection, at most once until the pair is in step again, connects them anew, and looks at how it all ends.
@@ -375,7 +375,7 @@ end:do
     :: d_step { s_granted && S_SEALING -> s_takes_over() }
 #endif
 
-    /* a fresh process attaches: DESIGN.md's promise table, "the SVM's process killed" */
+    /* a fresh process attaches: the promise when the SVM's process is killed */
     :: d_step { s == S_DEAD ->
         s = S_IDLE; s_open = 0; s_hold = 0; s_log = false;
         s_done = (receiving > sealed -> receiving : sealed);
