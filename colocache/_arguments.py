@@ -24,7 +24,7 @@ class HasFileno(Protocol):
 
 
 def u64(value: int, what: str) -> int:
-    """`value` as the C library takes it; ArgumentError if it is no integer from 0 to 2^64 - 1."""
+    """`value` as the C library takes it; ArgumentError if it is not an integer from 0 to 2^64 - 1."""
     try:
         number = operator.index(value)
     except TypeError as error:

@@ -248,7 +248,7 @@ def check_room(kind: Kind, needed: int, *, reserve: bool = True) -> None:
             hint=f"echo advise > {THP_SYSFS}",
         )
     if kind.folder == SHM_DIR and not os.access(SHM_DIR, os.W_OK | os.X_OK):
-        raise UnsupportedError(f"{SHM_DIR} is not there or not writable", hint=f"mount -t tmpfs tmpfs {SHM_DIR}")
+        raise UnsupportedError(f"{SHM_DIR} is missing or not writable", hint=f"mount -t tmpfs tmpfs {SHM_DIR}")
     if not reserve:
         return
     available = memory_available()
@@ -264,7 +264,9 @@ def nameless_file(kind: Kind, label: str) -> int:
     try:
         return os.memfd_create(label, flags)
     except OSError as error:
-        raise SystemCallError(f"no memfd for {kind.about}: {error.strerror}", errno=error.errno or errno.EIO) from error
+        raise SystemCallError(
+            f"a memfd of {kind.about} can't be made: {error.strerror}", errno=error.errno or errno.EIO
+        ) from error
 
 
 # ---- reserving --------------------------------------------------------------------------------------------------

@@ -111,7 +111,7 @@ class Block:
         """
         first, count = self.span(first_pfn, n_pages)
         if count == 0:
-            raise RangeError(f"a writable view of no page of block {self.name}")
+            raise RangeError(f"a writable view of block {self.name} needs at least one page")
         memory = self._view(self._guest, first, count)
         with self._writers.writing(self.index, first, count, memory):
             yield self._pages(memory)

@@ -96,7 +96,7 @@ def posix_shm() -> Finding:
     """POSIX shared memory: the control region always lies there, 4 KiB images do."""
     needed = "the control region, and --backing shm"
     if not os.access(bk.SHM_DIR, os.W_OK | os.X_OK):
-        return Finding("POSIX shm", False, "not there or not writable", needed, f"mount -t tmpfs tmpfs {bk.SHM_DIR}")
+        return Finding("POSIX shm", False, "missing or not writable", needed, f"mount -t tmpfs tmpfs {bk.SHM_DIR}")
     free = bk.shm_available()
     total = os.statvfs(bk.SHM_DIR).f_blocks * os.statvfs(bk.SHM_DIR).f_frsize
     wanted = 2 * DEMO_BYTES + (16 << 20)

@@ -45,7 +45,7 @@ class BusyError(ColocacheError):
 
 
 class ExistsError(ColocacheError):
-    """What was to be made is there already."""
+    """What was to be made exists already."""
 
     code = -20003
     hint = "attach to it, or remove it with `colocache clean`"

@@ -229,7 +229,7 @@ class Memory:
                 for one in facts["images"]
             )
         except (ValueError, KeyError, TypeError) as error:
-            raise ArgumentError(f"this is no manifest of a region's memory: {error}") from error
+            raise ArgumentError(f"this is not a manifest of a region's memory: {error}") from error
         check_blocks([one.spec for one in memory.images])
         fds = [memory.control_fd, *(fd for one in memory.images for fd in (one.guest_fd, one.cache_fd))]
         for fd in fds:

@@ -29,7 +29,7 @@ FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|
 def check_name(name: str) -> str:
     """The name itself; ArgumentError if a region can't be called so."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise ArgumentError(f"{name!r} is no name of a region: 1 to 64 of A-Z a-z 0-9 . _ -")
+        raise ArgumentError(f"{name!r} is not a valid name of a region: give 1 to 64 of A-Z a-z 0-9 . _ -")
     return name
 
 
@@ -44,7 +44,7 @@ def open_shm(file: str, *, create: bool = False) -> int:
         return int(posix_ipc.SharedMemory(f"/{file}", flags, mode=0o600, size=0).fd)
     except posix_ipc.ExistentialError as error:
         if create:
-            raise ExistsError(f"POSIX shared memory /{file} is there already") from error
+            raise ExistsError(f"POSIX shared memory /{file} exists already") from error
         raise NotColocacheError(f"there is no POSIX shared memory /{file}") from error
     except posix_ipc.PermissionsError as error:
         raise SystemCallError(f"no permission for POSIX shared memory /{file}", errno=errno.EACCES) from error
@@ -61,7 +61,7 @@ def open_file(folder: Path, file: str, *, create: bool = False) -> int:
         flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if create else 0)
         return os.open(folder / file, flags, 0o600)
     except FileExistsError as error:
-        raise ExistsError(f"{folder / file} is there already") from error
+        raise ExistsError(f"{folder / file} exists already") from error
     except OSError as error:
         code = error.errno or errno.EIO
         raise SystemCallError(f"{folder / file}: {error.strerror}", errno=code) from error

@@ -229,7 +229,7 @@ def test_a_signal_ends_a_side_in_order_with_the_usual_status(sides: Sides, signu
             ["--listen", "unix:{tmp}/s", "--attach", "--name", "nix"],
             "there is no POSIX shared memory /colocache.nix",
         ),
-        ("secondary", ["--listen", "unix:{tmp}/s", "--name", "a/b"], "is no name of a region"),
+        ("secondary", ["--listen", "unix:{tmp}/s", "--name", "a/b"], "is not a valid name of a region"),
         ("secondary", ["--listen", "unix:{tmp}/s", "--connect-limit", "0.2"], "no primary came within 0.2 s"),
         ("secondary", ["--listen", "unix:{tmp}/s", "--peer-timeout", "0"], "'0' is not in the range 0.01 to 86400"),
         ("primary", ["--connect", "unix:{tmp}/nobody", "--connect-limit", "0.2"], "no secondary answers at"),

@@ -140,7 +140,7 @@ def test_a_wrong_page_is_reported_and_the_exit_status_says_so() -> None:
     ("args", "what"),
     [
         (("--ram", "17"), "Error: "),
-        (("--ram", "lots"), "is no size"),
+        (("--ram", "lots"), "is not a size"),
         (("--ram", "400G", "--backing", "shm"), "missing"),
         (("--interval", "-1"), "--interval"),
         (("--kill-primary-at", "noon"), "--kill-primary-at"),

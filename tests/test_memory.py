@@ -37,7 +37,7 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize("name", ["", "a/b", "../x", "x" * 65, "a b", "ä", "a\0b", "a\n", 7])
 def test_names_that_could_leave_their_folder_are_refused(name: str) -> None:
-    with pytest.raises(ArgumentError, match="is no name of a region"):
+    with pytest.raises(ArgumentError, match="is not a valid name of a region"):
         Memory.create(name, BLOCKS, backing="shm")
 
 

@@ -255,5 +255,5 @@ def test_a_manifest_that_is_none_is_refused(memory: Memory, change: dict[str, ob
     with pytest.raises((ArgumentError, BlockError)):
         Memory.from_manifest(text)
     for nonsense in ("", "[]", "{}", "null", "7"):
-        with pytest.raises(ArgumentError, match="no manifest"):
+        with pytest.raises(ArgumentError, match="not a manifest"):
             Memory.from_manifest(nonsense)

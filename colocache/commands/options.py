@@ -28,7 +28,7 @@ def parse_size(text: str) -> int:
     unit = short[-1:] if short[-1:] in UNITS else ""
     digits = short.removesuffix(unit)
     if not digits.isascii() or not digits.isdigit() or len(digits) > 19:
-        raise click.BadParameter(f"{text!r} is no size: write 64M, 2G or a number of bytes")
+        raise click.BadParameter(f"{text!r} is not a size: write 64M, 2G or a number of bytes")
     n_bytes = int(digits) * UNITS[unit]
     if n_bytes > SIZE_MAX:
         raise click.BadParameter(f"{text!r} is more than any machine has: give at most {SIZE_MAX >> 40}T")
