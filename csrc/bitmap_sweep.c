@@ -9,6 +9,7 @@
 
 #include <string.h>
 
+#include "bitmap_pass.h"
 #include "fault.h"
 
 #define SUMMARY_DENSE 16 /* of 64 words in use: from here a straight pass over all 64 is cheaper than picking */

@@ -10,11 +10,12 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "bitmap.h"
 #include "block.h"
+#include "bounds.h"
 #include "error.h"
 #include "fault.h"
 #include "image.h"
-#include "bounds.h"
 #include "map.h"
 #include "version.h"
 

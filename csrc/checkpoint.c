@@ -18,6 +18,7 @@
 #include "error.h"
 #include "fault.h"
 #include "flush_set.h"
+#include "gate.h"
 #include "stats.h"
 #include "strategy.h"
 #include "version.h"

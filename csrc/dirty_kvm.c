@@ -18,6 +18,7 @@
 
 #include "bitmap.h"
 #include "error.h"
+#include "ioctl.h"
 
 struct kvm_source {
     struct colocache_source base;
@@ -33,7 +34,7 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
     uint64_t n_words = cc_words_for(slot->n_pages);
     memset(source->words, 0, n_words * 8);
     struct kvm_dirty_log get = {.slot = slot->slot, .dirty_bitmap = source->words};
-    if (cc_source_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
+    if (cc_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
         return cc_source_lost("KVM_GET_DIRTY_LOG");
     if (slot->n_pages % 64) /* the slot's last word may carry no bits past its end, but that is the kernel's promise, not ours */
         source->words[n_words - 1] &= cc_word_mask(0, slot->n_pages % 64);
@@ -47,7 +48,7 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
         uint64_t n = slot->n_pages - first < (1u << 31) ? slot->n_pages - first : 1u << 31;
         struct kvm_clear_dirty_log clear = {
             .slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first, .dirty_bitmap = source->words + first / 64};
-        if (cc_source_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
+        if (cc_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
             return cc_source_lost("KVM_CLEAR_DIRTY_LOG");
         first += n;
     }

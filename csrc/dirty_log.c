@@ -7,10 +7,12 @@
  */
 #include "internal.h"
 
+#include "bitmap.h"
 #include "block.h"
 #include "clock.h"
 #include "error.h"
 #include "fault.h"
+#include "gate.h"
 #include "source.h"
 #include "sparse.h"
 #include "stats.h"

@@ -23,6 +23,7 @@
 #include "atomics.h"
 #include "bitmap.h"
 #include "error.h"
+#include "ioctl.h"
 #include "map.h"
 
 #ifndef KVM_RESET_DIRTY_RINGS /* Linux 5.11 */
@@ -131,7 +132,7 @@ static int ring_sync(struct colocache_source *base, cc_take_fn *take, void *cont
         harvest(source, &source->rings[i]);
     if (rc == 0)
         rc = hand_on(source, take, context);
-    if (rc == 0 && cc_source_ioctl(source->vm_fd, KVM_RESET_DIRTY_RINGS, NULL) < 0) /* the clear: entries are free, pages write-protected */
+    if (rc == 0 && cc_ioctl(source->vm_fd, KVM_RESET_DIRTY_RINGS, NULL) < 0) /* the clear: entries are free, pages write-protected */
         rc = cc_source_lost("KVM_RESET_DIRTY_RINGS");
     if (rc == 0 && source->n_unknown)
         rc = cc_fail(COLOCACHE_E_LOG_LOST,

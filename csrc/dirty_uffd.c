@@ -27,6 +27,7 @@
 
 #include "bitmap.h"
 #include "error.h"
+#include "ioctl.h"
 #include "pagemap.h"
 
 /* Kernel interface of 6.7 (include/uapi/linux/userfaultfd.h), for builds against older headers */
@@ -101,7 +102,7 @@ static int scan(const struct uffd_source *source, uint64_t *at, uint64_t end, st
         .category_mask = CC_PAGE_IS_WRITTEN,
         .return_mask = CC_PAGE_IS_WRITTEN,
     };
-    int n = cc_source_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &arg);
+    int n = cc_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &arg);
     if (n < 0)
         return errno == ESRCH ? cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended")
                               : cc_source_lost("PAGEMAP_SCAN");
@@ -187,7 +188,7 @@ static int use_uffd(int fd)
 {
     struct uffdio_api api = {.api = UFFD_API,
                              .features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM};
-    if (cc_source_ioctl(fd, UFFDIO_API, &api) == 0)
+    if (cc_ioctl(fd, UFFDIO_API, &api) == 0)
         return 0;
     return cc_fail(COLOCACHE_E_UNSUPPORTED, "userfaultfd has no asynchronous write-protection (Linux 6.7 and newer do): %s",
                    colocache_strerror(-errno));
@@ -215,13 +216,13 @@ static int arm(const struct uffd_source *source, const struct colocache_uffd_ran
 {
     uint64_t start = (uint64_t)(uintptr_t)range->addr, len = range->n_pages * CC_SOURCE_PAGE;
     struct uffdio_register registration = {.range = {.start = start, .len = len}, .mode = UFFDIO_REGISTER_MODE_WP};
-    if (cc_source_ioctl(source->uffd, UFFDIO_REGISTER, &registration) != 0)
+    if (cc_ioctl(source->uffd, UFFDIO_REGISTER, &registration) != 0)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "write-protection of %llu pages at %p can't be registered: %s",
                        (unsigned long long)range->n_pages, range->addr, colocache_strerror(-errno));
     struct uffdio_writeprotect protect = {.range = {.start = start, .len = len}, .mode = UFFDIO_WRITEPROTECT_MODE_WP};
     int rc;
     do {
-        rc = cc_source_ioctl(source->uffd, UFFDIO_WRITEPROTECT, &protect);
+        rc = cc_ioctl(source->uffd, UFFDIO_WRITEPROTECT, &protect);
     } while (rc != 0 && errno == EAGAIN); /* the address space is just changing */
     return rc == 0 ? 0 : cc_fail_errno("write-protecting guest RAM");
 }

@@ -35,7 +35,7 @@
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
-#include "stats.h"
+#include "gate.h"
 
 enum event { CLAIM, RELEASE, SEAL, LOADED, LOADED_UNCOMMITTED, LOADED_BADLY, COMMITTED, FAILOVER, TOLD, RECOVERED, EVENTS };
 
@@ -261,7 +261,7 @@ int cc_epoch_release(struct colocache *cc, bool give_up)
         cc->epoch.staged.epoch = 0;
         cc_publish(&cc->epoch.open, 0);
         cc_gate_open(&cc->epoch.gate);
-        cc_stats_aborted(cc);
+        cc_add(&cc->epoch.n_given_up, 1);
     }
     if (move(cc, RELEASE, &from) != CC_TAKING_OVER)
         return 0;

@@ -12,9 +12,11 @@
 
 #include <string.h>
 
+#include "bitmap.h"
 #include "block.h"
 #include "fault.h"
 #include "flush_set.h"
+#include "pool.h"
 #include "strategy.h"
 
 #define THREAD_BYTES (1u << 20) /* what a thread must find to copy: waking it takes as long as copying a quarter of that */

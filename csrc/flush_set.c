@@ -8,6 +8,7 @@
  */
 #include "internal.h"
 
+#include "bitmap.h"
 #include "checksum.h"
 #include "error.h"
 #include "fault.h"

@@ -6,7 +6,6 @@
 #include "internal.h"
 
 #include "block.h"
-#include "commit.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"

@@ -9,9 +9,12 @@
 #include <string.h>
 
 #include "block.h"
+#include "control.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
+#include "page_copy.h"
+#include "pool.h"
 #include "strategy.h"
 #include "version.h"
 

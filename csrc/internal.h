@@ -65,13 +65,14 @@ struct cc_epoch {
     _Alignas(64) uint64_t open;       /* 0 = none */
     uint64_t received_pages;          /* of the open epoch, or of the last that was */
     uint64_t received_before;         /* of all epochs before it */
+    uint64_t n_given_up;
     struct cc_staged staged;
     pthread_mutex_t opening; /* over `open` while it is 0, and the two counts together */
 };
 
 /* What stats.c keeps.  `open_sync_ns` counts towards the epoch that is not sealed yet. */
 struct cc_stats {
-    uint64_t sealed_epochs, aborted_epochs, flushed_pages, flushed_bytes, flush_total_ns;
+    uint64_t sealed_epochs, flushed_pages, flushed_bytes, flush_total_ns;
     uint64_t epoch, sync_ns, seal_ns, flush_ns, load_ns; /* of the newest sealed epoch */
     uint64_t open_sync_ns, flushed_at_ns;
 };

@@ -19,8 +19,9 @@
 
 #include "colocache.h"
 #include "error.h"
+#include "ioctl.h"
+#include "layout.h"
 #include "pagemap.h"
-#include "source.h"
 
 #define REGIONS 256u    /* of one scan, on the stack */
 #define ENTRIES 512u    /* of /proc/PID/pagemap at a time, on the stack */
@@ -34,7 +35,7 @@
 static int check_range(const void *addr, uint64_t len_bytes)
 {
     const uint64_t at = (uint64_t)(uintptr_t)addr;
-    if (!addr || at % CC_SOURCE_PAGE || len_bytes % CC_SOURCE_PAGE || len_bytes > COLOCACHE_BLOCK_BYTES_MAX || at > UINT64_MAX - len_bytes)
+    if (!addr || at % CC_PAGE || len_bytes % CC_PAGE || len_bytes > COLOCACHE_BLOCK_BYTES_MAX || at > UINT64_MAX - len_bytes)
         return cc_fail(COLOCACHE_E_ARGUMENT, "%llu bytes at %p: give a range of whole pages", (unsigned long long)len_bytes, addr);
     return 0;
 }
@@ -60,7 +61,7 @@ static int scan_present(int pagemap, uint64_t *at, uint64_t end, struct cc_page_
         .category_anyof_mask = CC_PAGE_IS_PRESENT | CC_PAGE_IS_SWAPPED,
         .return_mask = CC_PAGE_IS_FILE | CC_PAGE_IS_HUGE,
     };
-    int n = cc_source_ioctl(pagemap, CC_PAGEMAP_SCAN, &scan);
+    int n = cc_ioctl(pagemap, CC_PAGEMAP_SCAN, &scan);
     if (n < 0)
         return errno == ENOTTY || errno == EINVAL ? -ENOTTY : cc_fail_errno("PAGEMAP_SCAN");
     *at = scan.walk_end > *at ? scan.walk_end : end;
@@ -77,17 +78,17 @@ static int count_entries(int pagemap, uint64_t at, uint64_t end, uint64_t *n_byt
 {
     uint64_t entries[ENTRIES];
     while (at < end) {
-        uint64_t wanted = (end - at) / CC_SOURCE_PAGE < ENTRIES ? (end - at) / CC_SOURCE_PAGE : ENTRIES;
-        ssize_t n = pread(pagemap, entries, wanted * 8, (off_t)(at / CC_SOURCE_PAGE * 8));
+        uint64_t wanted = (end - at) / CC_PAGE < ENTRIES ? (end - at) / CC_PAGE : ENTRIES;
+        ssize_t n = pread(pagemap, entries, wanted * 8, (off_t)(at / CC_PAGE * 8));
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 8)
             return n < 0 ? cc_fail_errno("reading a process's pagemap") : 0; /* 0: past the end of its address space */
         for (ssize_t i = 0; i < n / 8; i++) {
             if ((entries[i] & (PM_PRESENT | PM_SWAPPED)) && !(entries[i] & PM_FILE))
-                *n_bytes += CC_SOURCE_PAGE;
+                *n_bytes += CC_PAGE;
         }
-        at += (uint64_t)(n / 8) * CC_SOURCE_PAGE;
+        at += (uint64_t)(n / 8) * CC_PAGE;
     }
     return 0;
 }

@@ -11,6 +11,7 @@
 
 #include <string.h>
 
+#include "bitmap.h"
 #include "block.h"
 #include "epoch.h"
 #include "error.h"

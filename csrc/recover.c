@@ -19,6 +19,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "bitmap.h"
 #include "block.h"
 #include "commit.h"
 #include "control.h"

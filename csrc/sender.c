@@ -13,6 +13,7 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "bitmap.h"
 #include "bounds.h"
 #include "error.h"
 #include "source.h"

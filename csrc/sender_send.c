@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "atomics.h"
+#include "bitmap.h"
 #include "error.h"
 #include "message.h"
 #include "page_copy.h"

@@ -4,7 +4,6 @@
 
 #include <errno.h>
 #include <stdio.h>
-#include <sys/ioctl.h>
 
 #include "error.h"
 
@@ -49,15 +48,6 @@ int cc_source_check_slots(const struct colocache_kvm_slot *slots, uint32_t n_slo
             return cc_fail(COLOCACHE_E_LENGTH, "KVM slot %u has %llu pages", slots[i].slot, (unsigned long long)slots[i].n_pages);
     }
     return 0;
-}
-
-int cc_source_ioctl(int fd, unsigned long request, void *arg)
-{
-    int rc;
-    do {
-        rc = ioctl(fd, request, arg);
-    } while (rc < 0 && errno == EINTR);
-    return rc;
 }
 
 /* ---- by itself ----------------------------------------------------------------------------------------------------- */

@@ -38,7 +38,5 @@ int cc_source_not_taken(const char *log);
 int cc_source_lost(const char *call);
 /* KVM slots as a caller gives them: their number and the length of each. */
 int cc_source_check_slots(const struct colocache_kvm_slot *slots, uint32_t n_slots);
-/* ioctl, again when a signal came in between. */
-int cc_source_ioctl(int fd, unsigned long request, void *arg);
 
 #endif

@@ -2,7 +2,7 @@
 /*
  * stats.c -- what a handle has done since it was made, and where the time of its newest checkpoint went.
  *
- * Each field has one writer (dirty_log.c, checkpoint.c, epoch.c through the functions here) and is read as it stands.
+ * Each field has one writer (dirty_log.c, checkpoint.c through the functions here) and is read as it stands.
  */
 #include "internal.h"
 
@@ -46,11 +46,6 @@ void cc_stats_loaded(struct colocache *cc)
         cc_poke(&cc->stats.load_ns, cc_now_ns() - flushed_at);
 }
 
-void cc_stats_aborted(struct colocache *cc)
-{
-    cc_add(&cc->stats.aborted_epochs, 1);
-}
-
 int colocache_get_stats(struct colocache *cc, struct colocache_stats *out)
 {
     if (!cc || !out)
@@ -58,7 +53,7 @@ int colocache_get_stats(struct colocache *cc, struct colocache_stats *out)
     const struct cc_stats *stats = &cc->stats;
     struct colocache_stats now = {
         .sealed_epochs = cc_peek(&stats->sealed_epochs),
-        .aborted_epochs = cc_peek(&stats->aborted_epochs),
+        .aborted_epochs = cc_peek(&cc->epoch.n_given_up),
         .flushed_pages = cc_peek(&stats->flushed_pages),
         .flushed_bytes = cc_peek(&stats->flushed_bytes),
         .flush_total_ns = cc_peek(&stats->flush_total_ns),

@@ -9,6 +9,5 @@ void cc_stats_synced(struct colocache *cc, uint64_t begin_ns);
 void cc_stats_sealed(struct colocache *cc, const struct colocache_seal_result *result);
 void cc_stats_flushed(struct colocache *cc, const struct colocache_flush_result *result);
 void cc_stats_loaded(struct colocache *cc);
-void cc_stats_aborted(struct colocache *cc);
 
 #endif

@@ -4,10 +4,12 @@
 
 #include <string.h>
 
+#include "bitmap.h"
 #include "block.h"
 #include "epoch.h"
 #include "error.h"
 #include "inspect.h"
+#include "pool.h"
 #include "version.h"
 
 int colocache_get_status(struct colocache *cc, struct colocache_status *out)
