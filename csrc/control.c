@@ -20,18 +20,31 @@
 #include "fault.h"
 #include "map.h"
 
-/* own_description -- a description of our own for the same file: OFD locks belong to descriptions, and the caller's
- * may be shared with other processes, whose living on would keep the lock after our death */
-static int own_description(int fd)
+/* own_description -- a description of our own for the same file: OFD locks belong to descriptions, and the caller's may be shared with
+ * other processes, whose living on would keep the lock after our death.  A caller without /proc brings one (lock_fd, not 0). */
+static int own_description(int fd, int lock_fd)
 {
-    struct stat st;
+    struct stat st, of_lock;
     if (fstat(fd, &st) != 0)
         return cc_fail(-errno, "control_fd is %d, which is no open descriptor", fd);
     if (!S_ISREG(st.st_mode)) /* POSIX shared memory and memfds are regular files too */
         return cc_fail(COLOCACHE_E_ARGUMENT, "descriptor %d is no regular or shared-memory file: it can't be a control region", fd);
+    if (lock_fd) {
+        if (fstat(lock_fd, &of_lock) != 0)
+            return cc_fail(-errno, "lock_fd is %d, which is no open descriptor", lock_fd);
+        if (st.st_dev != of_lock.st_dev || st.st_ino != of_lock.st_ino || (fcntl(lock_fd, F_GETFL) & O_ACCMODE) != O_RDWR)
+            return cc_fail(COLOCACHE_E_ARGUMENT, "lock_fd %d is not the control region (descriptor %d) opened for reading and writing",
+                           lock_fd, fd);
+        int own = fcntl(lock_fd, F_DUPFD_CLOEXEC, 3);
+        return own >= 0 ? own : cc_fail_errno("duplicating lock_fd");
+    }
     char path[64];
     snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
     int own = open(path, O_RDWR | O_CLOEXEC);
+    if (own < 0 && errno == ENOENT)
+        return cc_fail(
+            -ENOENT,
+            "the control region can't be opened again, /proc is not mounted: open it twice and give the second descriptor as lock_fd");
     return own >= 0 ? own : cc_fail_errno("opening the control region again through /proc/self/fd");
 }
 
@@ -133,9 +146,9 @@ int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
 }
 
 /* cc_control_open -- open, lock and map an existing or a fresh region; whatever came of it, cc_control_close */
-int cc_control_open(struct cc_region *region, int control_fd, bool create, uint64_t device_max)
+int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max)
 {
-    int rc = own_description(control_fd);
+    int rc = own_description(control_fd, lock_fd);
     if (rc < 0)
         return rc;
     region->fd = rc;

@@ -10,6 +10,7 @@
 
 #include "block.h"
 #include "control.h"
+#include "cores.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
@@ -42,6 +43,13 @@ static int check_options(const struct colocache_options *options, struct colocac
     if (out->device_state_max_bytes > CC_DEVICE_STATE_LIMIT)
         return cc_fail(COLOCACHE_E_TOO_LARGE, "device_state_max_bytes is %llu, the most is %llu",
                        (unsigned long long)out->device_state_max_bytes, (unsigned long long)CC_DEVICE_STATE_LIMIT);
+    if (out->n_threads == 0) {
+        uint32_t cores = cc_usable_cores();
+        out->n_threads = cores < CC_THREADS_MAX ? cores : CC_THREADS_MAX;
+    }
+    if (out->n_threads > CC_THREADS_MAX)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "n_threads is %u, the most is %u: 0 takes as many as there are cores", out->n_threads,
+                       CC_THREADS_MAX);
     return cc_fault_refuse();
 }
 
@@ -71,11 +79,11 @@ int cc_handle_open(int control_fd, bool create, const struct colocache_options *
     cc->strategy = cc_strategy_default();
     cc_epoch_init(cc);
     cc->blocks = calloc(COLOCACHE_BLOCKS_MAX, sizeof *cc->blocks);
-    rc = cc->blocks ? cc_pool_create(opts.n_threads, &cc->pool) : -ENOMEM;
+    rc = cc->blocks ? cc_pool_create(opts.n_threads, opts.thread_start, opts.thread_context, &cc->pool) : -ENOMEM;
     if (rc)
         (void)cc_fail(rc, "no memory or threads for a handle with %u threads: %s", opts.n_threads, colocache_strerror(rc));
     else
-        rc = cc_control_open(&cc->region, control_fd, create, opts.device_state_max_bytes);
+        rc = cc_control_open(&cc->region, control_fd, opts.lock_fd, create, opts.device_state_max_bytes);
     if (rc) {
         cc_handle_free(cc);
         return rc;

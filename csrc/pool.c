@@ -6,15 +6,14 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
+#include <stdio.h>
 #include <stdlib.h>
 
 #include "atomics.h"
 #include "clock.h"
 
-#define THREADS_MAX 256u
 #define FINISH_NS 100000u /* how long the caller looks out for the last worker before it sleeps */
 
 struct cc_pool {
@@ -25,6 +24,9 @@ struct cc_pool {
     uint32_t to_start; /* workers that may still pick up this job */
     uint32_t running;  /* workers that have not finished it; the caller watches it without the lock */
     bool stopping;
+    void (*start)(void *context, uint32_t i); /* the host program's, in each worker before its first job; or NULL */
+    void *start_context;
+    uint32_t n_started; /* workers that have a number */
     uint32_t n_workers; /* without the caller */
     pthread_t workers[];
 };
@@ -51,9 +53,23 @@ static void watch_end(const struct cc_pool *pool)
     } while (cc_now_ns() - begin < FINISH_NS);
 }
 
+/* introduce -- a name by which top and gdb know the thread; the host program may give it another, and a CPU, and a priority */
+static void introduce(const struct cc_pool *pool, uint32_t i)
+{
+    char name[16]; /* the kernel keeps 15 bytes */
+    snprintf(name, sizeof name, "colocache/%u", i);
+    pthread_setname_np(pthread_self(), name);
+    if (pool->start)
+        pool->start(pool->start_context, i);
+}
+
 static void *worker(void *arg)
 {
     struct cc_pool *pool = arg;
+    pthread_mutex_lock(&pool->lock);
+    const uint32_t i = ++pool->n_started;
+    pthread_mutex_unlock(&pool->lock);
+    introduce(pool, i);
     pthread_mutex_lock(&pool->lock);
     for (;;) {
         while (!pool->to_start && !pool->stopping)
@@ -72,23 +88,16 @@ static void *worker(void *arg)
     return NULL;
 }
 
-static uint32_t usable_cores(void)
+int cc_pool_create(uint32_t n_threads, void (*start)(void *context, uint32_t i), void *start_context, struct cc_pool **out)
 {
-    cpu_set_t set;
-    int n = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    return n < 1 ? 1 : (uint32_t)n;
-}
-
-int cc_pool_create(uint32_t n_threads, struct cc_pool **out)
-{
-    if (n_threads == 0)
-        n_threads = usable_cores();
-    if (n_threads > THREADS_MAX)
-        n_threads = THREADS_MAX;
+    if (n_threads == 0 || n_threads > CC_THREADS_MAX)
+        return -EINVAL;
 
     struct cc_pool *pool = calloc(1, sizeof *pool + (n_threads - 1) * sizeof pool->workers[0]);
     if (!pool)
         return -ENOMEM;
+    pool->start = start;
+    pool->start_context = start_context;
     pthread_mutex_init(&pool->lock, NULL);
     pthread_cond_init(&pool->wake, NULL);
     pthread_cond_init(&pool->done, NULL);

@@ -12,8 +12,11 @@
 
 struct cc_pool;
 
-/* n_threads counts the caller; 0 = as many as cores this process may use.  0 or -errno. */
-int cc_pool_create(uint32_t n_threads, struct cc_pool **out);
+#define CC_THREADS_MAX 256u
+
+/* n_threads, 1 to CC_THREADS_MAX, counts the caller.  start(context, i) is called in worker i (from 1) before its
+ * first job, or is NULL.  0 or -errno. */
+int cc_pool_create(uint32_t n_threads, void (*start)(void *context, uint32_t i), void *start_context, struct cc_pool **out);
 void cc_pool_destroy(struct cc_pool *pool); /* NULL is fine */
 uint32_t cc_pool_size(const struct cc_pool *pool);
 void cc_pool_run(struct cc_pool *pool, uint32_t n_threads, void (*work)(void *context), void *context);

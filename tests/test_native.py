@@ -27,7 +27,7 @@ def enum_of(name: str) -> dict[str, int]:
 
 def test_the_header_declares_what_this_test_reads() -> None:
     code = re.sub(r"/\*.*?\*/", "", DECLARED, flags=re.DOTALL)
-    assert len(FUNCTIONS) == code.count(");") - 2  # two of them are callbacks in structs
+    assert len(FUNCTIONS) == code.count(");") - 3  # three of them are callbacks in structs
     assert {"colocache_create", "colocache_seal", "colocache_sender_send", "colocache_message_parse"} <= set(FUNCTIONS)
 
 

@@ -56,11 +56,11 @@ static void pass_worker(void *context)
     pass->copy.fence();
 }
 
-/* baseline_pool_create -- n_threads as in colocache_options; NULL without memory or threads */
+/* baseline_pool_create -- n_threads from 1; NULL without memory or threads */
 struct baseline_pool *baseline_pool_create(uint32_t n_threads)
 {
     struct baseline_pool *made = calloc(1, sizeof *made);
-    if (made && cc_pool_create(n_threads, &made->pool) != 0) {
+    if (made && cc_pool_create(n_threads, NULL, NULL, &made->pool) != 0) {
         free(made);
         return NULL;
     }

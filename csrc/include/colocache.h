@@ -74,7 +74,8 @@
  *
  *  The library names and creates no memory.  You give it descriptors:
  *   - the control region: an empty regular or shared-memory file (memfd_create, shm_open), which it
- *     sizes itself.  It is opened again through /proc/self/fd, so /proc must be mounted;
+ *     sizes itself.  It is opened again through /proc/self/fd; where /proc is not mounted you open
+ *     it twice and give lock_fd in the options;
  *   - per block two images: each a range of a file (memfd, POSIX shared memory, hugetlbfs),
  *     zero-filled, disjoint, beginning at a multiple of the file's granularity (4096, or its huge
  *     page size) and long enough for the block rounded up to it.
@@ -350,13 +351,23 @@ int colocache_copy_supported(int variant);
 
 struct colocache_options {
     uint64_t struct_size;              /* sizeof(struct colocache_options) */
-    uint32_t n_threads;                /* threads of the flush, the caller's included; 0 = the
-                                          cores this process may use */
+    uint32_t n_threads;                /* threads of the flush, the caller's included, at most 256;
+                                          0 = the cores this process may use, no more than its
+                                          cgroup's CPU quota pays for */
     uint32_t copy_variant;             /* enum colocache_copy */
     uint64_t device_state_max_bytes;   /* bound on a device state, at create; 0 = 64 MiB */
     /* NULL = silent; called from the calling thread */
     void (*log)(void *log_context, int level, const char *sentence);
     void *log_context;
+    /* Called in worker thread i (1 to n_threads-1) before its first work, for names, CPUs and
+     * priorities; NULL = a name only.  It calls nothing of this library. */
+    void (*thread_start)(void *thread_context, uint32_t i);
+    void *thread_context;              /* lives as long as the handle */
+    int32_t lock_fd;                   /* 0 = the region is opened again through /proc; else a
+                                          second open() of it, for reading and writing, that nobody
+                                          else has: its lock is held until the handle is closed.
+                                          Close yours after the call */
+    uint32_t reserved;                 /* 0 */
 };
 
 struct colocache_images {

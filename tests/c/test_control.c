@@ -111,7 +111,10 @@ static void options_are_checked(void)
     options = (struct colocache_options){.struct_size = sizeof options, .device_state_max_bytes = 1ull << 60};
     CHECK_RC(COLOCACHE_E_TOO_LARGE, colocache_create(fd, &options, &cc));
     struct stat st;
-    CHECK(fstat(fd, &st) == 0 && st.st_size == 0);                           /* nothing was left in the file */
+    CHECK(fstat(fd, &st) == 0 && st.st_size == 0); /* nothing was left in the file */
+    options = (struct colocache_options){.struct_size = sizeof options, .n_threads = 257};
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_create(fd, &options, &cc));
+    CHECK(strstr(colocache_last_error(), "257") != NULL && strstr(colocache_last_error(), "256") != NULL);
     options = (struct colocache_options){.struct_size = 16, .n_threads = 1}; /* an older caller's shorter struct */
     CHECK_RC(0, colocache_create(fd, &options, &cc));
     struct colocache_status status = {.struct_size = sizeof status};
@@ -121,6 +124,33 @@ static void options_are_checked(void)
     CHECK_EQ(0, status.n_blocks);
     colocache_close(cc);
     close(fd);
+}
+
+static void the_lock_can_be_on_a_descriptor_of_the_callers(void)
+{
+    char path[] = "/tmp/colocache-lock-XXXXXX";
+    struct colocache *cc = NULL, *second = NULL;
+    int fd = mkstemp(path), lock_fd = open(path, O_RDWR | O_CLOEXEC), read_only = open(path, O_RDONLY | O_CLOEXEC),
+        other = rig_memfd("other", 0);
+    REQUIRE(fd >= 0 && lock_fd > 0 && read_only > 0);
+    struct colocache_options options = {.struct_size = sizeof options, .n_threads = 1, .lock_fd = other};
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_create(fd, &options, &cc));
+    options.lock_fd = read_only;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_create(fd, &options, &cc));
+    options.lock_fd = 9999;
+    CHECK_RC(-EBADF, colocache_create(fd, &options, &cc));
+    options.lock_fd = lock_fd;
+    CHECK_RC(0, colocache_create(fd, &options, &cc));
+    close(lock_fd);
+    options.lock_fd = 0;
+    CHECK_RC(COLOCACHE_E_BUSY, colocache_attach(fd, &options, NULL, 0, NULL, &second)); /* held although ours is closed */
+    colocache_close(cc);
+    CHECK_RC(0, colocache_attach(fd, &options, NULL, 0, NULL, &second)); /* and gone with the handle */
+    colocache_close(second);
+    close(fd);
+    close(read_only);
+    close(other);
+    CHECK_EQ(0, unlink(path));
 }
 
 struct damage {
@@ -293,6 +323,7 @@ int main(void)
     RUN(a_second_owner_is_told_the_first_ones_pid);
     RUN(create_wants_an_empty_file);
     RUN(options_are_checked);
+    RUN(the_lock_can_be_on_a_descriptor_of_the_callers);
     RUN(damaged_heads_are_refused_and_nothing_is_touched);
     RUN(short_files_are_no_regions);
     RUN(inspect_looks_at_an_owned_region_and_writes_nothing);

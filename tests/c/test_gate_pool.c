@@ -1,8 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* gate.c and pool.c: who is inside, who waits, and who does the work. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* pthread_getname_np */
+#endif
 #include "gate.h"
 #include "pool.h"
 
+#include <errno.h>
 #include <pthread.h>
 
 #include "check.h"
@@ -99,7 +103,7 @@ static void all_the_work_is_done_once_before_run_returns(void)
     static uint8_t done[5000];
     for (uint32_t size = 1; size <= 8; size++) {
         struct cc_pool *pool = NULL;
-        REQUIRE(cc_pool_create(size, &pool) == 0);
+        REQUIRE(cc_pool_create(size, NULL, NULL, &pool) == 0);
         CHECK_EQ(size, cc_pool_size(pool));
         for (uint32_t n_threads = 1; n_threads <= 10; n_threads++) {
             memset(done, 0, sizeof done);
@@ -131,7 +135,7 @@ static void meet(void *context) /* returns when everybody has come, or after 20 
 static void as_many_threads_come_as_were_asked_for(void)
 {
     struct cc_pool *pool = NULL;
-    REQUIRE(cc_pool_create(5, &pool) == 0);
+    REQUIRE(cc_pool_create(5, NULL, NULL, &pool) == 0);
     for (uint32_t n_threads = 1; n_threads <= 5; n_threads++) {
         for (int round = 0; round < 20; round++) { /* the workers asleep, or not yet asleep again */
             struct meeting meeting = {.expected = n_threads};
@@ -142,14 +146,38 @@ static void as_many_threads_come_as_were_asked_for(void)
     cc_pool_destroy(pool);
 }
 
+static uint32_t names_right, started;
+
+static void started_with(void *context, uint32_t i)
+{
+    char name[16] = "", expected[16];
+    snprintf(expected, sizeof expected, "colocache/%u", i);
+    pthread_getname_np(pthread_self(), name, sizeof name);
+    __atomic_add_fetch(&names_right, strcmp(name, expected) == 0 && context == &names_right, __ATOMIC_RELAXED);
+    pthread_setname_np(pthread_self(), "mine");
+    __atomic_or_fetch(&started, 1u << i, __ATOMIC_RELEASE);
+}
+
+static void each_worker_is_named_and_introduced_before_it_works(void)
+{
+    struct cc_pool *pool = NULL;
+    started = names_right = 0;
+    REQUIRE(cc_pool_create(5, started_with, &names_right, &pool) == 0);
+    struct meeting meeting = {.expected = 5};
+    cc_pool_run(pool, 5, meet, &meeting);
+    CHECK_EQ(5, meeting.arrived);
+    CHECK_EQ(0x1e, __atomic_load_n(&started, __ATOMIC_ACQUIRE)); /* 1 to 4, and not the caller */
+    CHECK_EQ(4, names_right);
+    cc_pool_destroy(pool);
+}
+
 static void pool_is_bounded(void)
 {
     struct cc_pool *pool = NULL;
-    REQUIRE(cc_pool_create(0, &pool) == 0); /* as many as cores */
-    CHECK(cc_pool_size(pool) >= 1);
-    cc_pool_destroy(pool);
-    REQUIRE(cc_pool_create(100000, &pool) == 0);
-    CHECK(cc_pool_size(pool) <= 256);
+    CHECK_EQ(-EINVAL, cc_pool_create(0, NULL, NULL, &pool));
+    CHECK_EQ(-EINVAL, cc_pool_create(CC_THREADS_MAX + 1, NULL, NULL, &pool));
+    REQUIRE(cc_pool_create(CC_THREADS_MAX, NULL, NULL, &pool) == 0);
+    CHECK_EQ(CC_THREADS_MAX, cc_pool_size(pool));
     cc_pool_destroy(pool);
 }
 
@@ -159,6 +187,7 @@ int main(void)
     RUN(closed_gate_lets_nobody_in);
     RUN(all_the_work_is_done_once_before_run_returns);
     RUN(as_many_threads_come_as_were_asked_for);
+    RUN(each_worker_is_named_and_introduced_before_it_works);
     RUN(pool_is_bounded);
     return DONE();
 }
