@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzers of tests/fuzz on their seeds and on every input that once found something; CI lets them search as well."""
+"""The fuzzers of tests/fuzz on their seeds and on all inputs that once found something; CI lets them search as well."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@
  * checksums right again if it likes, which a fuzzer never guesses.  Whatever it did
  *   - inspect writes nothing;
  *   - an attach that is refused has written nothing: no image, and of the region only who tried;
- *   - one that is let in finds a region that is whole, and the handle works or refuses;
+ *   - one that is let in finds a region that is whole and no epoch that never was, and the handle works or refuses;
  *   - no descriptor stays open.
  * A state that nothing was done to must be recovered exactly.
  */
@@ -120,15 +120,17 @@ static void sum_records(void)
     }
 }
 
-/* damage -- false: nothing was done */
-static bool damage(struct input *input)
+/* damage -- what was done, in the end */
+enum damage { NONE, DAMAGED, DAMAGED_AND_SUMMED };
+
+static enum damage damage(struct input *input)
 {
-    bool done = false;
+    enum damage done = NONE;
     for (unsigned n = 0; input->left && n < 32; n++) {
         off_t size = lseek(world.control, 0, SEEK_END), at, to;
         uint64_t word;
         uint8_t bytes[64] = {0};
-        done = true;
+        done = done == NONE ? DAMAGED : done;
         switch (take(input, 1) % 6) {
         case 0: /* bits of a byte */
             at = take_offset(input, size);
@@ -157,6 +159,7 @@ static bool damage(struct input *input)
             break;
         case 5:
             sum_records();
+            done = DAMAGED_AND_SUMMED;
             break;
         }
     }
@@ -249,13 +252,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 
     enum state state = (enum state)(take(&input, 1) % STATES);
     put_back(&states[state]);
-    bool damaged = damage(&input);
+    enum damage damaged = damage(&input);
     take_picture(&before);
     inspect();
     world_images(&world, images);
     int rc = colocache_attach(world.control, &world_options, images, BLOCKS, &report, &world.cc);
     PROMISE(rc <= 0, "attach gave %d", rc);
-    if (!damaged)
+    if (damaged == NONE)
         check_recovered(state, rc, &report);
     if (rc) {
         PROMISE(!world.cc, "attach gave %d and a handle", rc);
@@ -263,6 +266,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         check_region("an attach that was refused", false);
     } else {
         PROMISE(report.action <= COLOCACHE_RECOVERED_NO_RESTART && report.sentence[0], "action %u", report.action);
+        PROMISE(damaged == DAMAGED_AND_SUMMED || report.epoch == 0 || report.epoch == 1 || report.epoch == 3,
+                "epoch %llu was never sealed", (unsigned long long)report.epoch);
         PROMISE(colocache_validate(world.cc, 0) == 0, "validate after an attach");
         go_on();
         world_close(&world);

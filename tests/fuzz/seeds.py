@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the seed corpus of both fuzzers: `seeds.py DIR` makes DIR/wire and DIR/region, one small file for each subject.
+"""Writes the seed corpus of both fuzzers: `seeds.py DIR` makes DIR/wire and DIR/region, a small file for each subject.
 
 fuzz_wire.c and fuzz_region.c tell what the bytes of an input mean.
 """
@@ -47,6 +47,7 @@ WIRE = {
     "wrong-length": bytes([FRESH]) + packet(1, 0, (0, 1, 0), body=1),
     "wrong-checksum": bytes([FRESH]) + packet(1, 0, (0, 1, 0), checksum=1),
     "unknown-flags": bytes([FRESH]) + packet(1, 0, (0, 1, 2)),
+    "a-run-of-no-pages": bytes([FRESH]) + packet(1, 0, (0, 1, 0), (3, 0, 0)),
     "no-runs": bytes([FRESH]) + packet(1, 0),
     "a-changed-byte": bytes([FRESH]) + packet(1, 0, (0, 1, 0)) + bytes([CHANGE]) + struct.pack("<HB", 8, 1),
     "nonsense": bytes([IN_STEP, RAW, 40]) + bytes(range(40)),
@@ -74,6 +75,8 @@ DAMAGE = {
     "offset-of-bitmaps": word(TABLE, 336, 4096),
     "many-blocks": word(HEAD, 72, 255),
     "bits-of-bitmaps": bytes([BIT]) + at(END, 4095) + b"\xff" + bytes([BIT]) + at(END, 8191) + b"\xff",
+    "epoch-of-a-record": word(HEAD, 264, 99),
+    "epoch-of-the-other-record": word(HEAD, 392, 99),
     "record-with-a-right-checksum": word(HEAD, 264, 99) + bytes([SUMS]),
     "shorter": bytes([SIZE]) + struct.pack("<I", 140 << 10),
     "longer": bytes([SIZE]) + struct.pack("<I", 400 << 10),
