@@ -266,8 +266,10 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         check_region("an attach that was refused", false);
     } else {
         PROMISE(report.action <= COLOCACHE_RECOVERED_NO_RESTART && report.sentence[0], "action %u", report.action);
-        PROMISE(damaged == DAMAGED_AND_SUMMED || report.epoch == 0 || report.epoch == 1 || report.epoch == 3,
-                "epoch %llu was never sealed", (unsigned long long)report.epoch);
+        struct colocache_status status = {.struct_size = sizeof status};
+        PROMISE(colocache_get_status(world.cc, &status) == 0, "get_status");
+        PROMISE(damaged == DAMAGED_AND_SUMMED || status.sealed_epoch == 0 || status.sealed_epoch == 1 || status.sealed_epoch == 3,
+                "epoch %llu was never sealed", (unsigned long long)status.sealed_epoch);
         PROMISE(colocache_validate(world.cc, 0) == 0, "validate after an attach");
         go_on();
         world_close(&world);
