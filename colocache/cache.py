@@ -156,12 +156,24 @@ class Cache:
         header = ffi.new("unsigned char[]", lib.COLOCACHE_HEADER_BYTES)
         n_pages = ffi.new("uint64_t *")
         with self._handle as cc:
-            code = lib.colocache_receive_stream(cc, socket, wait, number, header, n_pages)
-            if code < 0:
-                error = error_from(code)
-                error.n_pages = n_pages[0]
-                raise error
+            _check_received(lib.colocache_receive_stream(cc, socket, wait, number, header, n_pages), n_pages)
         return bytes(ffi.buffer(header)), int(n_pages[0])
+
+    def receive_ready(
+        self, fd: int | HasFileno, *, timeout: float, epoch: int = 0, max_pages: int = 0
+    ) -> tuple[bytes | None, int]:
+        """The same for an event loop: takes what is there and comes back; header None: no other message has come yet.
+
+        Call it when `fd` is readable. `max_pages`: come back when as many were taken (0 = no limit). `timeout`: longest
+        wait in seconds for each part of a packet that has begun. Same errors as receive_stream.
+        """
+        socket, wait, number, limit = fd_of(fd), milliseconds(timeout), u64(epoch, "epoch"), u64(max_pages, "pages")
+        header = ffi.new("unsigned char[]", lib.COLOCACHE_HEADER_BYTES)
+        n_pages = ffi.new("uint64_t *")
+        with self._handle as cc:
+            code = lib.colocache_receive_ready(cc, socket, wait, number, limit, header, n_pages)
+            _check_received(code, n_pages)
+        return None if code else bytes(ffi.buffer(header)), int(n_pages[0])
 
     def device_state_buffer(self, epoch: int, len_bytes: int) -> memoryview:
         """Room for the device state of `epoch`, to be filled before seal; the last call before seal counts.
@@ -334,3 +346,10 @@ def _images(memory: Memory) -> tuple[Any, Sequence[Any]]:
         c.guest_fd, c.guest_offset = one.guest_fd, one.guest_offset
         c.cache_fd, c.cache_offset = one.cache_fd, one.cache_offset
     return array, names
+
+
+def _check_received(code: int, n_pages: Any) -> None:
+    if code < 0:
+        error = error_from(code)
+        error.n_pages = n_pages[0]
+        raise error

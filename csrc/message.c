@@ -126,17 +126,24 @@ static void drop(struct iovec **iov, uint32_t *n_iov, size_t n)
     }
 }
 
-static int move_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, bool writing)
+enum move { READ, READ_IF_THERE, WRITE };
+
+/* move_all -- READ_IF_THERE: 1, and nothing is taken, if not one byte is there yet; from the first byte on it is a READ */
+static int move_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, enum move move)
 {
+    const bool writing = move == WRITE;
     drop(&iov, &n_iov, 0); /* leading empty ones */
     while (n_iov) {
         struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n_iov < IOV_AT_ONCE ? n_iov : IOV_AT_ONCE};
         ssize_t n = writing ? sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL) : recvmsg(fd, &msg, MSG_DONTWAIT);
         if (n > 0) {
             drop(&iov, &n_iov, (size_t)n);
+            move = writing ? WRITE : READ;
         } else if (n == 0 && !writing) {
             return cc_fail(COLOCACHE_E_PEER_LOST, "the peer closed the connection");
         } else if (errno == EAGAIN) {
+            if (move == READ_IF_THERE)
+                return 1;
             int rc = wait_for(fd, writing ? POLLOUT : POLLIN, timeout_ms);
             if (rc)
                 return rc;
@@ -152,10 +159,15 @@ static int move_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, b
 
 int cc_read_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms)
 {
-    return move_all(fd, iov, n_iov, timeout_ms, false);
+    return move_all(fd, iov, n_iov, timeout_ms, READ);
 }
 
 int cc_write_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms)
 {
-    return move_all(fd, iov, n_iov, timeout_ms, true);
+    return move_all(fd, iov, n_iov, timeout_ms, WRITE);
+}
+
+int cc_read_if_there(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms)
+{
+    return move_all(fd, iov, n_iov, timeout_ms, READ_IF_THERE);
 }

@@ -42,5 +42,7 @@ uint64_t cc_message_checksum(const void *header, const void *runs, uint64_t n_by
  * 0, E_PEER_LOST, E_TIMEOUT, -errno. */
 int cc_read_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms);
 int cc_write_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms);
+/* As cc_read_all, but 1 at once, with nothing taken, if not one byte is there yet. */
+int cc_read_if_there(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms);
 
 #endif

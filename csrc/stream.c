@@ -86,14 +86,19 @@ static int receive_packet(struct colocache *cc, int fd, int timeout_ms, struct p
     return cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, &reader, n_pages);
 }
 
-int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out)
+/* receive -- packets until another message (0), until `max_pages` have come, or, if `only_what_is_there`, until nothing more has */
+static int receive(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, bool only_what_is_there, uint64_t max_pages, void *header,
+                   uint64_t *n_pages)
 {
     struct packet packet; /* 32 KiB of stack: no allocation that could fail while a peer waits */
-    uint64_t n_pages = 0;
-    int rc = cc && header ? 0 : cc_fail(COLOCACHE_E_ARGUMENT, "the handle or header is NULL");
+    int rc = 0;
     while (rc == 0) {
+        if (max_pages && *n_pages >= max_pages)
+            return COLOCACHE_READY_MORE;
         struct iovec iov = {.iov_base = packet.header, .iov_len = sizeof packet.header};
-        rc = cc_read_all(fd, &iov, 1, timeout_ms);
+        rc = (only_what_is_there ? cc_read_if_there : cc_read_all)(fd, &iov, 1, timeout_ms);
+        if (rc > 0)
+            return COLOCACHE_READY_NOT;
         if (rc == 0)
             rc = cc_message_get(packet.header, &packet.message);
         if (rc)
@@ -109,8 +114,27 @@ int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint6
             rc = cc_fail(COLOCACHE_E_EPOCH, "a PAGES packet of epoch %llu came, epoch %llu is expected",
                          (unsigned long long)packet.message.epoch, (unsigned long long)epoch);
         else
-            rc = receive_packet(cc, fd, timeout_ms, &packet, &n_pages);
+            rc = receive_packet(cc, fd, timeout_ms, &packet, n_pages);
     }
+    return rc;
+}
+
+int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out)
+{
+    uint64_t n_pages = 0;
+    int rc = cc && header ? receive(cc, fd, timeout_ms, epoch, false, 0, header, &n_pages)
+                          : cc_fail(COLOCACHE_E_ARGUMENT, "the handle or header is NULL");
+    if (n_pages_out)
+        *n_pages_out = n_pages;
+    return rc;
+}
+
+int colocache_receive_ready(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, uint64_t max_pages, void *header,
+                            uint64_t *n_pages_out)
+{
+    uint64_t n_pages = 0;
+    int rc = cc && header ? receive(cc, fd, timeout_ms, epoch, true, max_pages, header, &n_pages)
+                          : cc_fail(COLOCACHE_E_ARGUMENT, "the handle or header is NULL");
     if (n_pages_out)
         *n_pages_out = n_pages;
     return rc;

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import os
 import socket
@@ -110,6 +111,56 @@ def test_pages_travel_from_ram_to_cache_and_the_next_message_ends_them(
         assert right.recv(100) == b"body"
         checkpoint(cache, 1, n_pages=1013)
         assert (cache.blocks["pc.ram"].guest == ram.view).all()
+
+
+def test_an_event_loop_takes_pages_beside_its_other_work(
+    cache: Cache, pair: tuple[socket.socket, socket.socket]
+) -> None:
+    """asyncio calls when there is something to read; nothing there is no error and costs no wait."""
+    left, right = pair
+    right.setblocking(False)
+    assert cache.receive_ready(right, timeout=0) == (None, 0)
+
+    async def receive() -> tuple[bytes, int, int]:
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        headers: list[bytes] = []
+        total = calls = 0
+
+        def readable() -> None:
+            nonlocal total, calls
+            header, n_pages = cache.receive_ready(right, timeout=10, max_pages=100)
+            total, calls = total + n_pages, calls + 1
+            if header is not None:
+                headers.append(header)
+                ended.set()
+
+        loop.add_reader(right, readable)
+        await asyncio.wait_for(ended.wait(), 30)
+        loop.remove_reader(right)
+        return headers[0], total, calls
+
+    with RamImage.create(BLOCKS[1], "shm") as ram, Sender() as sender:
+        sender.add_block("boot", ram.addr, BLOCKS[0].len_bytes)
+        sender.add_block("pc.ram", ram.addr, ram.spec.len_bytes)
+        ram.view[:] = np.arange(1000)[:, None] % 7
+        sender.mark_all()
+
+        def send() -> None:
+            while sender.count()[0]:
+                sender.send(left, epoch=1, timeout=30, max_pages=64)
+            left.sendall(colocache.message_header(7, 1, 0))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        header, total, calls = asyncio.run(receive())
+        thread.join()
+        assert (colocache.parse_header(header).type, total) == (7, 1013)
+        assert calls > 5  # it came back between
+        checkpoint(cache, 1, n_pages=total)
+        assert (cache.blocks["pc.ram"].guest == ram.view).all()
+    left.close()
+    with pytest.raises(PeerLostError):
+        cache.receive_ready(right, timeout=1)
 
 
 def test_garbage_on_the_stream_writes_nothing(ready: Cache, pair: tuple[socket.socket, socket.socket]) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesson as one web page that carries everything it needs: its look, its program, the recording and the questions."""
+"""The lesson as one web page that carries all it needs: its look, its program, the recording and the questions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def page(lesson: Lesson) -> str:
 
 
 def _data(text: str) -> str:
-    """Inside a script element only "</" and "<!--" end anything early; JSON may write the first character as an escape."""
+    """Inside a script element only "</" and "<!--" end anything early; JSON may escape the first character."""
     return text.replace("<", "\\u003c")
 
 

@@ -308,6 +308,11 @@ enum colocache_copy {                  /* how pages are copied; AUTO picks the b
     COLOCACHE_COPY_NEON = 4            /* aarch64 non-temporal pairs */
 };
 
+enum colocache_ready {                 /* of colocache_receive_ready */
+    COLOCACHE_READY_NOT = 1,           /* nothing more has come yet */
+    COLOCACHE_READY_MORE = 2           /* as many pages as were asked for; look again */
+};
+
 enum colocache_phase {
     COLOCACHE_PHASE_EMPTY = 0,         /* nothing to take over from yet (or no more, after an
                                           attach) */
@@ -546,6 +551,14 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
  * timeout_ms.  epoch 0: take the epoch of the packets as it comes. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
                              void *header, uint64_t *n_pages_out);
+
+/* The same for an event loop (epoll, asyncio): takes what is there and comes back.  0: another
+ * message came, as above.  COLOCACHE_READY_NOT: not one byte of a next packet is there, and the
+ * connection is in step; call again when it is readable.  COLOCACHE_READY_MORE: max_pages or more
+ * were taken (0 = no limit), and more may be there already.  A packet that has begun is waited
+ * for to its end: at most timeout_ms for each of its parts, E_TIMEOUT then. */
+int colocache_receive_ready(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
+                            uint64_t max_pages, void *header, uint64_t *n_pages_out);
 
 /* Room for the device state of `epoch`, which it opens if no page did: len_bytes at *addr_out,
  * zero-copy in the region.  The last call before seal counts.  len_bytes 0 is a state too.

@@ -312,6 +312,43 @@ static void headers_survive_the_trip_and_damage_is_seen(void)
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_parse(header, NULL, &epoch, &body, &a, &b));
 }
 
+/* ---- an event loop's way ------------------------------------------------------------------------------------------------ */
+
+static void what_is_not_there_yet_is_not_waited_for(void)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    const struct cc_run runs[] = {{3, 2, 0}, {7, 1, CC_RUN_ZERO}}, again[] = {{50, 3, 0}};
+    uint64_t n_pages = 99;
+    begin();
+    CHECK_RC(COLOCACHE_READY_NOT, colocache_receive_ready(rig.cc, pair[1], -1, 2, 0, header, &n_pages)); /* -1 would be for ever */
+    CHECK_EQ(0, n_pages);
+    make(2, 0, runs, 2, 5);
+    REQUIRE(send(pair[0], raw.bytes, raw.n, 0) == (ssize_t)raw.n);
+    make(2, 1, again, 1, 5);
+    REQUIRE(send(pair[0], raw.bytes, raw.n, 0) == (ssize_t)raw.n);
+    CHECK_RC(COLOCACHE_READY_MORE, colocache_receive_ready(rig.cc, pair[1], -1, 2, 1, header, &n_pages)); /* a packet is taken whole */
+    CHECK_EQ(3, n_pages);
+    CHECK_RC(COLOCACHE_READY_NOT, colocache_receive_ready(rig.cc, pair[1], -1, 2, 0, header, &n_pages));
+    CHECK_EQ(3, n_pages);
+    REQUIRE(send(pair[0], raw.bytes, 10, 0) == 10); /* a packet that has begun is waited for, and not for ever */
+    CHECK_RC(COLOCACHE_E_TIMEOUT, colocache_receive_ready(rig.cc, pair[1], 20, 2, 0, header, &n_pages));
+    end();
+    begin();
+    CHECK_RC(0, colocache_message_header(header, 7, 1, 0, 1, 2));
+    REQUIRE(send(pair[0], header, sizeof header, 0) == sizeof header);
+    memset(header, 0, sizeof header);
+    CHECK_RC(0, colocache_receive_ready(rig.cc, pair[1], 0, 2, 0, header, NULL));
+    uint32_t type = 0, a, b;
+    uint64_t epoch, length;
+    CHECK_RC(0, colocache_message_parse(header, &type, &epoch, &length, &a, &b));
+    CHECK_EQ(7, type);
+    close(pair[0]);
+    CHECK_RC(COLOCACHE_E_PEER_LOST, colocache_receive_ready(rig.cc, pair[1], 0, 2, 0, header, NULL));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_receive_ready(rig.cc, pair[1], 0, 2, 0, NULL, NULL));
+    pair[0] = open("/dev/null", O_RDONLY | O_CLOEXEC);
+    end();
+}
+
 int main(void)
 {
     RUN(a_good_packet_is_taken_up_to_the_next_message);
@@ -321,5 +358,6 @@ int main(void)
     RUN(a_packet_broken_off_anywhere);
     RUN(what_is_no_socket_is_an_error);
     RUN(headers_survive_the_trip_and_damage_is_seen);
+    RUN(what_is_not_there_yet_is_not_waited_for);
     return DONE();
 }
