@@ -76,6 +76,7 @@ def test_inspect_shows_every_block_and_does_not_disturb_the_owner(memory: Memory
         cache.receive_zero(1, 1, 0, 5)
         ran = CliRunner().invoke(cli, ["inspect", memory.name, "--json"])
         report = json.loads(ran.output.splitlines()[-1])
+        assert f"(process {os.getpid()}) is dead: colocache secondary --attach --name {memory.name} " in ran.output
         assert [block["name"] for block in report["blocks"]] == [block.name for block in BLOCKS]
         assert report["blocks"][1]["pvm_pages"] == 5
         assert report["receiving_epoch"] == 1

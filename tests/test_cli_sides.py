@@ -190,6 +190,7 @@ def test_what_a_killed_keeper_left_is_inspected_recovered_and_attached(sides: Si
     report = json.loads(recovered.output.splitlines()[-1])
     assert (report["action"], report["epoch"], report["restartable"]) == ("restart", 3, True)
     assert recovered.output.splitlines()[0] == report["sentence"]
+    assert f"\nNext: colocache secondary --attach --name {sides.name} --listen ADDRESS\n" in recovered.output
     again = sides.secondary("--attach")
     assert again.until("attached")["epoch"] == 3
     assert again.until("hello")["sealed_epoch"] == 3

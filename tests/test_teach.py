@@ -11,7 +11,8 @@ import random
 import pytest
 
 import colocache
-from colocache.teach import judge, quiz, tags
+from colocache.replication.messages import MessageType
+from colocache.teach import judge, quiz, tags, wire
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.pair import new_pair, pair_in_step
 from colocache.teach.play import record
@@ -53,6 +54,15 @@ def test_every_chapter_of_the_issue_is_there(small: Lesson) -> None:
     assert [chapter.id for chapter in small.chapters if chapter.kind == "counter"] == [
         "only-pvm", "only-svm", "straight", "clear-first", "received-early",
     ]  # fmt: skip
+
+
+def test_every_message_that_is_shown_has_words(small: Lesson) -> None:
+    assert set(wire.MESSAGES) <= {message.name for message in MessageType}
+    shown = {step.message for chapter in small.chapters for step in chapter.steps if step.message}
+    assert shown
+    for message in shown:
+        assert len(wire.explain(message).split("; ")) == message.count(", ") + 1, message
+    assert wire.explain("PAGES(3), HELLO") == "PAGES(3): pages of epoch 3; HELLO: both say what they have"
 
 
 def test_each_step_is_explained_in_two_sentences(small: Lesson) -> None:

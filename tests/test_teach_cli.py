@@ -19,8 +19,9 @@ from pathlib import Path
 import pytest
 
 import colocache
-from colocache.teach import quiz
+from colocache.teach import draw, quiz
 from colocache.teach.chapters import CHAPTERS
+from colocache.teach.play import record
 from colocache.teach.recording import read_lesson
 
 COMMAND = [sys.executable, "-m", "colocache.teach"]
@@ -105,7 +106,7 @@ def test_keys_step_forward_back_and_across_chapters_and_q_gives_the_terminal_bac
         ("n", "2/5  And what the SVM wrote"), ("\x1b[C", "3/5  Pages that only the PVM wrote"), ("p", "2/5  And"),
         ("\x1b[F", "5/5  The union"), ("n", "1/3  Everything came"), ("\x1b[D", "5/5  The union"),
         ("\x1b[H", "1/5  All of"), ("\x1b[6~", "1/3  Everything came"), ("nn", "3/3  Stale SVM pages stay"),
-        ("[", "1/3  Everything came"), ("?", ""),
+        ("[", "1/3  Everything came"), ("x", ""),
     ):  # fmt: skip
         terminal.press(keys)
         terminal.until(words, *(["q quit"] if words else []))
@@ -121,6 +122,30 @@ def test_a_low_terminal_gets_all_grids_in_one_row() -> None:
     screen = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", terminal.seen)
     assert screen.count("╭") == 7 == max(line.count("╭") for line in screen.splitlines())
     terminal.press("\x03")
+    assert terminal.end() == 0
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(80, 24), (60, 45), (80, 45), (120, 45)])
+def test_every_step_fits_the_terminal_with_its_keys(columns: int, rows: int) -> None:
+    lesson = record(CHAPTERS)
+    for chapter in lesson.chapters:
+        for number, step in enumerate(chapter.steps):
+            drawn = draw.draw(chapter, number, lesson.columns, columns, rows - 1)
+            assert not draw.is_taller(drawn, columns, rows - 2), (chapter.id, step.title)
+            assert draw.is_taller(drawn, columns, 10), "it is measured"
+
+
+@pytest.mark.parametrize(("columns", "rows", "word"), [(80, 45, "underlined"), (120, 45, "> the text speaks of it")])
+def test_the_legend_of_what_is_drawn_stands_below_it_and_behind_a_key(columns: int, rows: int, word: str) -> None:
+    terminal = Terminal("--chapter", "only-pvm", rows=rows, columns=columns)
+    terminal.until("1/3", word, "q quit")
+    terminal.press("?")
+    terminal.until(word, "control region is", "? again goes back")
+    terminal.press("?")
+    terminal.until("1/3", "q quit")
+    terminal.press("?")
+    terminal.until("? again goes back")
+    terminal.press("q")
     assert terminal.end() == 0
 
 

@@ -251,8 +251,8 @@ def test_letters_stand_out_from_their_colour_in_light_and_dark(browser: Browser,
 
 
 def test_motion_stops_for_those_who_ask_for_it(browser: Browser) -> None:
-    browser.key("ArrowRight")
-    browser.key("ArrowRight")  # the PVM boots: the first step that changes a page
+    for _ in range(3):
+        browser.key("ArrowRight")  # the PVM boots: the first step that changes a page
     animation = "getComputedStyle(document.querySelector('.cell.changed')).animationName"
     browser.screen(1280, still=True)
     assert browser.js(animation) == "none"

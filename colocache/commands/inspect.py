@@ -26,6 +26,10 @@ def inspect(name: str | None, as_json: bool) -> None:
     if name is not None:
         found = colocache.inspect(name)
         click.echo(f"region {name}: {found}")
+        click.echo(
+            f"Next, if its owner (process {found.status.owner_pid}) is dead: "
+            f"colocache secondary --attach --name {name} --listen ADDRESS"
+        )
         if as_json:
             print_json(_fields(name, found))
         return

@@ -29,6 +29,7 @@ def recover(name: str, as_json: bool) -> None:
     if recovery is None:
         raise click.ClickException(f"region {name} was attached but says nothing of its recovery")
     click.echo(recovery.sentence)
+    click.echo(f"Next: colocache secondary --attach --name {name} --listen ADDRESS")
     if as_json:
         print_json(
             {

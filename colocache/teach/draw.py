@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
 from colocache.teach.recording import Chapter, Step
 from colocache.teach.tags import NEVER, TORN
+from colocache.teach.wire import explain
 
 KINDS = {"lesson": "How it works", "death": "A death at each point", "counter": "Done wrong on purpose"}
 ACTORS = {"pvm": "the PVM", "svm": "the SVM", "wire": "on the wire", "nobody": ""}
@@ -23,6 +25,15 @@ LEGEND = (
     "P written by the PVM, S by the SVM, B by both; the number is the epoch that was on its way. "
     "In a bitmap 1 is a page noted; in unacked w is waiting to be sent, u sent but not confirmed. "
     "* changed in this step, > the text speaks of it, ! wrong."
+)
+# The same for grids of two characters a page, and of one.
+LEGEND_2 = (
+    "P2 written by the PVM on the way to epoch 2, S by the SVM, B by both; 1 noted; w to be sent, u sent, not "
+    "confirmed; underlined: the text speaks of it; ! wrong"
+)
+LEGEND_1 = (
+    "P written by the PVM (p: for an older epoch), S by the SVM, B by both; 1 noted; w to be sent, u sent, not "
+    "confirmed (unack: unacked; b: bitmap); underlined: see text; ! wrong"
 )
 
 
@@ -103,11 +114,13 @@ def draw(chapter: Chapter, number: int, columns: int, width: int, height: int = 
     step = chapter.steps[number]
     now = grids(chapter, number)
     then = grids(chapter, number - 1) if number else {}
-    rows = -(-len(step.wrong) // columns)
-    if 0 < height < 2 * rows + 17 and len(SHORT) * (columns + 2) <= width:
-        panels = [_panel(name, now[name], then.get(name), step, columns, 1) for name in SHORT]
-        return Group(*_head(chapter, number, short=True), _lay([panels]), *_foot(chapter, number))
-    cell_width = next((w for w in (3, 2, 1) if PER_ROW * (columns * w + 4) <= width), 1)
+    if is_low(columns, len(step.wrong), width, height):
+        panels = _lay([[_panel(name, now[name], then.get(name), step, columns, 1) for name in SHORT]])
+        head, foot = _head(chapter, number, short=True), _foot(chapter, number)
+        if is_taller(Group(*head, panels, *foot), width, height - 1):  # a line is the keys'
+            head, foot = _head(chapter, number, short=True, doing=False), _foot(chapter, number, short=True)
+        return Group(*head, panels, *foot)
+    cell_width = cell_width_of(columns, width)
     made = [
         [
             Text("") if name is None else _panel(name, now[name], then.get(name), step, columns, cell_width)
@@ -119,6 +132,27 @@ def draw(chapter: Chapter, number: int, columns: int, width: int, height: int = 
         return Group(*_head(chapter, number), _lay(made), *_foot(chapter, number))
     narrow = Columns([one for row in made for one in row if not isinstance(one, Text)], padding=(0, 0))
     return Group(*_head(chapter, number), narrow, *_foot(chapter, number))
+
+
+def cell_width_of(columns: int, width: int) -> int:
+    """Characters of a page, so that a row of grids fits `width`."""
+    return next((w for w in (3, 2, 1) if PER_ROW * (columns * w + 4) <= width), 1)
+
+
+def is_low(columns: int, n_pages: int, width: int, height: int) -> bool:
+    """Whether all grids go into one row, because two don't fit the height."""
+    return 0 < height < 2 * -(-n_pages // columns) + 17 and len(SHORT) * (columns + 2) <= width
+
+
+def is_taller(drawn: RenderableType, width: int, height: int) -> bool:
+    """Whether it takes more than `height` lines of `width` characters."""
+    return len(Console(width=width, file=io.StringIO()).render_lines(drawn)) > height
+
+
+def legend(columns: int, n_pages: int, width: int, height: int) -> str:
+    """The legend that goes with what `draw` draws for this size."""
+    narrow = 1 if is_low(columns, n_pages, width, height) else cell_width_of(columns, width)
+    return {3: LEGEND, 2: LEGEND_2, 1: LEGEND_1}[narrow]
 
 
 def _lay(panels: list[list[RenderableType]]) -> RenderableType:
@@ -144,10 +178,11 @@ def _panel(
         if cell_width == 3:
             lines.append(f"{cell.text}{note}".ljust(3), style)
         elif cell_width == 2:
-            lines.append(cell.text[0] + note if note in "!>" and note != " " else f"{cell.text:<2}", style)
+            lines.append(f"{cell.text[0]}!" if wrong else f"{cell.text:<2}", style + " underline" * (note == ">"))
         else:
             old = cell.style == PVM_OLD and cell.text[0] == "P"
-            lines.append("!" if wrong else "p" if old else cell.text[0], style)
+            text = "!" if wrong else "p" if old else cell.text[0]
+            lines.append(text, style + " underline" * (note == ">"))
     note = FLUSH_NOTES[step.flush_state] if name == "flush set" else ""
     count = sum(cell.n for cell in cells)
     sub = "dead" if dead else f"{count} {note}".strip()
@@ -160,24 +195,24 @@ def _panel(
     )  # fmt: skip
 
 
-def _head(chapter: Chapter, number: int, *, short: bool = False) -> list[RenderableType]:
+def _head(chapter: Chapter, number: int, *, short: bool = False, doing: bool = True) -> list[RenderableType]:
     step = chapter.steps[number]
     kind = Text(f"{KINDS[chapter.kind]}: ", style="red" if chapter.kind == "counter" else "bright_black")
     question = "" if short else f"  {chapter.question}"
     title = Text.assemble(kind, (chapter.title, "bold"), (question, "italic bright_black"))
-    doing = [text for text in (ACTORS[step.actor], step.message, step.call) if text]
+    who = [text for text in (ACTORS[step.actor], explain(step.message), step.call) if text]
     lines: list[RenderableType] = [
         title,
         *([] if short else [Text("")]),
         Text.assemble((f"{number + 1}/{len(chapter.steps)}  ", "bright_black"), (step.title, "bold")),
         Text(step.text),
     ]
-    if doing:
-        lines.append(Text("   ".join(doing), style="cyan"))
+    if doing and who:
+        lines.append(Text("   ".join(who), style="cyan"))
     return lines
 
 
-def _foot(chapter: Chapter, number: int) -> list[RenderableType]:
+def _foot(chapter: Chapter, number: int, *, short: bool = False) -> list[RenderableType]:
     step = chapter.steps[number]
     good = {"epoch": "✓", "mixed": "✗"}.get(step.verdict["kind"], "•")
     style = {"epoch": "bold green", "mixed": "bold red"}.get(step.verdict["kind"], "bold")
@@ -192,7 +227,8 @@ def _foot(chapter: Chapter, number: int) -> list[RenderableType]:
             lines.append(Text.assemble((f"  {name}: ", "bright_black"), step.if_now[side]))
     phase = str(status["phase"]).replace("_", " ")
     region = f"sealed {status['sealed']}, committed {status['committed']}, receiving {status['receiving']}"
-    lines.append(Text(f"  control region: {phase}, {region}", style="bright_black"))
+    if not short:
+        lines.append(Text(f"  control region: {phase}, {region}", style="bright_black"))
     if number == len(chapter.steps) - 1:
-        lines += [Text(""), Text(f"⇒ {chapter.answer}", style="bold")]
+        lines += [*([] if short else [Text("")]), Text(f"⇒ {chapter.answer}", style="bold")]
     return lines

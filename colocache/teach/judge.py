@@ -87,7 +87,7 @@ def if_now(status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdic
     else:
         pvm = "The SVM would take over at once, from its own memory."
     if sealed == 0:
-        svm = "Nothing is sealed: the initial copy would start again."
+        svm = "No epoch is complete: all of memory would have to be sent again."
     elif due:
         svm = f"The next process would replay the flush and have exactly epoch {sealed}."
     elif status["receiving"] > sealed:

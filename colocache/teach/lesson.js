@@ -4,6 +4,7 @@
 const lesson = (() => {
   const { make } = panels;
   const recorded = JSON.parse(document.getElementById("lesson-data").textContent);
+  const messages = JSON.parse(document.getElementById("words-data").textContent).messages;
   const chapters = [...recorded.chapters, play.chapter, quiz.chapter];
   const $ = (id) => document.getElementById(id);
   const KINDS = { lesson: "How it works", death: "A death at each point", counter: "Done wrong on purpose", play: "Now you" };
@@ -70,7 +71,11 @@ const lesson = (() => {
   const drawDoing = (s) => {
     $("doing").replaceChildren();
     if (ACTORS[s.actor]) $("doing").append(make("span", { class: `chip ${s.actor}` }, ACTORS[s.actor]));
-    if (s.message) $("doing").append(make("span", { class: "chip" }, s.message));
+    for (const [shown, name, epoch] of s.message.matchAll(/([A-Z_]+)(?:\((\d+)\))?/g)) {
+      const chip = make("span", { class: "chip" });
+      chip.append(make("b", {}, shown), ` ${messages[name].replace("{}", epoch)}`);
+      $("doing").append(chip);
+    }
     if (s.call) $("doing").append(make("code", { class: "chip" }, s.call));
   };
   const drawVerdict = (s) => {

@@ -4,7 +4,7 @@
 "use strict";
 const quiz = (() => {
   const { make } = panels;
-  const whys = JSON.parse(document.getElementById("quiz-data").textContent);
+  const whys = JSON.parse(document.getElementById("words-data").textContent).questions;
   const chapter = { id: "quiz", kind: "play", title: "Quiz", question: "Which pages will be flushed, and why?", answer: "", steps: [] };
   let at = null, redraw = () => {}, nPages = 0, exercise = null, right = 0, asked = 0, round = 0;
 

@@ -12,15 +12,15 @@ import tty
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.text import Text
 
-from colocache.teach.draw import LEGEND, draw
+from colocache.teach.draw import LEGEND, draw, is_taller, legend
 from colocache.teach.play import Script
 from colocache.teach.recording import Chapter
 from colocache.teach.shape import Shape
 
-KEYS_HELP = "→ n next   ← p back   PgDn ] chapter   PgUp [ back   Home End   q quit"
+KEYS_HELP = "→ n next  ← p back  PgDn ] chapter  PgUp [ back  Home End  ? legend  q quit"
 KEYS = {
     "n": "next", " ": "next", "\r": "next", "\n": "next", "\x1b[C": "next", "\x1bOC": "next", "l": "next",
     "p": "back", "\x1b[D": "back", "\x1bOD": "back", "h": "back", "\x7f": "back",
@@ -28,8 +28,12 @@ KEYS = {
     "[": "chapter back", "\x1b[5~": "chapter back", "\x1b[A": "chapter back", "\x1bOA": "chapter back",
     "\x1b[H": "first", "\x1bOH": "first", "\x1b[1~": "first", "g": "first",
     "\x1b[F": "last", "\x1bOF": "last", "\x1b[4~": "last", "G": "last",
-    "q": "quit", "\x1b": "quit", "\x03": "quit", "\x04": "quit",
+    "?": "legend", "q": "quit", "\x1b": "quit", "\x03": "quit", "\x04": "quit",
 }  # fmt: skip
+STATUS_HELP = (
+    "control region is what the engine's shared memory says: the newest epoch that is sealed (complete), the newest "
+    "that is committed (flushed too), and the newest of which a page may have come (receiving)."
+)
 POLL_SECONDS = 0.3  # how soon a change of the window's size is seen
 
 
@@ -109,27 +113,47 @@ def by_keys(walk: Walk, console: Console) -> None:
     """On a terminal: until q, Escape or Ctrl-C."""
     with console.screen(hide_cursor=True), _keys() as keys:
         while True:
-            size = console.size
             console.clear()
             if not walk.known:
                 console.print("[bright_black]Running this chapter on the engine ...[/]")
                 walk.chapter  # noqa: B018 this runs it
                 console.clear()
             show(walk, console)
-            console.print(Text(KEYS_HELP, style="bright_black"))
-            what = None
-            while what is None and console.size == size:
-                what = next(keys)
+            what = _pressed(keys, console)
+            if what == "legend":
+                console.clear()
+                console.print(Text(f"{_legend(walk, console)}\n\n{STATUS_HELP}\n\n? again goes back."))
+                what = _pressed(keys, console)
+                what = what if what == "quit" else None
             if what == "quit":
                 return
             if what is not None:
                 walk.move(what)
 
 
+def _pressed(keys: Iterator[str | None], console: Console) -> str | None:
+    """The next key's word; None if the window changed its size."""
+    size, what = console.size, None
+    while what is None and console.size == size:
+        what = next(keys)
+    return what
+
+
+def _legend(walk: Walk, console: Console) -> str:
+    return legend(walk.shape.columns, walk.shape.n_pages, console.width, console.height - 1)
+
+
 def show(walk: Walk, console: Console) -> None:
+    """The step; on a terminal with the keys, and with the legend where there is room for it."""
     chapter = walk.chapter
-    height = console.height - 1 if console.is_terminal else 0
-    console.print(draw(chapter, walk.number, walk.shape.columns, console.width, height))
+    if not console.is_terminal:
+        console.print(draw(chapter, walk.number, walk.shape.columns, console.width))
+        return
+    below = Text(KEYS_HELP, style="bright_black")
+    step = draw(chapter, walk.number, walk.shape.columns, console.width, console.height - 1)
+    words = Text(_legend(walk, console), style="bright_black")
+    whole = Group(step, words, below)
+    console.print(Group(step, below) if is_taller(whole, console.width, console.height - 1) else whole)
 
 
 @contextmanager

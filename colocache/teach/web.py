@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesson as one web page that carries all it needs: its look, its program, the recording and the questions."""
+"""The lesson as one web page that carries all it needs: its look, its program, the recording and its words."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from importlib import resources
 
 from colocache.teach.quiz import WHYS
 from colocache.teach.recording import Lesson
+from colocache.teach.wire import MESSAGES
 
 FILE = re.compile(r"/\*\{\{([\w.]+)\}\}\*/")  # /*{{lesson.css}}*/ stands for the file's text
 
@@ -17,8 +18,9 @@ FILE = re.compile(r"/\*\{\{([\w.]+)\}\}\*/")  # /*{{lesson.css}}*/ stands for th
 def page(lesson: Lesson) -> str:
     """The whole page as HTML text."""
     text = FILE.sub(lambda found: _file(found[1]), _file("lesson.html"))
-    questions = json.dumps([asdict(why) for why in WHYS], ensure_ascii=False, separators=(",", ":"))
-    return text.replace("{{lesson.json}}", _data(lesson.to_json())).replace("{{quiz.json}}", _data(questions))
+    words = {"questions": [asdict(why) for why in WHYS], "messages": MESSAGES}
+    text = text.replace("{{words.json}}", _data(json.dumps(words, ensure_ascii=False, separators=(",", ":"))))
+    return text.replace("{{lesson.json}}", _data(lesson.to_json()))
 
 
 def _data(text: str) -> str:

@@ -52,7 +52,7 @@ def arriving(play: Play) -> None:
         play.step(
             pair,
             "The SVM takes over, live",
-            "Asked for failover, the engine says: now, from your own memory. "
+            "Asked whether it may take over (failover), the engine says: now, from your own memory. "
             "The half that came stays in the cache, unused; that is what the second copy is for.",
             actor="svm",
             call="cache.failover()",

@@ -158,8 +158,8 @@ def death_sealed(play: Play) -> None:
         play.step(
             pair,
             "SIGKILL",
-            "Cache, flush set and device state of epoch 2 are in shared memory, and the commit word names them. "
-            "That is all that is needed.",
+            "Cache, flush set and device state of epoch 2 are in shared memory, and the word that the seal stored "
+            "names them. That is all that is needed.",
             actor="svm",
         )
         recovery = pair.attach()

@@ -31,7 +31,8 @@ def death_first(play: Play) -> None:
         play.step(
             pair,
             "SIGKILL",
-            "The process is gone; its shared memory is still there, with half of the pages in the cache. "
+            "The process was killed and had no time to tidy up; its shared memory is still there, with half of the "
+            "pages in the cache. "
             "The bitmaps shown are those that it left behind.",
             actor="svm",
         )

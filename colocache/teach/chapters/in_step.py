@@ -16,34 +16,40 @@ def in_step(play: Play) -> None:
         play.step(
             pair,
             "Two machines, so that one may die",
-            "Two hosts run the same virtual machine: the primary (PVM), which the world talks to, and the secondary "
-            "(SVM), which stands ready to take over. They drift apart, so now and then the SVM is made equal to the PVM"
-            " again: that is a checkpoint, and the state at it an epoch, numbered 1, 2, 3. "
-            "What tells which pages a guest wrote is its hypervisor's dirty log.",
+            "Two hosts run the same virtual machine. The world talks to the primary (PVM); the secondary (SVM) "
+            "computes the same, and stands ready to take over when the primary is lost.",
+        )
+        play.step(
+            pair,
+            "Made equal, again and again",
+            "Each has a clock of its own, so the two slowly drift apart, and the SVM must be made equal to the PVM "
+            "again: that is a checkpoint, and the state at it is an epoch, numbered 1, 2, 3. "
+            "A checkpoint comes after a set time, half a second say, or sooner if somebody asks, for instance because "
+            "the answers of the two begin to differ.",
         )
         play.step(
             pair,
             "Three copies of memory",
-            "The PVM's host holds one copy of guest memory; the SVM's host holds two: guest RAM, on which the "
-            "SVM runs, and the cache. All three are still empty, and so is every bitmap. "
-            "What the SVM's host holds lies in its shared memory: it outlives the SVM's process, so that a new one can "
-            "attach to it, but not the host.",
+            "The PVM's host holds one copy of guest memory; the SVM's host holds two: guest RAM, on which the SVM runs "
+            "(SVM memory here), and the cache, in which the next epoch gathers. "
+            "That is the price of protection, twice the guest's memory on this host; what it buys is this lesson's "
+            "subject. Both lie in shared memory: that outlives the SVM's process, though not its host.",
         )
         pair.pvm_writes(shape.all)
         play.step(
             pair,
             "The PVM boots",
             "The PVM's guest writes all of its memory; P1 in a page means: written by the PVM on the way to epoch 1. "
-            "The SVM does not run yet.",
+            "Its hypervisor keeps a dirty log, which tells which pages the guest wrote; the SVM does not run yet.",
             actor="pvm",
         )
         pair.pvm.sync()
         play.step(
             pair,
             "Everything is still to be sent",
-            "Each page that is taken from the PVM's dirty log goes into unacked before it is read. "
-            "A bit leaves unacked only when the other side has sealed: until then the page may have to be sent "
-            "again.",
+            "The PVM takes its dirty log and notes each page in a list called unacked: not acknowledged by the other "
+            "side. A page leaves that list only when the SVM's host says that the whole epoch is safe; until then it "
+            "may have to be sent again.",
             actor="pvm",
             call="sender.sync_dirty_log(log)",
         )
@@ -52,8 +58,8 @@ def in_step(play: Play) -> None:
         play.step(
             pair,
             "Pages arrive beside guest RAM",
-            "Half of the pages have come: their bytes are in the cache, and each has its bit in the PVM bitmap. "
-            "SVM memory is untouched, and it will stay so until the epoch is complete.",
+            "Half of the pages have come: their bytes are in the cache, and each has its bit in the PVM bitmap, which "
+            "notes what came from the PVM. SVM memory is untouched, and it will stay so until the epoch is complete.",
             actor="wire",
             call="cache.receive_stream(socket)",
             message="PAGES(1)",
@@ -75,9 +81,9 @@ def in_step(play: Play) -> None:
         play.step(
             pair,
             "Epoch 1 is sealed",
-            "One word in shared memory now says that epoch 1 is complete, and the PVM is told RECEIVED, which "
-            "empties unacked. "
-            "The flush set holds every page, because every page came.",
+            "One word in shared memory now says that epoch 1 is complete: that is the seal, and the PVM is told "
+            "RECEIVED, which empties unacked. "
+            "The flush set, the list of pages to copy, holds every page, because every page came.",
             actor="svm",
             call="cache.seal(1)",
             message="VMSTATE_RECEIVED(1)",

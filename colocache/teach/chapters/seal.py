@@ -51,8 +51,7 @@ def seal(play: Play) -> None:
             "Only now: RECEIVED",
             "The PVM is told that epoch 2 is safe; it empties unacked and lets out what it had withheld, such as "
             "network packets. "
-            "The world may see epoch 2 now, because a machine in the state of epoch 2 can no longer be lost "
-            "while one of the two hosts stands.",
+            "The world may see epoch 2 now: while one of the two hosts stands, it can no longer be lost.",
             actor="wire",
             call="sender.received()",
             message="VMSTATE_RECEIVED(2)",
