@@ -15,7 +15,8 @@ from toy import HEADER, Pair
 from colocache import message_header
 from colocache._native import ffi, lib
 from colocache.replication.address import Address
-from colocache.replication.messages import Hello, MessageType, decode_reason
+from colocache.replication.hello import Hello
+from colocache.replication.messages import MessageType, decode_reason
 
 M = MessageType
 PAGE = 4096

@@ -18,7 +18,7 @@ from colocache.replication.messages import AbortKind, MessageType
 
 PAGE = 4096
 M = MessageType
-CHECKPOINT, SESSION, REFUSED, LOAD, END = AbortKind
+CHECKPOINT, SESSION, REFUSED, LOAD, END, TOOK_OVER = AbortKind
 STATE = b'{"steps": 4, "sums": null}'
 
 

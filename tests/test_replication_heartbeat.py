@@ -12,10 +12,12 @@ import pytest
 
 from colocache import PeerLostError, TimedOutError, message_header
 from colocache.replication.channel import Channel
+from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
 from colocache.replication.messages import AbortKind, MessageType
+from colocache.replication.transport import PlainTransport
 
 
 @pytest.fixture
@@ -52,7 +54,10 @@ def test_a_peer_that_only_beats_is_alive_and_one_that_stops_is_lost(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
-    with Channel(near, peer_timeout=0.4) as mine, Channel(far, peer_timeout=0.4) as peer:
+    with (
+        Channel(PlainTransport(near), peer_timeout=0.4) as mine,
+        Channel(PlainTransport(far), peer_timeout=0.4) as peer,
+    ):
         peer.start_heartbeat(MessageType.PONG, 0.1)
         begin = time.monotonic()
         while time.monotonic() - begin < 1.2:  # three times the time after which silence counts
@@ -67,7 +72,7 @@ def test_a_peer_that_only_beats_is_alive_and_one_that_stops_is_lost(
 def test_a_beat_never_comes_inside_a_message(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
     near.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    with Channel(near, peer_timeout=10) as mine, Channel(far, peer_timeout=10) as peer:
+    with Channel(PlainTransport(near), peer_timeout=10) as mine, Channel(PlainTransport(far), peer_timeout=10) as peer:
         mine.start_heartbeat(MessageType.PING, 0.001)
         body = bytes(range(256)) * 4
         sending = threading.Thread(
@@ -88,7 +93,7 @@ def test_a_beat_never_comes_inside_a_message(ends: tuple[socket.socket, socket.s
 
 def test_a_send_to_a_peer_that_takes_nothing_ends_in_time(ends: tuple[socket.socket, socket.socket]) -> None:
     near, _far = ends
-    with Channel(near, peer_timeout=0.2) as mine:
+    with Channel(PlainTransport(near), peer_timeout=0.2) as mine:
         with pytest.raises(TimedOutError):
             for n in range(100_000):
                 mine.send(MessageType.ABORT, epoch=n, body=bytes(1024))
@@ -100,7 +105,7 @@ def test_a_message_that_does_not_exist_and_a_body_too_long_are_refused(
     ends: tuple[socket.socket, socket.socket],
 ) -> None:
     near, far = ends
-    with Channel(near, peer_timeout=1) as mine:
+    with Channel(PlainTransport(near), peer_timeout=1) as mine:
         far.sendall(message_header(0x77, 1, 0))
         with pytest.raises(ProtocolError, match="message 0x77, which does not exist"):
             mine.receive()
@@ -117,27 +122,27 @@ def test_a_message_that_does_not_exist_and_a_body_too_long_are_refused(
 
 def test_the_last_word_arrives_though_the_peer_was_still_sending(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
-    with Channel(near, peer_timeout=2) as mine:
+    with Channel(PlainTransport(near), peer_timeout=2) as mine:
         inbox = Inbox(mine)
         inbox.start()
         for _ in range(50):
             mine.send(MessageType.ABORT, body=bytes(1024))  # unread by the peer when it closes
-        with Channel(far, peer_timeout=2) as peer:
+        with Channel(PlainTransport(far), peer_timeout=2) as peer:
             peer.abort(AbortKind.CHECKPOINT, "enough", epoch=5)
             peer.linger()
         with pytest.raises(CheckpointAbortedError, match="enough"):
-            inbox.expect(MessageType.VMSTATE_RECEIVED, 5, 2.0)
+            inbox.expect(State.SENT, 5, 2.0)
         inbox.stop()
 
 
 def test_a_load_that_failed_late_is_still_told(ends: tuple[socket.socket, socket.socket]) -> None:
     near, far = ends
-    with Channel(near, peer_timeout=2) as mine:
+    with Channel(PlainTransport(near), peer_timeout=2) as mine:
         inbox = Inbox(mine)
         inbox.start()
         with pytest.raises(TimedOutError) as caught:
-            inbox.expect(MessageType.VMSTATE_LOADED, 5, 0.01)
-        with Channel(far, peer_timeout=2) as peer:
+            inbox.expect(State.SEALED, 5, 0.01)
+        with Channel(PlainTransport(far), peer_timeout=2) as peer:
             peer.abort(AbortKind.LOAD, "the disk is gone", epoch=5)
             peer.linger()
         why = inbox.why_ended(caught.value)
@@ -149,7 +154,7 @@ def test_a_load_that_failed_late_is_still_told(ends: tuple[socket.socket, socket
 def test_silence_wakes_a_sender_that_is_stuck(ends: tuple[socket.socket, socket.socket]) -> None:
     """A stopped peer takes no bytes: whoever sends must hear from the ear that it is silent."""
     near, _far = ends
-    with Channel(near, peer_timeout=0.3) as mine:
+    with Channel(PlainTransport(near), peer_timeout=0.3) as mine:
         inbox = Inbox(mine)
         inbox.start()
         begin = time.monotonic()
@@ -163,7 +168,7 @@ def test_silence_wakes_a_sender_that_is_stuck(ends: tuple[socket.socket, socket.
 
 def test_closing_twice_is_allowed_and_ends_the_beat(ends: tuple[socket.socket, socket.socket]) -> None:
     near, _far = ends
-    channel = Channel(near, peer_timeout=1)
+    channel = Channel(PlainTransport(near), peer_timeout=1)
     channel.start_heartbeat(MessageType.PING, 0.01)
     channel.close()
     channel.close()

@@ -14,7 +14,7 @@ import pytest
 from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, no_page_wrong, once, pair_of, while_set
 
 from colocache import ColocacheError, NoStateError
-from colocache.replication.failover import Loss, Verdict
+from colocache.replication.arbiter import Loss, SoloArbiter, Verdict
 from colocache.replication.messages import MessageType
 
 
@@ -162,8 +162,8 @@ def test_without_a_state_a_secondary_waits_for_its_primary_and_never_asks_the_ar
     """It died while pages arrived: the cache is newer than its epoch. A yes would stop the primary, and nobody ran."""
     asked: list[Loss] = []
 
-    class Asked:
-        def decide(self, loss: Loss) -> Verdict:
+    class Asked(SoloArbiter):
+        def acquire(self, loss: Loss) -> Verdict:
             asked.append(loss)
             return Verdict(True, "yes")
 

@@ -12,23 +12,24 @@ from hypothesis import strategies as st
 
 from colocache import ArgumentError, message_header, parse_header
 from colocache.replication.address import UNIX_PATH_BYTES_MAX, Address
+from colocache.replication.conversation import Meeting, meet
 from colocache.replication.errors import ProtocolError
+from colocache.replication.hello import Hello, HelloBlock
 from colocache.replication.messages import (
-    BLOCKS_MAX,
+    EPOCH_LIMIT,
     REASON_BYTES_MAX,
     U64_MAX,
     AbortKind,
-    Hello,
-    HelloBlock,
     MessageType,
     body_bytes_max,
-    check_pair,
     decode_reason,
     encode_reason,
     join_u64,
     name_of,
+    parse_message,
     split_u64,
 )
+from colocache.spec import BLOCKS_MAX
 
 HISTORY = bytes(range(16))
 names = st.text(st.characters(exclude_categories=("C", "Z")), min_size=1, max_size=40)
@@ -43,8 +44,10 @@ hellos = st.builds(
     role=st.sampled_from(["primary", "secondary"]),
     pair=names.filter(lambda name: len(name.encode()) <= 64),
     history=st.none() | st.binary(min_size=16, max_size=16),
-    sealed_epoch=st.integers(0, (1 << 63) - 1),
-    used_epoch=st.integers(0, (1 << 63) - 1),
+    sealed_epoch=st.integers(0, EPOCH_LIMIT - 1),
+    used_epoch=st.integers(0, EPOCH_LIMIT - 1),
+    in_flight=st.integers(0, EPOCH_LIMIT - 1),
+    rejoin=st.booleans(),
     lost=st.booleans(),
     machine=names,
     blocks=st.lists(blocks, min_size=1, max_size=8, unique_by=lambda block: block.name).map(tuple),
@@ -123,34 +126,35 @@ def test_a_changed_byte_is_refused_or_is_another_valid_hello(position: int, valu
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (raw(wire_version=2), "speaks wire version 2, this side 1"),
-        (raw(wire_version=True), "wire_version is no number"),
+        (raw(wire_version=1), "speaks version 1 of the conversation, this side 2"),
+        (raw(wire_version=True), "wire_version is not a number"),
         (raw(drop=("lost",)), "its fields are not those"),
         (raw(more=1), "its fields are not those"),
         (raw(role="observer"), "role is not one of primary, secondary"),
-        (raw(pair=""), "pair is no printable text"),
-        (raw(pair="x" * 65), "pair is no printable text of 1 to 64 bytes"),
-        (raw(pair="a\nb"), "pair is no printable text"),
+        (raw(pair=""), "pair is not printable text"),
+        (raw(pair="x" * 65), "pair is not printable text of 1 to 64 bytes"),
+        (raw(pair="a\nb"), "pair is not printable text"),
         (raw(history="12"), "history is not 32 hexadecimal digits"),
         (raw(history="G" * 32), "history is not 32 hexadecimal digits"),
-        (raw(sealed_epoch=-1), "sealed_epoch is no number"),
-        (raw(sealed_epoch=1 << 64), "sealed_epoch is no number"),
-        (raw(used_epoch=1 << 63), "no pair has ever come that far"),
+        (raw(sealed_epoch=-1), "sealed_epoch is not a number"),
+        (raw(sealed_epoch=1 << 64), "sealed_epoch is not a number"),
+        (raw(used_epoch=EPOCH_LIMIT), "used_epoch is 281474976710656; epoch numbers are below 2^48"),
+        (raw(in_flight=EPOCH_LIMIT), "in_flight is 281474976710656; epoch numbers are below 2^48"),
         (raw(sealed_epoch=10**30), "a number has 31 digits"),
-        (raw(used_epoch=1.5), "1.5 is no whole number"),
+        (raw(used_epoch=1.5), "1.5 is not a whole number"),
         (raw(lost=1), "lost is neither true nor false"),
-        (raw(blocks=[]), f"blocks is no list of 1 to {BLOCKS_MAX}"),
-        (raw(blocks=[["a", 4096, 4096]] * (BLOCKS_MAX + 1)), f"blocks is no list of 1 to {BLOCKS_MAX}"),
+        (raw(blocks=[]), f"blocks is not a list of 1 to {BLOCKS_MAX}"),
+        (raw(blocks=[["a", 4096, 4096]] * (BLOCKS_MAX + 1)), f"blocks is not a list of 1 to {BLOCKS_MAX}"),
         (raw(blocks=[["a", 4096]]), "a block is not"),
-        (raw(blocks=[["a", 4097, 4096]]), "a block of 4097 bytes is no multiple of its pages of 4096"),
+        (raw(blocks=[["a", 4097, 4096]]), "a block of 4097 bytes is not a multiple of its pages of 4096"),
         (raw(blocks=[["a", 0, 4096]]), "a block of 0 bytes"),
-        (raw(blocks=[["a", 8192, 8191]]), "pages of 8191 bytes are no power of two"),
+        (raw(blocks=[["a", 8192, 8191]]), "pages of 8191 bytes are not a power of two"),
         (raw(blocks=[["a", 2048, 2048]]), "pages of 2048 bytes"),
         (raw(blocks=[["a", 4096, 4096], ["a", 8192, 4096]]), "two blocks have the same name"),
-        (raw(blocks=[["x" * 256, 4096, 4096]]), "the name of a block is no printable text of 1 to 255 bytes"),
-        (b'{"wire_version":1,"wire_version":1}', "a field stands there twice"),
+        (raw(blocks=[["x" * 256, 4096, 4096]]), "the name of a block is not printable text of 1 to 255 bytes"),
+        (b'{"wire_version":1,"wire_version":1}', "a field occurs twice"),
         (b"[" * 100_000, "it is nested too deeply"),
-        (b'{"wire_version":NaN}', "NaN is no whole number"),
+        (b'{"wire_version":NaN}', "NaN is not a whole number"),
         (b"[1]", "it is not an object"),
         (b"\xff\xfe", "can't be read"),
     ],
@@ -182,10 +186,10 @@ def test_a_hello_with_the_most_and_longest_blocks_keeps_its_bound() -> None:
 )
 def test_two_that_do_not_belong_together_are_told_why(change: dict[str, Any], what: str) -> None:
     peer = hello(**{"role": "secondary", **change})
-    reason = check_pair(hello(), peer)
-    assert reason is not None
+    meeting, reason = meet(hello(), peer)
+    assert meeting is Meeting.REFUSED
     assert what in reason
-    assert check_pair(hello(), hello(role="secondary")) is None
+    assert meet(hello(), hello(role="secondary"))[0] is Meeting.GO_ON
 
 
 def test_message_numbers_are_qemus_and_ours_from_0x100() -> None:
@@ -206,6 +210,17 @@ def test_only_three_messages_have_a_body_and_each_a_bound() -> None:
     with_body = {kind for kind in MessageType if body_bytes_max(kind, 100)}
     assert with_body == {MessageType.HELLO, MessageType.ABORT, MessageType.VMSTATE_SIZE, MessageType.STREAM}
     assert body_bytes_max(MessageType.VMSTATE_SIZE, 100) == 100
+
+
+@given(st.sampled_from([kind for kind in MessageType if kind is not MessageType.PAGES]), st.integers(0, U64_MAX))
+def test_no_message_carries_an_epoch_that_a_pair_could_not_go_on_from(kind: MessageType, epoch: int) -> None:
+    """PAGES are the C library's to look at."""
+    header = message_header(kind, epoch, 0)
+    if epoch < EPOCH_LIMIT:
+        assert parse_message(header).epoch == epoch
+    else:
+        with pytest.raises(ProtocolError, match="epoch numbers are below 2\\^48"):
+            parse_message(header)
 
 
 @given(st.integers(0, U64_MAX))
@@ -236,6 +251,7 @@ def test_abort_kinds_do_not_move() -> None:
         ("REFUSED", 3),
         ("LOAD", 4),
         ("END", 5),
+        ("TOOK_OVER", 6),
     ]
 
 

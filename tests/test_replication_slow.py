@@ -17,7 +17,8 @@ from toy import QUICK, TOY_BLOCKS, Pair, pair_of
 
 from colocache import ColocacheError, Memory, message_header
 from colocache.replication.errors import ProtocolError
-from colocache.replication.messages import AbortKind, Hello, MessageType
+from colocache.replication.hello import Hello
+from colocache.replication.messages import AbortKind, MessageType
 from colocache.replication.waiting_room import WaitingRoom
 
 M = MessageType

@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from colocache import BlockSpec, Cache, ColocacheError, Memory, RamImage, Sender
-from colocache.replication.address import Address, prepare
+from colocache.demo.checks import Checks
+from colocache.replication.address import Address
+from colocache.replication.arbiter import Arbiter
 from colocache.replication.blocks import hello_blocks, rams_of_blocks, rams_of_images
 from colocache.replication.events import Events
-from colocache.replication.failover import Arbiter
 from colocache.replication.messages import MessageType
 from colocache.replication.options import PrimaryOptions, SecondaryOptions, Timing
 from colocache.replication.primary import Primary
@@ -192,7 +193,7 @@ class Link:
             except OSError:
                 near.close()
                 continue
-            self._open += [prepare(near), far]
+            self._open += [near, far]
             self._start(self._forward, "P→S", near, far)
             self._start(self._forward, "S→P", far, near)
 
@@ -323,6 +324,7 @@ class Pair:
             self.primary.mark_dirty(block, first_pfn, n_pages)
 
         self.pvm = ToyMachine(rams_of_images(images), mark_dirty, own=1)
+        checks = {name: options.pop(name) for name in ("verify", "hold", "die_at") if name in options}
         given = {"pair": "toy", "timing": self.timing, "interval": 0.05, "streams": self.streams, **options}
         self.primary = Primary(
             address=self.link.address,
@@ -334,6 +336,7 @@ class Pair:
             events=self.events_p,
             stop=self.stop_p,
             arbiter=self.arbiter,
+            observer=Checks(self.events_p, **checks),
             release_output=self.released.append,
         )
         return self.primary

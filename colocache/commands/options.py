@@ -135,10 +135,10 @@ timing_options = options(
 
 arbiter_option = click.option(
     "--arbiter",
-    type=click.Choice(("solo", "never")),
+    metavar="NAME[:ARGS]",
     default="solo",
     show_default=True,
-    help="Who decides whether this side may go on alone.",
+    help="Who decides whether this side may go on alone: solo always says yes, never always no.",
 )
 
 verify_option = click.option(

@@ -63,6 +63,12 @@ from colocache.commands.options import (
     "--connect-limit", default=30.0, least=0.01, help="How long to try to reach the secondary for the first time."
 )
 @arbiter_option
+@click.option(
+    "--rejoin",
+    is_flag=True,
+    help="If the secondary is gone for good, let a fresh one at ADDRESS take its place. This is your consent to give "
+    "the old one up: it must never take over, and the arbiter is asked to see to that.",
+)
 @report_options
 @click.option("--hold", is_flag=True, hidden=True)
 @click.option("--hash-at", type=int, default=0, hidden=True)
@@ -77,10 +83,11 @@ def primary(**given: Any) -> None:
     """
     from colocache import BlockSpec, RamImage, Sender
     from colocache.children import die_with_parent
+    from colocache.demo.checks import Checks
     from colocache.replication.address import Address
+    from colocache.replication.arbiter import make_arbiter
     from colocache.replication.blocks import hello_blocks, rams_of_images
     from colocache.replication.events import Events
-    from colocache.replication.failover import ARBITERS
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
     from colocache.replication.signals import end_as_by, stop_on_signals
@@ -100,15 +107,12 @@ def primary(**given: Any) -> None:
         ),
         interval=given["interval"],
         checkpoints=given["checkpoints"],
-        hold=given["hold"],
         background=given["background"],
         dirty_limit_pages=-(-given["dirty_limit"] // 4096),
-        verify=given["verify"],
-        hash_at=given["hash_at"],
-        die_at=given["die_at"],
-        die_at_checkpoint=given["die_at_checkpoint"],
         streams=given["streams"],
+        rejoin=given["rejoin"],
     )
+    arbiter = make_arbiter(given["arbiter"])
     events = Events("primary", machine_readable=given["events"])
     kind, why = guest_kind_available(given["guest"])
     specs: tuple[BlockSpec, ...] = blocks_for(given["ram"], kind)
@@ -143,7 +147,15 @@ def primary(**given: Any) -> None:
                 options=options,
                 events=events,
                 stop=stop,
-                arbiter=ARBITERS[given["arbiter"]](),
+                arbiter=arbiter,
+                observer=Checks(
+                    events,
+                    verify=given["verify"],
+                    hash_at=given["hash_at"] or given["checkpoints"],
+                    die_at=given["die_at"],
+                    die_at_checkpoint=given["die_at_checkpoint"],
+                    hold=given["hold"],
+                ),
             )
         )
         summary = made[0].run()

@@ -92,6 +92,7 @@ def secondary(**given: Any) -> None:
     """
     from colocache.children import die_with_parent
     from colocache.replication.address import Address
+    from colocache.replication.arbiter import make_arbiter
     from colocache.replication.events import Events
     from colocache.replication.keeper import Keeper
     from colocache.replication.signals import end_as_by, stop_on_signals
@@ -101,6 +102,7 @@ def secondary(**given: Any) -> None:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
     if given["attach"] and not given["name"]:
         raise click.UsageError("--attach needs --name: which region?")
+    make_arbiter(given["arbiter"])  # one that can't be made is said before anything else is
     events = Events("secondary", machine_readable=given["events"])
     kind, why = guest_kind_available(given["guest"])
     keeper: list[Keeper] = []

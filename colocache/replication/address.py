@@ -49,7 +49,7 @@ class Address:
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def connect(self, timeout: float) -> socket.socket:
-        """A connected socket, blocking, small messages leave at once. OSError if nobody answers within `timeout` s."""
+        """A connected socket, blocking. OSError if nobody answers within `timeout` seconds."""
         if self.path:
             made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             try:
@@ -60,7 +60,8 @@ class Address:
                 raise
         else:
             made = socket.create_connection((self.host, self.port), timeout=timeout)
-        return prepare(made)
+        made.settimeout(None)
+        return made
 
     def listen(self) -> tuple[socket.socket, Address]:
         """A listening socket and the address it got. SystemCallError if that is taken or not allowed."""
@@ -104,11 +105,3 @@ class Address:
                 self.remove()
             except OSError:
                 return
-
-
-def prepare(made: socket.socket) -> socket.socket:
-    """A fresh connection as the channel wants it: blocking, and TCP does not hold small messages back."""
-    made.settimeout(None)
-    if made.family in (socket.AF_INET, socket.AF_INET6):
-        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return made

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from colocache import Block, BlockSpec, RamImage
-from colocache.replication.messages import HelloBlock
+from colocache.replication.hello import HelloBlock
 from colocache.vmm.machine import Ram
 
 

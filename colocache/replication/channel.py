@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One connection: whole messages in, whole messages out, a time limit on every wait, and a sign of life when idle.
+The bytes are a Transport's; pages go through the C library.
 
 Sending is locked, so that a heartbeat comes between messages and never inside one. Receiving belongs to one thread.
 """
@@ -11,10 +12,10 @@ import select
 import socket
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
-from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header, parse_header
+from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
 from colocache.errors import (
     BlockError,
     EpochError,
@@ -28,53 +29,24 @@ from colocache.errors import (
 )
 from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
-from colocache.replication.messages import AbortKind, MessageType, body_bytes_max, encode_reason, name_of
+from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, parse_message
+from colocache.replication.transport import Transport
 
 LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
 LINGER_BYTES_MAX = 256 << 20
-
-
-@dataclass(frozen=True)
-class Message:
-    """A message's header, and its body once it was read (a device state is read straight into the cache instead)."""
-
-    type: MessageType
-    epoch: int
-    body_len: int
-    a: int
-    b: int
-    body: bytes = b""
-
-    def __str__(self) -> str:
-        return f"{self.type.name}({self.epoch})"
-
-
-def parse_message(header: bytes, device_state_max: int = 0) -> Message:
-    """A message without its body, whose length is within its bound. ProtocolError."""
-    try:
-        fields = parse_header(header)
-    except PacketError as error:
-        raise ProtocolError(f"what came is no message of colocache: {error}") from error
-    try:
-        kind = MessageType(fields.type)
-    except ValueError:
-        raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
-    bound = body_bytes_max(kind, device_state_max)
-    if kind is not MessageType.PAGES and fields.body_len > bound:
-        raise ProtocolError(f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed")
-    return Message(kind, fields.epoch, fields.body_len, fields.a, fields.b)
+DISCARD_BYTES = 1 << 18
 
 
 class Channel:
-    """Messages over a connected stream socket, which it owns. Context manager; closing it twice is allowed.
+    """Messages over a transport, which it owns. Context manager; closing it twice is allowed.
 
     `peer_timeout` seconds without a byte from the peer mean that it is lost. Raises PeerLostError when the connection
     is gone, TimedOutError when the peer is silent, ProtocolError when what came is damaged or may not come.
     """
 
-    def __init__(self, connection: socket.socket, *, peer_timeout: float, device_state_max: int = 0) -> None:
-        self._socket = connection
-        self._fd = connection.fileno()
+    def __init__(self, transport: Transport, *, peer_timeout: float, device_state_max: int = 0) -> None:
+        self._transport = transport
+        self._fd = transport.fileno()
         self.peer_timeout = peer_timeout
         self._device_state_max = device_state_max
         self._send_lock = threading.Lock()
@@ -130,24 +102,39 @@ class Channel:
             count = min(n_pages, 0xFFFFFFFF)
             self.send(MessageType.ABORT, epoch=epoch, a=int(kind), b=count, body=encode_reason(reason))
 
+    def last_word(self, kind: AbortKind, reason: str) -> None:
+        """Tell the peer why this side is about to go, without waiting for anything; nothing can be sent after it.
+
+        Any thread. A peer that takes nothing, or that is being sent something, finds only a broken connection.
+        """
+        body = encode_reason(reason)
+        if self._send_lock.acquire(blocking=False):
+            try:
+                if not (self._closed or self._broken):
+                    self._broken = True
+                    header = message_header(int(MessageType.ABORT), 0, len(body), int(kind))
+                    with contextlib.suppress(PeerLostError):
+                        self._transport.send([memoryview(header + body)])
+            finally:
+                self._send_lock.release()
+        self._transport.shut_down(socket.SHUT_WR)
+        self.stop_reading()
+        for stream in self.streams:
+            stream.shut_down()
+
     def _send_all(self, parts: list[memoryview]) -> None:
         self._check_open()
-        flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
         try:
             while parts:
-                try:
-                    sent = self._socket.sendmsg(parts, [], flags)
-                except BlockingIOError:
+                sent = self._transport.send(parts)
+                if sent is None:
                     self._wait(select.POLLOUT, "take a message")
                     continue
                 while parts and sent >= len(parts[0]):
                     sent -= len(parts.pop(0))
                 if parts:
                     parts[0] = parts[0][sent:]
-        except OSError as error:
-            self._broken = True
-            raise PeerLostError(f"the connection broke while sending: {error.strerror or error}") from error
-        except TimedOutError:
+        except (PeerLostError, TimedOutError):
             self._broken = True
             raise
         self.last_sent = time.monotonic()
@@ -188,15 +175,13 @@ class Channel:
                 body = bytes(self._begun[HEADER_BYTES:])
                 self._begun.clear()
                 return replace(message, body=body)
-            try:
-                more = self._socket.recv(wanted - len(self._begun), socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            more = bytearray(wanted - len(self._begun))
+            n = self._transport.receive(memoryview(more))
+            if n is None:
                 return None
-            except OSError as error:
-                raise PeerLostError(f"the connection broke while receiving: {error.strerror or error}") from error
-            if not more:
+            if n == 0:
                 raise PeerLostError("the peer closed the connection")
-            self._begin(more)
+            self._begin(more[:n])
 
     def receive_past_pages(self, cache: Cache, epoch: int = 0) -> tuple[Message, int]:
         """Take pages into the cache until another message comes: that message and the number of pages.
@@ -229,19 +214,16 @@ class Channel:
         done = 0
         while done < len(room):
             self._check_open()
-            try:
-                n = self._socket.recv_into(room[done:], 0, socket.MSG_DONTWAIT)
-            except BlockingIOError:
+            n = self._transport.receive(room[done:])
+            if n is None:
                 self._wait(select.POLLIN, "say anything")
                 continue
-            except OSError as error:
-                raise PeerLostError(f"the connection broke while receiving: {error.strerror or error}") from error
             if n == 0:
                 raise PeerLostError("the peer closed the connection")
             done += n
             self.last_heard = time.monotonic()
 
-    def _begin(self, data: bytes) -> None:
+    def _begin(self, data: bytes | bytearray) -> None:
         self.last_heard = time.monotonic()
         if not self._begun:
             self._begun_at = self.last_heard
@@ -282,15 +264,13 @@ class Channel:
 
     def shut_down(self) -> None:
         """Break the connection; whoever sends or receives on it, in whatever thread, is told at once. Any thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._transport.shut_down(socket.SHUT_RDWR)
         for stream in self.streams:
             stream.shut_down()
 
     def stop_reading(self) -> None:
         """Whoever receives on it is told that nothing more comes; a last word can still be sent. Any thread."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RD)
+        self._transport.shut_down(socket.SHUT_RD)
 
     def fileno(self) -> int:
         """For a poll."""
@@ -307,18 +287,17 @@ class Channel:
             n = self.discard()
             if n == 0:
                 return
-            left -= n
+            left -= n or 0
 
     def end_sending(self) -> None:
         """The peer reads to the end of what was sent."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_WR)
+        self._transport.shut_down(socket.SHUT_WR)
 
-    def discard(self) -> int:
+    def discard(self) -> int | None:
         """Throw away what has come, at most 256 KiB of it: how many bytes, 0 at the end of the connection."""
         try:
-            return len(self._socket.recv(1 << 18, socket.MSG_DONTWAIT))
-        except OSError:
+            return self._transport.receive(memoryview(bytearray(DISCARD_BYTES)))
+        except PeerLostError:
             return 0
 
     def close(self) -> None:
@@ -331,6 +310,6 @@ class Channel:
             self._heartbeat.stop()
         # Whoever still sends has been woken by the shutdown; the descriptor must not be reused under them.
         with self._send_lock:
-            self._socket.close()
+            self._transport.close()
         for stream in self.streams:
             stream.close()

@@ -18,10 +18,10 @@ from typing import Any
 from colocache import Cache, Memory
 from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
+from colocache.replication.arbiter import LeaseLostError, make_arbiter
 from colocache.replication.blocks import hello_blocks, rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
 from colocache.replication.events import Events
-from colocache.replication.failover import ARBITERS
 from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
 from colocache.replication.signals import Wakeup, end_as_by, stop_on_signals
@@ -32,7 +32,7 @@ EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
 EXIT_AGAIN = 75  # something broke that a fresh process may not have: the keeper starts one, which attaches
 
 # What ends a secondary for good: a fresh process would find the same.
-FINAL = (RefusedError, PeerLostError, NoStateError, LoadFailedError, SecondaryLostError)
+FINAL = (RefusedError, PeerLostError, NoStateError, LoadFailedError, SecondaryLostError, LeaseLostError)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def _run(
                 options=options,
                 events=events,
                 stop=stop,
-                arbiter=ARBITERS[config.arbiter](),
+                arbiter=make_arbiter(config.arbiter),
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)

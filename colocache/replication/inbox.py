@@ -6,54 +6,56 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
+from collections.abc import Callable
 
 from colocache.errors import ColocacheError, TimedOutError
-from colocache.replication.channel import Channel, Message
+from colocache.replication.channel import Channel
+from colocache.replication.conversation import Meaning, State, meaning_of
 from colocache.replication.errors import (
     ProtocolError,
     RefusedError,
     SecondaryLostError,
     SessionEndedError,
+    TookOverError,
 )
-from colocache.replication.messages import AbortKind, MessageType, decode_reason
+from colocache.replication.messages import Message, MessageType, decode_reason
+
+SLICE_SECONDS = 0.1
 
 
 class CheckpointAbortedError(ColocacheError):
     """The secondary gave up this epoch and goes on with the next."""
 
 
-def meaning_of(message: Message, wanted: MessageType, epoch: int) -> ColocacheError:
-    """What an ABORT of the secondary means where `wanted` for `epoch` must come. ProtocolError: nothing.
-
-    It may end the session at any time; refuse the pair instead of its HELLO; give up an epoch until it is sealed; and
-    be lost between that and its running again.
-    """
-    reason = decode_reason(message.body)
-    if message.a == AbortKind.SESSION:
-        return SessionEndedError(f"the secondary ended the session: {reason}")
-    if message.a == AbortKind.REFUSED and wanted is MessageType.HELLO:
-        return RefusedError(f"the secondary refuses this primary: {reason}")
-    if message.epoch == epoch:
-        if message.a == AbortKind.CHECKPOINT and wanted in (MessageType.CHECKPOINT_REPLY, MessageType.VMSTATE_RECEIVED):
-            return CheckpointAbortedError(reason)
-        if message.a == AbortKind.LOAD and wanted is MessageType.VMSTATE_LOADED:
-            return SecondaryLostError(f"the secondary is lost: {reason}")
-    return ProtocolError(
-        f"the secondary sent {message} of kind {message.a} where {wanted.name}"
-        + (f"({epoch})" if epoch else "")
-        + f" must come: {reason}"
-    )
+def answer(state: State, message: Message, epoch: int = 0) -> bool:
+    """Is this what a primary waits for in `state`? False: only a sign of life. Raises what anything else means."""
+    meaning = meaning_of(state, message, this=epoch)
+    reason = decode_reason(message.body) if message.type is MessageType.ABORT else ""
+    if meaning is Meaning.SESSION_ENDS:
+        raise SessionEndedError(f"the secondary ended the session: {reason}")
+    if meaning is Meaning.REFUSED:
+        raise RefusedError(f"the secondary refuses this primary: {reason}")
+    if meaning is Meaning.EPOCH_GIVEN_UP:
+        raise CheckpointAbortedError(reason)
+    if meaning is Meaning.SECONDARY_LOST:
+        raise SecondaryLostError(f"the secondary is lost: {reason}")
+    if meaning is Meaning.TOOK_OVER:
+        raise TookOverError(f"the secondary took over, and this primary stands still: {reason}")
+    return meaning is Meaning.ANSWER
 
 
 class Inbox:
     """Reads a channel until it ends. When it does, it breaks the channel, so that a sender in C is woken too."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, tick: Callable[[], None] = lambda: None) -> None:
+        """`tick` is called at least every SLICE_SECONDS while somebody waits here, and may end that by raising."""
         self._channel = channel
+        self._tick = tick
         self._queue: queue.SimpleQueue[Message | ColocacheError] = queue.SimpleQueue()
         self._end: ColocacheError | None = None
         self._ended = threading.Event()
-        self._load_awaited = 0  # the epoch whose LOADED must come, 0 = none: only then may the secondary be lost
+        self._state, self._epoch = State.AT_REST, 0
         self.checkpoint_wanted = threading.Event()  # the secondary asked for one
         self.arrived = threading.Event()  # something waits, or checkpoint_wanted: for who waits for several things
         self._thread = threading.Thread(target=self._run, name="colocache-inbox", daemon=True)
@@ -68,31 +70,36 @@ class Inbox:
         if self._thread.is_alive():
             self._thread.join()
 
-    def expect(self, wanted: MessageType, epoch: int, timeout: float) -> Message:
-        """The next message, which must be `wanted` for `epoch`. Raises what an ABORT means, or why nothing comes."""
-        self._load_awaited = epoch if wanted is MessageType.VMSTATE_LOADED else 0
-        try:
-            found = self._queue.get(timeout=timeout)
-        except queue.Empty:
+    def expect(self, state: State, epoch: int, timeout: float) -> Message:
+        """The answer that `state` waits for. Raises what else comes means, or why nothing comes."""
+        self._state, self._epoch = state, epoch
+        found = self._next(time.monotonic() + timeout)
+        if found is None:
             raise TimedOutError(
-                f"the secondary lives but did not answer {wanted.name}({epoch}) within {timeout:g} s"
-            ) from None
+                f"the secondary lives but did not answer {state.value.awaits}({epoch}) within {timeout:g} s"
+            )
         if isinstance(found, ColocacheError):
             self._queue.put(found)  # the end stays the end
             raise found
-        if found.type is MessageType.ABORT:
-            raise meaning_of(found, wanted, epoch)
-        if found.type is not wanted or found.epoch != epoch:
-            raise ProtocolError(f"the secondary sent {found} where {wanted.name}({epoch}) must come")
-        self._load_awaited = 0
+        answer(state, found, epoch)
+        self._state = State.AT_REST
         return found
+
+    def _next(self, until: float) -> Message | ColocacheError | None:
+        while (left := until - time.monotonic()) > 0:
+            self._tick()
+            try:
+                return self._queue.get(timeout=min(left, SLICE_SECONDS))
+            except queue.Empty:
+                continue
+        return None
 
     def check_idle(self) -> None:
         """Between checkpoints nothing but signs of life may come: raises what came instead, or the end."""
+        self._tick()
         self.arrived.clear()
-        if self._queue.empty():
-            return
-        self.expect(MessageType.PONG, 0, 1.0)
+        if not self._queue.empty():
+            self.expect(State.AT_REST, 0, 1.0)
 
     def why_ended(self, error: ColocacheError) -> ColocacheError:
         """After a failed send or a wait in vain: the reason that was read, which says more than the broken pipe."""
@@ -105,8 +112,10 @@ class Inbox:
                 self._queue.put(found)
                 break
             if found.type is MessageType.ABORT:
-                wanted = MessageType.VMSTATE_LOADED if self._load_awaited else MessageType.PONG
-                last = meaning_of(found, wanted, self._load_awaited)
+                try:
+                    answer(self._state, found, self._epoch)
+                except ColocacheError as meant:
+                    last = meant
                 break
         return last
 
@@ -114,9 +123,14 @@ class Inbox:
         try:
             while True:
                 message = self._channel.receive()
-                if message.type is MessageType.PONG:
+                # What may come at any moment is heard here; the rest waits for whoever knows where the primary stands.
+                try:
+                    meaning = meaning_of(State.AT_REST, message)
+                except ProtocolError:
+                    meaning = None
+                if meaning is Meaning.ALIVE:
                     continue
-                if message.type is MessageType.CHECKPOINT_REQUEST and message.epoch == 0:
+                if meaning is Meaning.CHECKPOINT_WANTED:
                     self.checkpoint_wanted.set()
                 else:
                     self._queue.put(message)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both sides can be told: times in seconds, limits, and how much is verified."""
+"""What both sides can be told: times in seconds and limits."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colocache.choices import STREAMS_MAX, VERIFY
+from colocache.choices import STREAMS_MAX
 from colocache.errors import ArgumentError
-
-DIE_AT = ("receiving", "sealed")
 
 
 @dataclass(frozen=True)
@@ -43,29 +41,15 @@ class PrimaryOptions:
     timing: Timing = Timing()
     interval: float = 0.5  # seconds between checkpoints
     checkpoints: int = 0  # end after so many; 0 = go on until stopped
-    hold: bool = False  # after the last checkpoint: stay connected and run on instead of ending
     background: bool = True  # send pages between checkpoints too
     dirty_limit_pages: int = 0  # dirty pages that call for a checkpoint before its time; 0 = no limit
-    verify: str = "all"
-    hash_at: int = 0  # verify "last": the checkpoint, counted from 1, that carries hashes; 0 = number `checkpoints`
-    die_at: str = ""  # for the demo and tests: SIGKILL itself at this point ...
-    die_at_checkpoint: int = 0  # ... of this checkpoint, counted from 1
     streams: int = 1  # connections that carry pages at once
+    rejoin: bool = False  # a secondary that is gone for good may be given up for a fresh one
 
     def __post_init__(self) -> None:
         _check_streams(self.streams)
         if not 0 <= self.interval <= 86400:
             raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")
-        if self.verify not in VERIFY:
-            raise ArgumentError(f"verify is {self.verify!r}: give {', '.join(VERIFY)}")
-        if self.die_at and self.die_at not in DIE_AT:
-            raise ArgumentError(f"die_at is {self.die_at!r}: give {', '.join(DIE_AT)}")
-
-    def wants_hashes(self, checkpoint: int) -> bool:
-        """Shall the device state of this checkpoint, counted from 1, carry a hash per page?"""
-        if self.verify == "last":
-            return checkpoint == (self.hash_at or self.checkpoints)
-        return self.verify == "all"
 
 
 @dataclass(frozen=True)

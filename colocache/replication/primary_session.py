@@ -3,23 +3,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
+import threading
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from colocache import SendResult
-from colocache.errors import ColocacheError, LogLostError, PeerLostError, TimedOutError
+from colocache.errors import ColocacheError, PeerLostError, TimedOutError
 from colocache.replication.channel import Channel
+from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError
+from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, MessageType, join_u64, split_u64
+from colocache.replication.messages import AbortKind, MessageType, split_u64
+from colocache.replication.observer import Observer
+from colocache.replication.options import PrimaryOptions
+from colocache.replication.pvm import Pvm
 from colocache.replication.results import SentCheckpoint
+from colocache.replication.signals import Flag
 from colocache.replication.streams_out import OutStreams
-
-if TYPE_CHECKING:
-    from colocache.replication.primary import Primary
 
 INITIAL_ROUND_PAGES = 8192  # between two of these the secondary copies what has come to its guest RAM
 INITIAL_PASSES = 3  # over what the guest dirtied during the pass before
@@ -32,45 +32,52 @@ SAVE_FAILURES_MAX = 3  # in a row
 class PrimarySession:
     """Talks to one secondary until the end, or until an error says why there is no more talking."""
 
-    def __init__(self, primary: Primary, channel: Channel) -> None:
-        self._primary = primary
-        self._machine = primary.machine
-        self._sender = primary.sender
-        self._options = primary.options
-        self._timing = primary.timing
+    def __init__(
+        self,
+        pvm: Pvm,
+        channel: Channel,
+        options: PrimaryOptions,
+        events: Events,
+        *,
+        stop: threading.Event,
+        checkpoint_wanted: Flag,
+        observer: Observer,
+        done: Callable[[SentCheckpoint], None],
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`done` hears of each checkpoint; `tick` is called every now and then and may end the session by raising."""
+        self._pvm = pvm
+        self._options = options
+        self._timing = options.timing
+        self._events = events
+        self._stop = stop
+        self._checkpoint_wanted = checkpoint_wanted
+        self._observer = observer
+        self._done = done
         self._channel = channel
         self._streams = OutStreams(channel)
-        self._inbox = Inbox(channel)
-        self._sent = _Sent()  # for the open epoch
+        self._inbox = Inbox(channel, tick)
         self._save_failures = 0
-        self._epoch = 0  # the open one: pages sent now belong to it
-
-    def _open_next_epoch(self) -> None:
-        """A number is used from its first page on, and an aborted one is not used again."""
-        self._primary.state.used_epoch += 1
-        self._epoch = self._primary.state.used_epoch
-        self._sent = _Sent()
 
     def run(self, fresh: bool) -> None:
         """Until the wanted checkpoints are done or the primary is stopped; then the secondary is told so."""
         self._inbox.start()
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
-        self._open_next_epoch()
+        self._pvm.open_epoch()
         try:
             if fresh:
                 self._initial_copy()
             wanted = self._options.checkpoints
-            state = self._primary.state
             now = True  # a pair that has just met is not in step yet
-            while not self._primary.stop.is_set() and (not wanted or state.checkpoints < wanted):
+            while not self._stop.is_set() and (not wanted or self._pvm.pair.checkpoints < wanted):
                 if not now:
                     self._between_checkpoints()
-                    if self._primary.stop.is_set():
+                    if self._stop.is_set():
                         break
                 now = False
                 self._checkpoint()
-            if self._options.hold:
-                self._hold()
+            if self._observer.stays():
+                self._stay()
         except (PeerLostError, TimedOutError) as error:
             raise self._inbox.why_ended(error) from error
         except ProtocolError as error:
@@ -88,39 +95,27 @@ class PrimarySession:
 
     # ---- pages ----
 
-    def _sync(self) -> None:
-        """Take the dirty log into pending and unacked; one that can't be read counts as all ones."""
-        try:
-            self._machine.sync_dirty_log(self._sender)
-        except LogLostError:
-            self._sender.mark_all()
-
     def _send(self, max_pages: int = 0) -> int:
         # A secondary that flushes takes nothing for a while: that is back-pressure. Silence is the inbox's to notice.
-        results = self._streams.send(
-            self._sender, epoch=self._epoch, timeout=self._timing.checkpoint_timeout, max_pages=max_pages
-        )
-        for result in results:
-            self._sent.add(result)
-        return sum(result.n_pages for result in results)
+        return self._pvm.send(self._streams, timeout=self._timing.checkpoint_timeout, max_pages=max_pages)
 
     def _initial_copy(self) -> None:
         """All of RAM while the machine runs, then what it dirtied meanwhile, until little is left."""
         begin, total = time.monotonic(), 0
         for _ in range(INITIAL_PASSES):
-            while self._sender.count()[0] and not self._primary.stop.is_set():
+            while self._pvm.pending_pages and not self._stop.is_set():
                 total += self._send(INITIAL_ROUND_PAGES)
                 # receive_stream hands out the PING, and the secondary uses the moment to copy ahead.
                 self._channel.send(MessageType.PING)
                 self._inbox.check_idle()
-            self._sync()
+            self._pvm.sync()
         seconds = time.monotonic() - begin
-        self._primary.events.emit(
+        self._events.emit(
             "initial",
             f"the initial copy sent {total} pages in {seconds:.2f} s",
             pages=total,
             seconds=round(seconds, 4),
-            bytes=self._sent.n_bytes,
+            bytes=self._pvm.sent.n_bytes,
         )
 
     def _between_checkpoints(self) -> None:
@@ -129,16 +124,16 @@ class PrimarySession:
         due = begin + self._options.interval
         step = max(BACKGROUND_SECONDS_MIN, self._options.interval / BACKGROUND_ROUNDS)
         next_round = begin + step
-        while not self._primary.stop.is_set():
+        while not self._stop.is_set():
             now = time.monotonic()
             self._inbox.check_idle()
             self._check_machine()
-            wanted = self._inbox.checkpoint_wanted.is_set() or self._primary.checkpoint_wanted.is_set()
+            wanted = self._inbox.checkpoint_wanted.is_set() or self._checkpoint_wanted.is_set()
             if now >= due or wanted or self._above_dirty_limit():
                 return
             if now >= next_round:
                 if self._options.background:
-                    self._sync()
+                    self._pvm.sync()
                     self._send()
                 next_round = time.monotonic() + step
                 continue
@@ -146,19 +141,20 @@ class PrimarySession:
 
     def _above_dirty_limit(self) -> bool:
         limit = self._options.dirty_limit_pages
-        return bool(limit) and max(self._sender.count()[1], self._machine.dirty_hint()) >= limit
+        return bool(limit) and self._pvm.dirty_pages() >= limit
 
     def _check_machine(self) -> None:
-        if self._machine.failure is not None:
-            reason = f"the primary's machine failed: {self._machine.failure}"
+        failure = self._pvm.machine.failure
+        if failure is not None:
+            reason = f"the primary's machine failed: {failure}"
             self._channel.abort(AbortKind.SESSION, reason)
             self._channel.linger()
             raise ColocacheError(reason)
 
-    def _hold(self) -> None:
+    def _stay(self) -> None:
         """Stay connected without checkpoints, until stopped or killed."""
-        self._primary.events.emit("holding", "no more checkpoints; running on")
-        while not self._primary.stop.is_set():
+        self._events.emit("holding", "no more checkpoints; running on")
+        while not self._stop.is_set():
             self._inbox.check_idle()
             self._check_machine()
             self._inbox.arrived.wait(SLICE_SECONDS)
@@ -166,103 +162,69 @@ class PrimarySession:
     # ---- the checkpoint ----
 
     def _checkpoint(self) -> None:
-        primary, epoch = self._primary, self._epoch
-        primary.checkpoint_wanted.clear()
+        epoch = self._pvm.epoch
+        self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
         try:
             result = self._converse(epoch)
         except CheckpointAbortedError as error:
-            self._given_up(epoch, f"the secondary gave up epoch {epoch}: {error}")
+            self._pvm.give_up()
+            self._pvm.resume()
+            reason = f"the secondary gave up epoch {epoch}: {error}"
+            self._events.emit("aborted", reason, epoch=epoch, reason=reason)
             return
         self._save_failures = 0
-        primary.checkpoint_done(result)
-
-    def _given_up(self, epoch: int, reason: str) -> None:
-        """The epoch is lost, the pair is not: what it carried is sent again with the next one."""
-        primary = self._primary
-        primary.state.in_flight = 0
-        self._sender.resend()
-        self._open_next_epoch()
-        primary.resume_machine()
-        primary.events.emit("aborted", reason, epoch=epoch, reason=reason)
+        self._pvm.loaded()
+        self._done(result)
 
     def _converse(self, epoch: int) -> SentCheckpoint:
-        primary, channel, timeout = self._primary, self._channel, self._timing.checkpoint_timeout
-        number = primary.state.checkpoints + 1
-        background = self._sent.n_pages
+        pvm, channel, timeout = self._pvm, self._channel, self._timing.checkpoint_timeout
+        number = pvm.pair.checkpoints + 1
+        background = pvm.sent.n_pages
         channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch)
-        self._inbox.expect(MessageType.CHECKPOINT_REPLY, epoch, timeout)
+        self._inbox.expect(State.REQUESTED, epoch, timeout)
 
-        primary.pause_machine()
+        pvm.pause()
         stopped = time.monotonic_ns()
-        self._sync()
+        pvm.sync()
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
-        self._maybe_die("receiving", number)
+        self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
         self._send()
-        with_hashes = self._options.wants_hashes(number)
-        begin = time.monotonic_ns()
         try:
-            state = self._machine.save_device_state(with_hashes=with_hashes)
+            saved = self._observer.save(pvm.machine, number)
         except ColocacheError as error:
-            self._save_failures += 1
-            if self._save_failures >= SAVE_FAILURES_MAX:
-                raise
-            reason = f"the primary's device state can't be saved: {error}"
-            channel.abort(AbortKind.CHECKPOINT, reason, epoch=epoch, n_pages=self._sent.n_pages)
-            if len(self._streams) > 1:
-                # Pages of the next epoch must not overtake the ABORT on another stream: the secondary answers it.
-                with contextlib.suppress(CheckpointAbortedError):
-                    self._inbox.expect(MessageType.VMSTATE_RECEIVED, epoch, timeout)
+            self._take_back(epoch, error)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
-        hash_ns = time.monotonic_ns() - begin if with_hashes else 0
-        if with_hashes:
-            low, high = split_u64(hash_ns)
-            channel.send(MessageType.PING, epoch=epoch, a=low, b=high)
-        low, high = split_u64(self._sent.n_pages)
-        # From the first byte of this message on the secondary may seal without our ever hearing of it.
-        primary.state.in_flight = epoch
-        channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=state)
-        self._inbox.expect(MessageType.VMSTATE_RECEIVED, epoch, timeout)
-        self._maybe_die("sealed", number)
-        self._sender.received()
-        primary.state.in_flight = 0
-        primary.state.sealed_epoch = epoch
-        sent = self._sent
-        self._open_next_epoch()
-        primary.release_output(epoch)
-        loaded = self._inbox.expect(MessageType.VMSTATE_LOADED, epoch, timeout)
-        hash_ns += join_u64(loaded.a, loaded.b)
-        primary.resume_machine()
+        sent = pvm.sent
+        low, high = split_u64(sent.n_pages)
+        pvm.in_flight()
+        channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
+        self._inbox.expect(State.SENT, epoch, timeout)
+        self._observer.received(number, epoch)
+        pvm.received()
+        pvm.open_epoch()
+        # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
+        # it writes belongs to the next epoch, of which nothing goes out before LOADED.
+        pvm.resume()
+        running = time.monotonic_ns()
+        self._inbox.expect(State.SEALED, epoch, timeout)
         return SentCheckpoint(
             epoch=epoch,
             sent_pages=sent.n_pages,
             background_pages=background,
             zero_pages=sent.n_zero,
             n_bytes=sent.n_bytes,
-            state_bytes=len(state),
-            pause_ns=max(0, time.monotonic_ns() - stopped - hash_ns),
-            hash_ns=hash_ns,
+            state_bytes=len(saved.state),
+            pause_ns=max(0, running - stopped - saved.extra_ns),
+            extra_ns=saved.extra_ns,
         )
 
-    def _maybe_die(self, point: str, number: int) -> None:
-        """For the demo and the tests: die like a host that loses power, at exactly this point."""
-        if self._options.die_at != point or self._options.die_at_checkpoint != number:
-            return
-        if point == "receiving":
-            pending = self._sender.count()[0]
-            if pending > 1:
-                self._send(pending // 2)
-        self._primary.events.emit("dying", f"killing itself: {point}", point=point, epoch=self._epoch)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _Sent:
-    """Pages sent for the open epoch, in the background and in the checkpoint."""
-
-    def __init__(self) -> None:
-        self.n_pages = self.n_zero = self.n_bytes = 0
-
-    def add(self, result: SendResult) -> None:
-        self.n_pages += result.n_pages
-        self.n_zero += result.n_zero
-        self.n_bytes += result.n_bytes
+    def _take_back(self, epoch: int, error: ColocacheError) -> None:
+        """The device state can't be saved: the secondary is told to forget the epoch."""
+        self._save_failures += 1
+        if self._save_failures >= SAVE_FAILURES_MAX:
+            raise error
+        reason = f"the primary's device state can't be saved: {error}"
+        self._channel.abort(AbortKind.CHECKPOINT, reason, epoch=epoch, n_pages=self._pvm.sent.n_pages)
+        if len(self._streams) > 1:
+            self._inbox.expect(State.TAKING_BACK, epoch, self._timing.checkpoint_timeout)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-STAGES = ("wait", "receive", "sync", "check", "union", "seal", "copy", "load")
+STAGES = ("receive", "sync", "check", "union", "seal", "copy", "load")
 
 
 def ms(nanoseconds: int) -> float:
@@ -19,7 +19,8 @@ class CheckpointResult:
     """One checkpoint as the secondary saw it. Page counts are the three parts of the flush set; times in nanoseconds.
 
     `pause_ns` runs from the last byte of the epoch received to the vCPUs running, `stop_ns` from CHECKPOINT_REQUEST;
-    neither counts `verify_ns`, the comparison with the primary's hashes.
+    neither counts `verify_ns`, the comparison with the primary's hashes. What the primary does meanwhile is in
+    `receive_ns` and `stop_ns`: its making of hashes too, if it makes some.
     """
 
     epoch: int
@@ -29,7 +30,6 @@ class CheckpointResult:
     flushed_pages: int
     n_runs: int
     n_bytes: int
-    wait_ns: int  # for the flush of the epoch before
     receive_ns: int  # CHECKPOINT_REQUEST to the last byte
     sync_ns: int  # the SVM's dirty log
     check_ns: int  # the VM's look at the device state
@@ -78,7 +78,7 @@ class CheckpointResult:
 
 @dataclass(frozen=True)
 class SentCheckpoint:
-    """One checkpoint as the primary saw it. `pause_ns`: its VM stopped to running, without the time for hashes."""
+    """One checkpoint as the primary saw it. `pause_ns`: its VM stopped to running, without its observer's time."""
 
     epoch: int
     sent_pages: int  # background and foreground
@@ -87,12 +87,12 @@ class SentCheckpoint:
     n_bytes: int
     state_bytes: int
     pause_ns: int
-    hash_ns: int  # making hashes here and comparing them there
+    extra_ns: int  # of the observer, for what is no part of a checkpoint: hashes
 
     def to_event(self) -> dict[str, Any]:
         """The fields of the `checkpoint` event."""
         made = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("pause_ns", "hash_ns"):
+        for name in ("pause_ns", "extra_ns"):
             made[name.replace("_ns", "_ms")] = ms(made.pop(name))
         made["bytes"] = made.pop("n_bytes")
         return made

@@ -7,11 +7,19 @@ import threading
 import time
 from collections.abc import Callable
 
-from colocache import Phase
-from colocache.errors import ColocacheError, EpochError, IncompleteError, PeerLostError, TimedOutError, VetoError
-from colocache.replication.channel import Channel, Message
+from colocache.errors import (
+    ColocacheError,
+    EpochError,
+    FailedOverError,
+    IncompleteError,
+    PeerLostError,
+    TimedOutError,
+    VetoError,
+)
+from colocache.replication.channel import Channel
+from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
-from colocache.replication.messages import AbortKind, MessageType, decode_reason, join_u64, split_u64
+from colocache.replication.messages import AbortKind, Message, MessageType, decode_reason, encode_reason, join_u64
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
 from colocache.replication.signals import Flag
@@ -52,9 +60,8 @@ class SecondarySession:
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
         self._done = done
-        self._began_to_talk = False  # the primary: it has accepted this side's HELLO
+        self._state = State.READY
         self._asked = False  # for the checkpoint that comes next
-        self._peer_hash_ns = 0
         self._began = time.monotonic()
         self._n_pages = 0  # before the first checkpoint: the initial copy
 
@@ -75,7 +82,9 @@ class SecondarySession:
     def _converse(self) -> str:
         try:
             return self._listen()
-        except (PeerLostError, TimedOutError, SessionEndedError, SecondaryLostError, TakeOverNowError):
+        except (
+            PeerLostError, TimedOutError, SessionEndedError, SecondaryLostError, TakeOverNowError, FailedOverError
+        ):  # fmt: skip
             raise
         except StoppedError as error:
             self._give_up(AbortKind.SESSION, str(error))
@@ -92,21 +101,24 @@ class SecondarySession:
         while True:
             message, n_pages = self._channel.receive_past_pages(self._cache)
             self._n_pages += n_pages
-            self._heed()
-            if message.type is MessageType.PING:
+            self._look_round()
+            meaning = meaning_of(self._state, message, fits=self._may_be_open)
+            if self._state is State.READY and meaning is not Meaning.REFUSED:
+                self._state = State.BETWEEN
+            if meaning is Meaning.ALIVE:
                 if self._cache.status().sealed_epoch == 0:
                     self._cache.preflush()  # a moment between packets of the initial copy
-            elif message.type is MessageType.CHECKPOINT_REQUEST:
+            elif meaning is Meaning.CHECKPOINT:
                 self._checkpoint(message.epoch)
-            elif message.type is MessageType.ABORT:
-                if message.a == AbortKind.END:
-                    return decode_reason(message.body)
-                self._aborted(message)
+                self._state = State.BETWEEN
+            elif meaning is Meaning.EPOCH_GIVEN_UP:
+                self._epoch_given_up(message)
+            elif meaning is Meaning.ENDED:
+                return decode_reason(message.body)
             else:
-                raise ProtocolError(f"the primary sent {message} where pages or CHECKPOINT_REQUEST must come")
-            self._began_to_talk = True
+                self._over(meaning, message)
 
-    def _heed(self) -> None:
+    def _look_round(self) -> None:
         """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
         if self._stop.is_set():
             raise StoppedError("the secondary was stopped by its operator")
@@ -121,81 +133,79 @@ class SecondarySession:
                 self._asked = True
                 self._channel.send(MessageType.CHECKPOINT_REQUEST)
 
-    def _aborted(self, message: Message, asked: int = 0) -> None:
-        """The primary gives something up. Raises, unless it is only the epoch. `asked`: of the checkpoint under way.
+    def _may_be_open(self, epoch: int) -> bool:
+        """May a message now speak of this epoch: the one whose pages have come, or one newer than all before?"""
+        status = self._cache.status()
+        if status.open_epoch:
+            return epoch == status.open_epoch
+        return epoch > max(status.sealed_epoch, status.receiving_epoch)
 
-        It may end the session at any time; refuse the pair as its first word after HELLO; and give up the epoch under
-        way, or one of which pages have come.
-        """
+    def _over(self, meaning: Meaning, message: Message) -> None:
+        """Raise what ends the session."""
         reason = decode_reason(message.body)
-        if message.a == AbortKind.SESSION:
+        if meaning is Meaning.SESSION_ENDS:
             raise SessionEndedError(f"the primary ended the session: {reason}")
-        if message.a == AbortKind.REFUSED and not asked and not self._began_to_talk:
+        if meaning is Meaning.REFUSED:
             raise RefusedError(f"the primary refuses this secondary: {reason}")
-        if message.a == AbortKind.CHECKPOINT:
-            status = self._cache.status()
-            epoch = message.epoch
-            if epoch == (asked or status.open_epoch or max(epoch, status.sealed_epoch + 1, status.receiving_epoch)):
-                self._wait_for_pages(epoch, message.b)  # else its late pages would end the session
-                given_up = self._svm.abort_open(reason)
-                if asked or given_up:
-                    what = f"the primary gave up epoch {epoch}: {reason}"
-                    self._svm.events.emit("aborted", what, epoch=epoch, reason=reason)
-                    self._heed_failover(epoch)
-                    return
-        raise ProtocolError(f"the primary sent {message} of kind {message.a}, which makes no sense here: {reason}")
+        raise out_of_order(self._state, message)
 
-    def _heed_failover(self, epoch: int) -> None:
+    def _epoch_given_up(self, message: Message) -> None:
+        """The primary gives up the epoch under way, or one of which only pages have come."""
+        epoch, reason = message.epoch, decode_reason(message.body)
+        self._wait_for_pages(epoch, message.b)  # else its late pages would end the session
+        if not self._svm.abort_open(reason) and self._state is State.BETWEEN:
+            raise out_of_order(self._state, message)  # nothing of it has come
+        what = f"the primary gave up epoch {epoch}: {reason}"
+        self._svm.events.emit("aborted", what, epoch=epoch, reason=reason)
+        self._take_over_if_asked(epoch)
+
+    def _take_over_if_asked(self, epoch: int) -> None:
         """A failover that was asked for while `epoch` was about to be sealed is granted when it is given up."""
-        if self._cache.status().phase is Phase.FAILED_OVER:
-            raise TakeOverNowError(f"failover was asked for while epoch {epoch} was given up")
+        if self._svm.failed_over:
+            reason = f"failover was asked for while epoch {epoch} was given up"
+            self._channel.last_word(AbortKind.TOOK_OVER, reason)
+            raise TakeOverNowError(reason)
 
     # ---- the checkpoint ----
 
-    def _expect(self, wanted: MessageType, epoch: int, *, pages: bool) -> Message:
-        """The next message but PING, which must be `wanted` for `epoch`; pages before it only if they may come.
+    def _expect(self, epoch: int) -> Message:
+        """The message that this state waits for; pages before it go to the cache if they may come.
 
         A primary that hangs but still gives signs of life must not hold this machine paused for ever.
         """
+        state = self._state
         limit = self._options.timing.checkpoint_timeout
         until = time.monotonic() + limit
         while True:
             if time.monotonic() > until:
-                raise TimedOutError(f"the primary lives but sent no {wanted.name}({epoch}) for {limit:g} s")
+                raise TimedOutError(f"the primary lives but sent no {state.value.awaits}({epoch}) for {limit:g} s")
             if self._stop.is_set():
                 raise StoppedError("the secondary was stopped by its operator")
             message, n_pages = self._channel.receive_past_pages(self._cache, epoch)
             self._n_pages += n_pages
-            if n_pages and not pages:
-                raise ProtocolError(f"the primary sent {n_pages} pages where {wanted.name}({epoch}) must come")
-            if message.type is MessageType.PING:
-                if message.epoch == epoch:
-                    self._peer_hash_ns = join_u64(message.a, message.b)
-                continue
-            if message.type is MessageType.ABORT:
-                self._aborted(message, epoch)
+            if n_pages and not any(entry.meaning is Meaning.PAGES for entry in state.value.hears):
+                raise ProtocolError(f"the primary sent {n_pages} pages where {state.value.awaits}({epoch}) must come")
+            meaning = meaning_of(state, message, this=epoch)
+            if meaning is Meaning.ANSWER:
+                return message
+            if meaning is Meaning.EPOCH_GIVEN_UP:
+                self._epoch_given_up(message)
                 raise CheckpointGivenUpError(decode_reason(message.body))
-            if message.type is not wanted or message.epoch != epoch:
-                raise ProtocolError(f"the primary sent {message} where {wanted.name}({epoch}) must come")
-            return message
+            if meaning is not Meaning.ALIVE:
+                self._over(meaning, message)
 
     def _checkpoint(self, epoch: int) -> None:
         requested = time.monotonic_ns()
-        status = self._cache.status()
-        if epoch <= status.sealed_epoch or epoch < status.receiving_epoch:
-            raise ProtocolError(
-                f"the primary wants checkpoint {epoch}; {status.sealed_epoch} is sealed and pages of "
-                f"{status.receiving_epoch} have come"
-            )
-        if status.sealed_epoch == 0:
+        if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
-        self._peer_hash_ns = 0
         self._svm.pause()
         self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
         try:
-            self._expect(MessageType.VMSTATE_SEND, epoch, pages=False)
-            size = self._expect(MessageType.VMSTATE_SIZE, epoch, pages=True)
+            self._state = State.PAUSED
+            self._expect(epoch)
+            self._state = State.COMPLETING
+            size = self._expect(epoch)
         except CheckpointGivenUpError as error:
             if self._streams:
                 # The primary waits for this: pages of the next epoch must not overtake its ABORT on another stream.
@@ -208,20 +218,20 @@ class SecondarySession:
             raise ProtocolError(f"pages of another epoch came in the checkpoint: {error}") from error
         self._channel.receive_into(room)
         room.release()
-        self._wait_for_pages(epoch, join_u64(size.a, size.b))
+        n_pages = join_u64(size.a, size.b)
+        self._wait_for_pages(epoch, n_pages)
         received = time.monotonic_ns()
         try:
-            sealed = self._svm.seal(epoch, join_u64(size.a, size.b))
+            sealed = self._svm.seal(epoch, n_pages)
         except (VetoError, IncompleteError) as error:
             cause = error.__cause__ or error
             reason = f"{error.sentence}: {cause}" if cause is not error else str(error)
-            self._channel.send(MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=reason.encode()[:1024])
+            self._channel.send(MessageType.ABORT, epoch=epoch, a=int(AbortKind.CHECKPOINT), body=encode_reason(reason))
             self._svm.events.emit("aborted", f"epoch {epoch} is given up: {reason}", epoch=epoch, reason=reason)
-            self._heed_failover(epoch)
+            self._take_over_if_asked(epoch)
             self._svm.resume()
             return
-        # What the primary spent on hashes is no part of a checkpoint without them.
-        self._finish(epoch, sealed, min(received, requested + self._peer_hash_ns), received)
+        self._finish(epoch, sealed, requested, received)
 
     def _wait_for_pages(self, epoch: int, n_pages: int) -> None:
         timing = self._options.timing
@@ -239,13 +249,15 @@ class SecondarySession:
         except SecondaryLostError as error:
             self._give_up(AbortKind.LOAD, str(error), epoch)
             raise
+        if take_over:
+            # Before the machine runs: the primary waits for LOADED, and must stand still instead.
+            self._channel.last_word(AbortKind.TOOK_OVER, f"failover was asked for while epoch {epoch} was sealed")
         self._done(result)
         if take_over:
             raise TakeOverNowError(f"failover was asked for while epoch {epoch} was sealed")
         if lost is not None:
             raise lost
-        low, high = split_u64(result.verify_ns)
-        self._channel.send(MessageType.VMSTATE_LOADED, epoch=epoch, a=low, b=high)
+        self._channel.send(MessageType.VMSTATE_LOADED, epoch=epoch)
 
     def _initial_copy_done(self) -> None:
         seconds = time.monotonic() - self._began

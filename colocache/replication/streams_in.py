@@ -8,150 +8,109 @@ connection stops reading, so that the session's own thread hears of it wherever 
 from __future__ import annotations
 
 import contextlib
-import select
-import socket
+import hmac
 import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
-from colocache import HEADER_BYTES, Cache
+from colocache import Cache
 from colocache.errors import ColocacheError, FailedOverError, PeerLostError, SealedError, TimedOutError
-from colocache.replication.address import prepare
-from colocache.replication.channel import Channel, parse_message
-from colocache.replication.errors import ProtocolError, RefusedError
-from colocache.replication.messages import AbortKind, Hello, MessageType, decode_reason
+from colocache.replication.channel import Channel
+from colocache.replication.conversation import Meaning, State, meaning_of
+from colocache.replication.errors import ProtocolError, RefusedError, SessionEndedError
+from colocache.replication.hello import Hello
+from colocache.replication.messages import AbortKind, Message, MessageType, decode_reason
+from colocache.replication.waiting_room import WaitingRoom
 
-CANDIDATES_MAX = 64  # connections that have not said yet who they are
 SLICE_SECONDS = 0.05
 
 
 # ---- who joins ----
 
 
-class _Candidate:
-    """A connection whose first message is not whole yet. It is read without waiting: a silent one delays nobody."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.socket = connection
-        self._data = bytearray()
-
-    def read(self, own: Hello, taken: tuple[int, ...]) -> int | None:
-        """The stream's index once its message is whole, None before. PeerLostError; RefusedError: no stream of ours."""
-        wanted = HEADER_BYTES
-        while True:
-            if len(self._data) >= HEADER_BYTES:
-                try:
-                    message = parse_message(bytes(self._data[:HEADER_BYTES]))
-                except ProtocolError as error:
-                    raise RefusedError(str(error)) from error
-                if message.type is MessageType.HELLO:
-                    # A primary that gave this session up and comes anew, or one of another pair: it tries again.
-                    raise PeerLostError("a primary came while the streams of another were expected")
-                if message.type is not MessageType.STREAM:
-                    raise RefusedError(f"the peer sent {message} where STREAM must come")
-                wanted = HEADER_BYTES + message.body_len
-            if len(self._data) == wanted and wanted > HEADER_BYTES:
-                break
-            if len(self._data) == wanted:
-                raise RefusedError("the stream shows no token")
-            try:
-                more = self.socket.recv(wanted - len(self._data), socket.MSG_DONTWAIT)
-            except BlockingIOError:
-                return None
-            except OSError as error:
-                raise PeerLostError(f"the connection broke: {error.strerror or error}") from error
-            if not more:
-                raise PeerLostError("the peer closed the connection")
-            self._data += more
-        if bytes(self._data[HEADER_BYTES:]) != own.stream_token():
-            raise RefusedError("the stream belongs to another session")
-        if message.b != own.streams:
-            raise RefusedError(f"the stream is one of {message.b}, this session has {own.streams}")
-        if not 1 <= message.a < own.streams or message.a in taken:
-            raise RefusedError(f"the stream has index {message.a}, which is not free in this session of {own.streams}")
-        return message.a
-
-
 def take_streams(
-    channel: Channel, listener: socket.socket, own: Hello, *, seconds: float, refused: Callable[[str], None]
+    room: WaitingRoom, channel: Channel, own: Hello, *, seconds: float, refused: Callable[[str], None]
 ) -> None:
     """Wait for the further streams of the session that `own`, this side's HELLO, began; they end with `channel`.
 
-    Whoever else comes is sent away and told to `refused`. TimedOutError: they did not all come within `seconds`;
-    PeerLostError, RefusedError: the primary is gone, or refuses this secondary.
+    Whoever else comes is rejected and told to `refused`. TimedOutError: they did not all come within `seconds`;
+    PeerLostError, RefusedError, SessionEndedError: the primary is gone, or gives up.
     """
     found: dict[int, Channel] = {}
     deadline = time.monotonic() + seconds
     with contextlib.ExitStack() as stack:
-        waiting: dict[int, _Candidate] = {}
-        stack.callback(_close, found, waiting)
+        stack.callback(_close, found)
         while len(found) < own.streams - 1:
-            left = deadline - time.monotonic()
-            if left <= 0:
+            came = room.next(deadline, last_word=0.0, beside=channel)
+            if came is not None:
+                _let_join(room, *came, own, found, refused)
+            elif time.monotonic() >= deadline:
                 raise TimedOutError(
                     f"{len(found)} of the primary's {own.streams - 1} further streams came within {seconds:g} s"
                 )
-            poll = select.poll()
-            for fd in (channel.fileno(), listener.fileno(), *waiting):
-                poll.register(fd, select.POLLIN)
-            for fd, _ in poll.poll(left * 1000):
-                if fd == channel.fileno():
-                    _heed(channel)
-                elif fd == listener.fileno():
-                    with contextlib.suppress(OSError):
-                        connection = prepare(listener.accept()[0])
-                        if len(waiting) >= CANDIDATES_MAX:
-                            connection.close()
-                        else:
-                            waiting[connection.fileno()] = _Candidate(connection)
-                else:
-                    _look_at(waiting, fd, found, own, channel.peer_timeout, refused)
+            else:
+                _hear_the_primary(channel)
         stack.pop_all()
-        _close({}, waiting)
     channel.streams = tuple(found[index] for index in sorted(found))
 
 
-def _close(found: dict[int, Channel], waiting: dict[int, _Candidate]) -> None:
+def _close(found: dict[int, Channel]) -> None:
     for stream in found.values():
         stream.close()
-    for candidate in waiting.values():
-        candidate.socket.close()
 
 
-def _heed(channel: Channel) -> None:
-    """What the primary says before its streams are there can only be that it refuses."""
-    message = channel.receive()
-    if message.type is MessageType.ABORT and message.a == AbortKind.REFUSED:
+def _hear_the_primary(channel: Channel) -> None:
+    """What it says before its streams are there can only be that it gives up."""
+    message = channel.try_receive()
+    if message is None:
+        return
+    meaning = meaning_of(State.STREAMS, message)
+    if meaning is Meaning.REFUSED:
         raise RefusedError(f"the primary refuses this secondary: {decode_reason(message.body)}")
-    raise ProtocolError(f"the primary sent {message} where its streams must come")
+    if meaning is Meaning.SESSION_ENDS:
+        raise SessionEndedError(f"the primary ended the session: {decode_reason(message.body)}")
 
 
-def _look_at(
-    waiting: dict[int, _Candidate],
-    fd: int,
-    found: dict[int, Channel],
+def _let_join(
+    room: WaitingRoom,
+    stream: Channel,
+    first: Message | ProtocolError,
     own: Hello,
-    peer_timeout: float,
+    found: dict[int, Channel],
     refused: Callable[[str], None],
 ) -> None:
-    """Read on in a candidate; it becomes a stream, stays a candidate, or is sent away."""
-    candidate = waiting[fd]
+    """A connection that said its first word becomes a stream, or is rejected."""
+    reason = _why_not(first, own, found)
+    if reason is None and isinstance(first, Message):
+        found[first.a] = stream
+    elif isinstance(first, Message) and first.type is MessageType.HELLO:
+        stream.close()  # a primary that gave this session up and comes anew, or one of another pair: it tries again
+    else:
+        stream.abort(AbortKind.REFUSED, reason or "")
+        room.see_out(stream)
+        refused(reason or "")
+
+
+def _why_not(first: Message | ProtocolError, own: Hello, found: dict[int, Channel]) -> str | None:
+    """Why this is no stream of the session; None: it is one."""
+    if isinstance(first, ProtocolError):
+        return str(first)
     try:
-        index = candidate.read(own, tuple(found))
-    except RefusedError as error:
-        del waiting[fd]
-        with Channel(candidate.socket, peer_timeout=SLICE_SECONDS) as stranger:
-            stranger.abort(AbortKind.REFUSED, str(error))
-        refused(str(error))
-        return
-    except PeerLostError:
-        del waiting[fd]
-        candidate.socket.close()
-        return
-    if index is not None:
-        del waiting[fd]
-        found[index] = Channel(candidate.socket, peer_timeout=peer_timeout)
+        meaning = meaning_of(State.AT_THE_DOOR, first)
+    except ProtocolError as error:
+        return str(error)
+    if meaning is not Meaning.JOINS:
+        return f"the peer sent {first} where STREAM must come"
+    if not first.body:
+        return "the stream shows no token"
+    if not hmac.compare_digest(first.body, own.stream_token()):
+        return "the stream belongs to another session"
+    if first.b != own.streams:
+        return f"the stream is one of {first.b}, this session has {own.streams}"
+    if not 1 <= first.a < own.streams or first.a in found:
+        return f"the stream has index {first.a}, which is not free in this session of {own.streams}"
+    return None
 
 
 # ---- what they bring ----
@@ -226,8 +185,7 @@ class InStreams:
                 # Between bursts no limit: whether the peer lives is for the control connection to say.
                 stream.wait_for_word()
                 message, n_pages = stream.receive_past_pages(self._cache)
-                if message.type is not MessageType.PING:
-                    raise ProtocolError(f"the primary sent {message} where pages must come")
+                meaning_of(State.ON_A_STREAM, message)
                 with self._changed:
                     self.n_pages += n_pages
                     self._changed.notify_all()

@@ -13,10 +13,12 @@ from colocache import Sender, SendResult
 from colocache.errors import PeerLostError
 from colocache.replication.address import Address
 from colocache.replication.channel import Channel
-from colocache.replication.messages import Hello, MessageType
+from colocache.replication.hello import Hello
+from colocache.replication.messages import MessageType
+from colocache.replication.transport import Wrap
 
 
-def open_streams(channel: Channel, address: Address, peer: Hello, timeout: float) -> None:
+def open_streams(channel: Channel, address: Address, wrap: Wrap, peer: Hello, timeout: float) -> None:
     """Connect the further streams of the session that the secondary's HELLO began; they end with `channel`.
 
     `timeout`: longest wait in seconds for each connection, and later for a message on it.
@@ -29,7 +31,7 @@ def open_streams(channel: Channel, address: Address, peer: Hello, timeout: float
             raise PeerLostError(
                 f"stream {index} of {peer.streams} does not connect: {error.strerror or error}"
             ) from error
-        stream = Channel(connection, peer_timeout=timeout)
+        stream = Channel(wrap(connection), peer_timeout=timeout)
         channel.streams = (*channel.streams, stream)
         stream.send(MessageType.STREAM, a=index, b=peer.streams, body=token)
 

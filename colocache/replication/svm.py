@@ -1,7 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The secondary's virtual machine and its cache, together: when it may run, and one epoch from last byte to running.
 
-The order is the promise: dirty log, seal, (RECEIVED), flush, device state, loaded, resume.
+What always holds, and which verbs see to it:
+
+* The machine runs only on memory and device state of one epoch (`can_run`), and its own branch from there on.
+* Nothing writes guest RAM between the dirty log's taking and the seal but what marks its pages: `sync`, then `seal`.
+* Before the seal guest RAM is the machine's own; from the seal on the epoch is finished, whatever anybody says.
+* A machine whose load failed never runs again.
+
+===========  ======================================  ==========================================================
+verb         machine                                 cache
+===========  ======================================  ==========================================================
+pause        stands
+resume       runs, if it can; first its log goes
+sync         its log is taken and cleared            SVM bits; all of them if the log is lost
+seal         looks at the device state               the epoch is sealed, or given up and nothing else changed
+flush                                                guest RAM becomes the sealed epoch
+load         becomes the epoch's, or never runs      loaded: the next epoch may come
+finish       flush, load and resume
+abort_open                                           the epoch that is arriving is given up
+restart      becomes the sealed epoch, in a process that attached
+===========  ======================================  ==========================================================
 """
 
 from __future__ import annotations
@@ -9,7 +28,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from colocache import Cache, FlushResult, SealResult
+from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
 from colocache.replication.errors import SecondaryLostError
 from colocache.replication.events import Events
@@ -61,10 +80,7 @@ class Svm:
 
     def restart(self) -> LoadReport:
         """In a process that attached: become the sealed epoch again. Raises SecondaryLostError if it does not load."""
-        report = self._load(self.cache.status().sealed_epoch)
-        self._count(report)
-        self.can_run = True
-        return report
+        return self._load(self.cache.status().sealed_epoch)
 
     def verify(self) -> tuple[int, int]:
         """Compare all of RAM with the guest's history, standing: pages, wrong pages. Leaves it standing."""
@@ -76,8 +92,13 @@ class Svm:
 
     # ---- an epoch ----
 
+    @property
+    def failed_over(self) -> bool:
+        """Failover was asked for, and the moment has come: this machine takes no more epochs and must take over."""
+        return self.cache.status().phase is Phase.FAILED_OVER
+
     def abort_open(self, reason: str) -> int:
-        """Give up the epoch that is arriving, if there is one: its number, or 0."""
+        """Give up the epoch that is arriving, if there is one: its number, or 0. Then look at `failed_over`."""
         status = self.cache.status()
         if status.receiving_epoch <= status.sealed_epoch:
             return 0
@@ -87,30 +108,37 @@ class Svm:
             return 0  # it was given up before, by a seal that failed or by the operator's failover
         return status.receiving_epoch
 
-    def seal(self, epoch: int, n_pages: int) -> Sealed:
-        """Dirty log, then the commit point. VetoError, IncompleteError, FailedOverError: nothing was sealed."""
+    def put_device_state(self, epoch: int, state: bytes) -> None:
+        """The device state of `epoch`, which arrived as a whole."""
+        with self.cache.device_state_buffer(epoch, len(state)) as room:
+            room[:] = state
+
+    def sync(self) -> int:
+        """Get, OR into the SVM bitmap, clear, while the machine stands: nanoseconds that it took."""
         begin = time.monotonic_ns()
         try:
             self.machine.sync_dirty_log(self.cache)
         except LogLostError:
             self.cache.dirty_log_lost()
-        sync_ns = time.monotonic_ns() - begin
+        return time.monotonic_ns() - begin
+
+    def seal(self, epoch: int, n_pages: int) -> Sealed:
+        """Dirty log, then the commit point. VetoError, IncompleteError, FailedOverError: nothing was sealed."""
+        sync_ns = self.sync()
         return Sealed(self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state), sync_ns)
 
     def finish(self, sealed: Sealed, *, requested: int, received: int) -> tuple[CheckpointResult, bool]:
         """Flush, load, run. `requested`, `received`: CLOCK_MONOTONIC in ns of CHECKPOINT_REQUEST and of the last byte.
 
-        True beside the result: failover was asked for meanwhile, take over now. SecondaryLostError: the device state
-        did not load; this machine never runs again.
+        True beside the result: failover was asked for meanwhile, take over now; the machine stands. SecondaryLostError:
+        the device state did not load; this machine never runs again.
         """
-        flush = self._flush()
+        flush = self.flush()
         begin = time.monotonic_ns()
-        report = self._load(sealed.result.epoch)
+        report, take_over = self.load(sealed.result.epoch)
         load_ns = time.monotonic_ns() - begin - report.verify_ns
-        self._count(report)
-        self.can_run = True
-        take_over = self.cache.loaded(True)
-        self.resume()
+        if not take_over:
+            self.resume()
         now = time.monotonic_ns()
         seal = sealed.result
         return (
@@ -122,7 +150,6 @@ class Svm:
                 flushed_pages=flush.n_pages,
                 n_runs=flush.n_runs,
                 n_bytes=flush.n_bytes,
-                wait_ns=0,
                 receive_ns=received - requested,
                 sync_ns=sealed.sync_ns,
                 check_ns=seal.check_ns,
@@ -139,7 +166,8 @@ class Svm:
             take_over,
         )
 
-    def _flush(self) -> FlushResult:
+    def flush(self) -> FlushResult:
+        """Guest RAM becomes the sealed epoch; repeated after an error."""
         for left in reversed(range(FLUSH_TRIES)):
             try:
                 return self.cache.flush()
@@ -149,15 +177,21 @@ class Svm:
                 self.events.emit("flush_error", f"the flush failed and is repeated: {error}", error=str(error))
         raise AssertionError("unreachable")
 
+    def load(self, epoch: int) -> tuple[LoadReport, bool]:
+        """Become the sealed epoch, whose memory is here. True: take over now. SecondaryLostError."""
+        report = self._load(epoch)
+        take_over = self.cache.loaded(True)
+        return report, take_over
+
     def _load(self, epoch: int) -> LoadReport:
         self.can_run = False
         try:
-            return self.machine.load_device_state(self.cache.device_state())
+            report = self.machine.load_device_state(self.cache.device_state())
         except ColocacheError as error:
-            if self.cache.status().phase.name == "SEALING":
+            if self.cache.status().phase is Phase.SEALING:
                 self.cache.loaded(False)
             raise SecondaryLostError(f"the device state of epoch {epoch} did not load: {error}") from error
-
-    def _count(self, report: LoadReport) -> None:
+        self.can_run = True
         self.verified_pages += report.epoch_hashes_checked
         self.wrong_pages += len(report.wrong_pages)
+        return report

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from colocache.errors import NoStateError
+from colocache.replication.arbiter import LeaseLostError, Leave
 from colocache.replication.events import Events
 from colocache.replication.options import Timing
 from colocache.replication.results import ms
@@ -17,19 +18,31 @@ SLICE_SECONDS = 0.1
 
 
 class Takeover:
-    """Promotes `svm`. `turn_away` is called now and then while it runs on, for a primary that comes too late."""
+    """Promotes `svm`, and runs it as long as `leave` allows. `turn_away` is called now and then while it runs on, for a
+    primary that comes too late."""
 
     def __init__(
-        self, svm: Svm, timing: Timing, events: Events, stop: threading.Event, *, turn_away: Callable[[], None]
+        self,
+        svm: Svm,
+        timing: Timing,
+        events: Events,
+        stop: threading.Event,
+        *,
+        leave: Leave,
+        turn_away: Callable[[], None],
     ) -> None:
         self._svm = svm
         self._timing = timing
         self._events = events
         self._stop = stop
+        self._leave = leave
         self._turn_away = turn_away
 
     def promote(self, cause: str, *, detect_ns: int) -> None:
-        """Make the machine run as the one the world sees, from its live state. NoStateError, LoadFailedError."""
+        """Make the machine run as the one the world sees, from its live state.
+
+        NoStateError, LoadFailedError; LeaseLostError: it stands still.
+        """
         begin = time.monotonic_ns()
         self._svm.abort_open("failover")
         status = self._svm.cache.status()
@@ -37,10 +50,12 @@ class Takeover:
             self._svm.cache.failover()
         if not self._svm.can_run:
             raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
+        self._check_leave()
         self._svm.resume()
         promote_ns = time.monotonic_ns() - begin
         self._events.emit("promoted", epoch=status.sealed_epoch, promote_ms=ms(promote_ns))
         n_pages, wrong = self._svm.verify()
+        self._check_leave()
         self._svm.resume()
         self._events.emit(
             "takeover",
@@ -59,6 +74,7 @@ class Takeover:
         begin, steps = time.monotonic(), self._svm.machine.steps
         seconds = self._timing.run_on
         while not self._stop.wait(SLICE_SECONDS) and self._svm.machine.failure is None:
+            self._check_leave()
             self._turn_away()
             if seconds and time.monotonic() - begin >= seconds:
                 break
@@ -72,3 +88,12 @@ class Takeover:
             verified_pages=n_pages,
             wrong_pages=wrong,
         )
+
+    def _check_leave(self) -> None:
+        """A machine that may not go on any more stands still before anything else happens."""
+        try:
+            self._leave.check()
+        except LeaseLostError as error:
+            self._svm.pause()
+            self._events.emit("lease_lost", str(error), reason=str(error))
+            raise
