@@ -43,6 +43,7 @@ from setuptools.errors import CompileError, SetupError
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 GUEST = ROOT / "colocache" / "vmm" / "_guest_build.py"
+QEMU_GUEST = ROOT / "colocache" / "vmm" / "qemu" / "_guest_build.py"
 PRELOAD = ROOT / "colocache" / "vmm" / "qemu" / "preload.c"
 BASELINE = ROOT / "colocache" / "measure" / "_baseline_build.py"
 SONAME = "libcolocache.so.0"
@@ -245,6 +246,8 @@ class BuildEngine(build_ext):
 modules = ["colocache/_native_build.py:ffibuilder"]
 if GUEST.is_file():
     modules.append("colocache/vmm/_guest_build.py:ffibuilder")
+if QEMU_GUEST.is_file():
+    modules.append("colocache/vmm/qemu/_guest_build.py:ffibuilder")
 if BASELINE.is_file():
     modules.append("colocache/measure/_baseline_build.py:ffibuilder")
 

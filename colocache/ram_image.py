@@ -19,7 +19,7 @@ MAP_NORESERVE = 0x4000  # Python 3.13 has a name for it
 
 
 class RamImage:
-    """Guest RAM of one block, mapped at `addr`, zero bytes at first; gone with its last process.
+    """Guest RAM of one block, mapped at `addr`, zero bytes at first; gone with its last process. `fd`: its file.
 
     `view` is (n_pages, page_size) uint8, writable. Context manager; closing with other views of it alive raises
     BufferError.
@@ -29,10 +29,12 @@ class RamImage:
     addr: int
     backing: str
     why: str
+    fd: int
 
-    def __init__(self, spec: BlockSpec, mapping: mmap.mmap, backing: str, why: str) -> None:
+    def __init__(self, spec: BlockSpec, mapping: mmap.mmap, fd: int, backing: str, why: str) -> None:
         """Not for users: see create."""
         self.spec, self.backing, self.why = spec, backing, why
+        self.fd = fd
         self._mapping = mapping
         self._view: npt.NDArray[np.uint8] | None = None
         self._make_view()
@@ -45,27 +47,26 @@ class RamImage:
         for kind in dict.fromkeys(bk.nameless(kind) for kind in bk.kinds(backing)):
             try:
                 bk.check_room(kind, kind.size_of(spec.len_bytes), reserve=reserve)
-                mapping = cls._map(kind, spec, reserve=reserve)
-                return cls(spec, mapping, kind.backing, "; ".join([kind.why, *refused]))
+                mapping, fd = cls._map(kind, spec, reserve=reserve)
+                return cls(spec, mapping, fd, kind.backing, "; ".join([kind.why, *refused]))
             except (MemoryShortError, UnsupportedError, SystemCallError) as error:
                 refused.append(f"not {kind.backing}: {error}")
                 last: ColocacheError = error
         raise last
 
     @staticmethod
-    def _map(kind: bk.Kind, spec: BlockSpec, *, reserve: bool) -> mmap.mmap:
+    def _map(kind: bk.Kind, spec: BlockSpec, *, reserve: bool) -> tuple[mmap.mmap, int]:
         fd = bk.nameless_file(kind, f"colocache.ram.{spec.name}"[:200])
         try:
             size = bk.size_file(kind, fd, spec.len_bytes, reserve=reserve)
             flags = mmap.MAP_SHARED if reserve else mmap.MAP_SHARED | MAP_NORESERVE
-            return mmap.mmap(fd, size, flags)
-        except ColocacheError:
-            raise
-        except OSError as error:
+            return mmap.mmap(fd, size, flags), fd
+        except BaseException as error:
+            os.close(fd)
+            if not isinstance(error, OSError):
+                raise
             code = error.errno or errno.EIO
             raise SystemCallError(f"block {spec.name} can't be mapped: {error.strerror}", errno=code) from error
-        finally:
-            os.close(fd)  # the mapping keeps the memory
 
     def _make_view(self) -> None:
         whole = np.frombuffer(self._mapping, np.uint8, self.spec.len_bytes)
@@ -85,6 +86,9 @@ class RamImage:
         except BufferError as error:
             self._make_view()
             raise BufferError(f"views of block {self.spec.name} are still alive: drop them before close") from error
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> RamImage:
         return self

@@ -18,7 +18,7 @@ def hello_blocks(specs: Iterable[BlockSpec]) -> tuple[HelloBlock, ...]:
 def rams_of_images(images: Iterable[RamImage]) -> tuple[Ram, ...]:
     """A primary's guest RAM."""
     return tuple(
-        Ram(image.spec.name, index, image.spec.page_size, image.spec.n_pages, image.addr)
+        Ram(image.spec.name, index, image.spec.page_size, image.spec.n_pages, image.addr, image.fd)
         for index, image in enumerate(images)
     )
 

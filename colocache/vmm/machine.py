@@ -31,6 +31,7 @@ class Ram:
     page_size: int
     n_pages: int
     addr: int
+    fd: int = -1  # of the file that begins with it, open until the machine is closed; -1: not told
 
     @property
     def len_bytes(self) -> int:

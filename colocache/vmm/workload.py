@@ -23,6 +23,8 @@ class GuestOptions:
     rewrite_share       share of steps that write a page with what it holds already, 0 to 1
     seed                for tests: salts that can be foretold. Two machines of a pair never get the same: they would
                         write the same pages, and a flush that forgets the secondary's writes would pass unseen.
+    command             of a QEMU guest: the whole command line; none = a small guest that does the above
+    accel               of that small guest: auto, kvm or tcg
     """
 
     working_set_bytes: int = 0
@@ -31,6 +33,8 @@ class GuestOptions:
     run_share: float = 1 / 16
     rewrite_share: float = 1 / 16
     seed: int | None = None
+    command: tuple[str, ...] = ()
+    accel: str = "auto"
 
     def __post_init__(self) -> None:
         if self.working_set_bytes < 0:

@@ -39,6 +39,7 @@ class CommandLine:
     ram_bytes   guest memory
     console     whether the first serial port is colocache's; False: the user wanted none
     files       files it names that both hosts need alike: kernel, initrd, firmware (option, path)
+    descriptors what the process must inherit besides our own: files that are named by /proc/self/fd/N
     """
 
     program: str
@@ -46,6 +47,7 @@ class CommandLine:
     ram_bytes: int = DEFAULT_RAM
     console: bool = True
     files: list[tuple[str, str]] = field(default_factory=list)
+    descriptors: list[int] = field(default_factory=list)
 
     @property
     def n_pages(self) -> int:

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from colocache.vmm.qemu import mapping
+from colocache.vmm.qemu import mapping, memory_access
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
@@ -70,6 +70,8 @@ class QemuProcess:
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
         self._stream: socket.socket | None = None
+        self.pidfd = -1
+        self._address: int | None = None
         self.userfault = -1
         try:
             self._start(line, image, shared, on_output)
@@ -90,7 +92,7 @@ class QemuProcess:
         try:
             self._process = self._driver.start(
                 arguments(line, wiring),
-                [image, self._state, *theirs.values()],
+                [image, self._state, *theirs.values(), *line.descriptors],
                 self._environment(theirs["handoff"]),
                 write,
             )
@@ -103,7 +105,7 @@ class QemuProcess:
         self.pid = self._process.pid
         self.pidfd = self._mine(os.pidfd_open(self.pid))
         self._reading.append(self.pidfd)
-        self._driver.soon(self._driver.loop.add_reader, self.pidfd, self._dead)
+        self._driver.soon(self._driver.loop.add_reader, self.pidfd, self._dead, self.pidfd)
         self._stream_number = theirs["stream"]
         self._read(read, self._heard)
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
@@ -175,8 +177,8 @@ class QemuProcess:
 
         self._driver.soon(self._driver.loop.add_reader, fd, come)
 
-    def _dead(self) -> None:
-        self._driver.loop.remove_reader(self.pidfd)
+    def _dead(self, pidfd: int) -> None:
+        self._driver.loop.remove_reader(pidfd)
         self._events.put({"event": DEATH, "data": {}})
 
     def _heard(self, data: bytes) -> None:
@@ -205,17 +207,26 @@ class QemuProcess:
     @property
     def alive(self) -> bool:
         """Whether the process has not ended. Any thread."""
+        pidfd = self.pidfd
+        if pidfd < 0:
+            return False
         poll = select.poll()
-        poll.register(self.pidfd, select.POLLIN)
+        poll.register(pidfd, select.POLLIN)
         return not poll.poll(0)
 
     def address(self) -> int:
-        """Where it maps guest memory."""
-        return mapping.find(self.pid, self._file, self._len_bytes)
+        """Where it maps guest memory, from its coming up to its end."""
+        if self._address is None:
+            self._address = mapping.find(self.pid, self._file, self._len_bytes)
+        return self._address
 
     def private_bytes(self) -> int:
         """Bytes of guest memory of which it has copies of its own."""
         return mapping.private_bytes(self.pid, self._file)
+
+    def guest_memory(self, offset: int, len_bytes: int) -> bytearray:
+        """Guest memory as the guest sees it, its private copies included."""
+        return memory_access.read(self.pid, self.address() + offset, len_bytes)
 
     def write_console(self, data: bytes) -> int:
         """Give the guest console input: the number of bytes taken, which may be fewer."""
@@ -237,6 +248,10 @@ class QemuProcess:
     def stop(self) -> None:
         """Stop it; back when no vCPU runs and no device writes any more."""
         self.qmp.execute("stop")
+
+    def monitor(self, command: str) -> str:
+        """What the human monitor says to `command`: for the few things that QMP does not tell."""
+        return str(self.qmp.execute("human-monitor-command", command_line=command))
 
     def status(self) -> str:
         """QEMU's own word: "running", "paused", "shutdown", "inmigrate", ..."""
@@ -299,6 +314,7 @@ class QemuProcess:
         reading, self._reading = self._reading, []
         opened, self._open = self._open, []
         self._console = self._stream = None
+        self.pidfd = -1
 
         async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew
             for fd in reading:

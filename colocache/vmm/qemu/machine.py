@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A stock QEMU as the machine that replication sees.
+
+primary     one QEMU whose RAM is the image itself; its writes are logged by the kernel (userfaultfd)
+secondary   a QEMU over a *private* mapping of the image: what it writes dies with its process, so the image is the
+            newest epoch whatever it does. At each checkpoint a fresh process, started ahead, loads the device state and
+            takes its place; the old one is killed and seen dead before the new one runs.
+
+Which of the two a machine is shows by what it is asked first: boot, or load_device_state.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from colocache.errors import ArgumentError, ClosedError, OrderError
+from colocache.vmm._native import ffi, lib
+from colocache.vmm.errors import MachineError
+from colocache.vmm.history import Words
+from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
+from colocache.vmm.qemu import guest_oracle
+from colocache.vmm.qemu.description import Description, describe, write_firmware
+from colocache.vmm.qemu.errors import QemuError
+from colocache.vmm.qemu.events import DEATH
+from colocache.vmm.qemu.guests import PROGRAM, guest_of
+from colocache.vmm.qemu.pool import Pool
+from colocache.vmm.qemu.process import OnOutput, QemuProcess
+from colocache.vmm.qemu.qmp import Event
+from colocache.vmm.qemu.state import SavedState, pack, parse
+from colocache.vmm.workload import PAGE, GuestOptions
+
+if TYPE_CHECKING:
+    from colocache import BlockSpec, Cache, ProcessDirtyLog, Sender
+
+RAM = "pc.ram"
+STATE_MAX = 64 << 20  # bytes of a device state that QEMU may save
+LOAD_TRIES = 3  # processes that a device state may cost
+ENDED = {
+    DEATH: "QEMU has ended",
+    "GUEST_PANICKED": "the guest panicked",
+    "BLOCK_IO_ERROR": "a disk of the guest reports an error",
+}
+
+
+class QemuMachine:
+    """See machine.Machine for what each method promises."""
+
+    kind = "qemu"
+
+    def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None:
+        if len(rams) != 1 or rams[0].name != RAM or rams[0].page_size != PAGE or rams[0].fd < 0:
+            raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {list(rams)}")
+        (self.ram,) = rams
+        self._mark_dirty = mark_dirty
+        self.on_output: OnOutput | None = None  # is given the console's bytes of the machine that runs
+        self.powered_off = False
+        self._failure: str | None = None
+        self._process: QemuProcess | None = None
+        self._log: ProcessDirtyLog | None = None
+        self._pool: Pool | None = None
+        self._running = False
+        self._closed = False
+        self._guest = guest_of(options, self.ram.len_bytes)
+        try:
+            asked = self._guest.line.ram_bytes
+            if asked != self.ram.len_bytes:
+                raise ArgumentError(
+                    f"the command line makes a guest of {asked} bytes, its image has {self.ram.len_bytes}"
+                )
+            self.description: Description = describe(self._guest.line)
+        except BaseException:
+            self._guest.close()
+            raise
+
+    @classmethod
+    def trouble(cls) -> tuple[str, str] | None:
+        """See machine.Machine."""
+        if shutil.which(PROGRAM) is None:
+            return f"there is no {PROGRAM}", "on Debian or Ubuntu: `apt install qemu-system-x86`"
+        return None
+
+    @classmethod
+    def blocks_for(cls, ram_bytes: int) -> tuple[BlockSpec, ...]:
+        """See machine.Machine."""
+        from colocache import BlockSpec
+
+        return (BlockSpec(RAM, ram_bytes, PAGE),)
+
+    # ---- life ----------------------------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """The machine is made and stands before its first instruction."""
+        self._standing("boot")
+        if self._process is not None or self._pool is not None:
+            raise OrderError("a machine that was booted or given a device state can't be booted")
+        self._process = self._start(shared=True, incoming=False)
+        # Firmware and kernel may lie in RAM already.
+        self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
+        self._log = self._make_log(self._process)
+
+    def resume(self) -> None:
+        """See machine.Machine."""
+        self._refuse_closed()
+        process = self._alive()
+        if not self._running:
+            process.cont()
+            self._running = True
+
+    def pause(self) -> None:
+        """Stop it. A secondary first waits for the process that shall take over its work."""
+        self._refuse_closed()
+        process = self._alive()
+        if self._running:
+            if self._pool is not None:
+                self._pool.wait_ready()
+            process.stop()
+            self._running = False
+
+    @property
+    def steps(self) -> int:
+        """Of the small guest; 0 of any other."""
+        process = self._process
+        if self._guest.image is None or process is None or not process.alive:
+            return 0
+        try:
+            return int.from_bytes(process.guest_memory(guest_oracle.STEP_ADDR, 8), "little")
+        except QemuError:
+            return 0  # it ended just now
+
+    @property
+    def failure(self) -> str | None:
+        return self._failure
+
+    def _start(self, *, shared: bool, incoming: bool) -> QemuProcess:
+        """A new process. What it says counts from when it is this machine's."""
+        made: list[QemuProcess] = []
+
+        def mine() -> bool:
+            return bool(made) and made[0] is self._process
+
+        def on_event(event: Event) -> None:
+            if mine():
+                self._heard(event)
+
+        def on_output(data: bytes) -> None:
+            if mine() and self.on_output is not None:
+                self.on_output(data)
+
+        process = QemuProcess(
+            self._guest.line, self.ram.fd, shared=shared, incoming=incoming, on_output=on_output, on_event=on_event
+        )
+        made.append(process)
+        return process
+
+    def _heard(self, event: Event) -> None:
+        """In the thread of driver.py."""
+        name = event["event"]
+        if name == "SHUTDOWN":
+            self.powered_off = True
+        elif name in ENDED and self._failure is None and not self._closed:
+            self._failure = ENDED[name]
+
+    def _alive(self) -> QemuProcess:
+        if self._process is None:
+            raise OrderError("a machine that was neither booted nor given a device state can't run")
+        if self._failure is not None:
+            raise MachineError(f"the guest does not run any more: {self._failure}")
+        return self._process
+
+    def _refuse_closed(self) -> None:
+        if self._closed:
+            raise ClosedError("this machine was closed")
+
+    def _standing(self, what: str) -> None:
+        self._refuse_closed()
+        if self._running:
+            raise OrderError(f"{what} while the guest runs: pause it first")
+
+    # ---- dirty log -----------------------------------------------------------------------------------------------
+
+    def _make_log(self, process: QemuProcess) -> ProcessDirtyLog:
+        from colocache import ProcessDirtyLog, UffdRange
+
+        ranges = [UffdRange(self.ram.index, 0, self.ram.n_pages, process.address())]
+        pagemap = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            return ProcessDirtyLog(process.userfault, pagemap, ranges, kvm_maps_it=self.description.kvm)
+        finally:
+            os.close(pagemap)
+
+    @property
+    def dirty_source(self) -> str:
+        """The kernel's log; of a secondary there is none, as its writes are private."""
+        return "uffd"
+
+    def sync_dirty_log(self, target: Cache | Sender) -> None:
+        """See machine.Machine. A secondary's writes die with its process: nothing to hand on."""
+        self._refuse_closed()
+        if self._log is not None:
+            target.sync_dirty_log(self._log)
+
+    def discard_dirty_log(self) -> None:
+        """See machine.Machine."""
+        self._refuse_closed()
+        if self._log is not None:
+            self._log.discard()
+
+    def dirty_hint(self) -> int:
+        """Of a secondary: its private pages. A primary's log can't be read without taking it."""
+        process = self._process
+        if process is None or self._log is not None or not process.alive:
+            return 0
+        try:
+            return process.private_bytes() // PAGE
+        except QemuError:
+            return 0  # it ended just now
+
+    # ---- device state --------------------------------------------------------------------------------------------
+
+    def save_device_state(self, *, with_hashes: bool = False) -> bytes:
+        """See machine.Machine. Saving may write guest RAM: the log is taken again after it."""
+        self._standing("save_device_state")
+        stream = self._alive().save(STATE_MAX)
+        return pack(self.description.digest, SavedState(stream, self._hashes() if with_hashes else None))
+
+    def check_device_state(self, state: memoryview | bytes) -> None:
+        """Checksum, form, lengths, and whether it is of the same machine. What else may be wrong only a load shows."""
+        self._refuse_closed()
+        parse(self.description.digest, bytes(state), self.ram.n_pages)
+        self._waiting()  # one starts now, if this is the first epoch
+
+    def load_device_state(self, state: memoryview | bytes) -> LoadReport:
+        """In a fresh process. One that does not take it is replaced by another, LOAD_TRIES in all."""
+        self._standing("load_device_state")
+        if self._log is not None:
+            raise OrderError("a primary takes no device state")
+        parsed = parse(self.description.digest, bytes(state), self.ram.n_pages)
+        report = self._compare(parsed.hashes)
+        old, self._process = self._process, None
+        if old is not None:
+            old.kill()
+        self._failure = None  # whatever the old one's was
+        self.powered_off = False
+        self._process = self._load(parsed.stream)
+        return report
+
+    def _waiting(self) -> Pool:
+        if self._pool is None:
+            self._pool = Pool(self._start_waiting)
+        return self._pool
+
+    def _start_waiting(self) -> QemuProcess:
+        process = self._start(shared=False, incoming=True)
+        try:
+            write_firmware(process, self.description.firmware)
+        except BaseException:
+            process.kill()
+            raise
+        return process
+
+    def _load(self, stream: bytes) -> QemuProcess:
+        pool = self._waiting()
+        for left in reversed(range(LOAD_TRIES)):
+            process = pool.take()
+            try:
+                process.load(stream)
+                return process
+            except BaseException as error:
+                process.kill()
+                if not left or not isinstance(error, QemuError):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _hashes(self) -> Words:
+        """A hash of each page of the image, shape (n_pages,)."""
+        hashes = np.empty(self.ram.n_pages, dtype=np.uint64)
+        with ffi.from_buffer("uint64_t[]", hashes) as out:
+            lib.guest_hash_pages(ffi.cast("void *", self.ram.addr), self.ram.n_pages, PAGE, out)
+        return hashes
+
+    def _compare(self, hashes: Words | None) -> LoadReport:
+        if hashes is None:
+            return LoadReport(0, (), 0)
+        begin = time.perf_counter_ns()
+        wrong = np.flatnonzero(self._hashes() != hashes)
+        return LoadReport(len(hashes), tuple((RAM, int(page)) for page in wrong), time.perf_counter_ns() - begin)
+
+    # ---- the check of every page -----------------------------------------------------------------------------------
+
+    def verify(self) -> VerifyReport:
+        """Of the small guest: what its own history says. Nothing is known of another's memory: 0 pages."""
+        self._standing("verify")
+        begin = time.perf_counter()
+        if self._guest.image is None:
+            return VerifyReport(0, (), 0.0)
+        memory = np.frombuffer(self._alive().guest_memory(0, self.ram.len_bytes), dtype=np.uint64)
+        found = guest_oracle.check(memory.reshape(-1, PAGE // 8), self._guest.image)
+        wrong = tuple((RAM, page) for page in found.wrong)
+        return VerifyReport(found.n_pages, wrong, time.perf_counter() - begin)
+
+    # ---- the end -----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """See machine.Machine."""
+        if self._closed:
+            return
+        self._closed = True
+        closing: list[Callable[[], None]] = [self._guest.close]
+        closing += [one.close for one in (self._pool, self._log) if one is not None]
+        if self._process is not None:
+            closing.append(self._process.kill)
+        while closing:
+            closing.pop()()

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QEMUs started ahead, each waiting for a device state: the next epoch's machine is there before it is needed."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+
+from colocache.vmm.errors import MachineError
+from colocache.vmm.qemu.errors import QemuError, QemuSlowError
+from colocache.vmm.qemu.process import START_SECONDS, QemuProcess
+
+
+class Pool:
+    """Keeps `size` processes ready. `make` starts one that waits, and is called in the pool's own thread.
+
+    A process that has written guest RAM of its own before its load is useless: its copy would hide the image's page
+    for ever. Such a one, and one that died, is never handed out.
+    """
+
+    def __init__(self, make: Callable[[], QemuProcess], size: int = 1) -> None:
+        self._make = make
+        self._wanted: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: one more; False: the end
+        self._made: queue.SimpleQueue[QemuProcess | MachineError] = queue.SimpleQueue()
+        self._kept: list[QemuProcess] = []
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="colocache-qemu-pool", daemon=True)
+        self._thread.start()
+        for _ in range(size):
+            self._wanted.put(True)
+
+    def _work(self) -> None:
+        while self._wanted.get() and not self._closing:
+            try:
+                self._made.put(self._make())
+            except MachineError as error:
+                self._made.put(error)
+
+    def wait_ready(self, timeout: float = START_SECONDS) -> None:
+        """Back when one is ready; QemuError if it can't be started, QemuSlowError."""
+        while not self._kept:
+            process = self._next(timeout)
+            if process.alive and process.private_bytes() == 0:
+                self._kept.append(process)
+            else:
+                process.kill()
+                self._wanted.put(True)
+
+    def take(self, timeout: float = START_SECONDS) -> QemuProcess:
+        """One that is ready, now the caller's; another is started in its place."""
+        while True:
+            self.wait_ready(timeout)
+            process = self._kept.pop()
+            self._wanted.put(True)
+            if process.alive:
+                return process
+            process.kill()
+
+    def _next(self, timeout: float) -> QemuProcess:
+        try:
+            made = self._made.get(timeout=timeout)
+        except queue.Empty:
+            raise QemuSlowError(f"no QEMU was ready within {timeout:g} s") from None
+        if isinstance(made, MachineError):
+            self._wanted.put(True)  # what failed may be gone when it is asked for next
+            raise QemuError(f"the QEMU that should wait for the next checkpoint did not start: {made}") from made
+        return made
+
+    def close(self) -> None:
+        """Kill those that wait."""
+        self._closing = True
+        self._wanted.put(False)
+        self._thread.join()
+        while not self._made.empty():
+            made = self._made.get()
+            if isinstance(made, QemuProcess):
+                made.kill()
+        while self._kept:
+            self._kept.pop().kill()
