@@ -36,7 +36,10 @@ def u64(value: int, what: str) -> int:
 
 def words_of(words: npt.ArrayLike, n_pages: int) -> tuple[npt.NDArray[np.uint64], Any]:
     """Contiguous u64 words for n_pages bits, and the C pointer into them; ArgumentError for another length or type."""
-    array = np.ascontiguousarray(words)
+    try:
+        array = np.ascontiguousarray(words)
+    except ValueError as error:
+        raise ArgumentError(f"bitmap words must be one uint64 array: {error}") from error
     if array.dtype != np.uint64:
         raise ArgumentError(f"bitmap words are {array.dtype}, not uint64")
     if array.ndim != 1 or array.size != -(-n_pages // 64):
@@ -46,7 +49,10 @@ def words_of(words: npt.ArrayLike, n_pages: int) -> tuple[npt.NDArray[np.uint64]
 
 def fd_of(fd: int | HasFileno) -> int:
     """A descriptor number from itself or from a socket or file."""
-    number = fd if isinstance(fd, int) else fd.fileno()
+    try:
+        number = operator.index(fd if isinstance(fd, int) else fd.fileno())
+    except (AttributeError, TypeError, ValueError) as error:  # ValueError: a closed file says so
+        raise ArgumentError(f"{fd!r} is no descriptor: it takes a number, or an open file or socket") from error
     if not 0 <= number <= INT_MAX:
         raise ArgumentError(f"descriptor {number} is not open")
     return number
@@ -56,7 +62,11 @@ def milliseconds(timeout: float | None) -> int:
     """Seconds as C takes them; None, for ever, is -1."""
     if timeout is None:
         return -1
-    if not timeout >= 0:
+    try:
+        in_order = timeout >= 0  # not so for nan
+    except TypeError as error:
+        raise ArgumentError(f"timeout is {timeout!r}: seconds from 0, or None for ever") from error
+    if not in_order:
         raise ArgumentError(f"timeout is {timeout}: seconds from 0, or None for ever")
     return min(math.ceil(timeout * 1000), INT_MAX) if timeout < INT_MAX else INT_MAX
 

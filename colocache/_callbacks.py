@@ -34,7 +34,7 @@ def _py_check(context: Any, state: Any, len_bytes: int) -> int:
     asked: Asked = ffi.from_handle(context)
     try:
         if asked.check is not None:
-            asked.check(asked.handle.memory(state, len_bytes).toreadonly())
+            asked.check(asked.handle.memory(state, len_bytes, "device state").toreadonly())
     except BaseException as error:  # noqa: BLE001 an exception can't pass through C: seal raises it
         asked.error = error
         return 1

@@ -20,25 +20,30 @@ class Handle:
     """Guards one C object. `with handle as pointer:` around each call; close waits for none and refuses if one runs.
 
     It belongs to the process that made it: after a fork the child's uses raise ClosedError, its close does nothing.
+    `let_go` is what can be given back while views of its memory live: a lock, threads.
     """
 
-    def __init__(self, what: str, pointer: Any, close: Callable[[Any], int]) -> None:
+    def __init__(
+        self, what: str, pointer: Any, close: Callable[[Any], int], let_go: Callable[[Any], int] | None = None
+    ) -> None:
         self.what = what
         self._pointer = pointer
         self._close = close
+        self._let_go = let_go
+        self._left = False  # a `with` was left while views lived: closed for everybody, memory goes with the last view
         self._pid = os.getpid()
         # Reentrant: the end of a view may close the handle from inside any allocation, one under this lock included.
         self._lock = threading.RLock()
         self._running = 0
-        self._views: dict[int, weakref.ref[Any]] = {}
+        self._views: dict[int, tuple[weakref.ref[Any], str]] = {}  # by the id of their buffer; of what memory
 
     def __enter__(self) -> Any:
         with self._lock:
             self._running += 1  # first: from here on nothing closes it
-            if self._pointer is not None and os.getpid() == self._pid:
+            if not self.closed and os.getpid() == self._pid:
                 return self._pointer
             self._running -= 1
-        if self._pointer is None:
+        if self.closed:
             raise ClosedError(f"the {self.what} is closed")
         raise ClosedError(f"the {self.what} belongs to process {self._pid}, from which this one was forked")
 
@@ -51,11 +56,12 @@ class Handle:
         if getattr(self, "_pointer", None) is not None and os.getpid() == self._pid:
             if not self._views:
                 self.close()
-            warnings.warn(f"a {self.what} was never closed", ResourceWarning, stacklevel=2)
+            if not self._left:
+                warnings.warn(f"a {self.what} was never closed", ResourceWarning, stacklevel=2)
 
     @property
     def closed(self) -> bool:
-        return self._pointer is None
+        return self._pointer is None or self._left
 
     def close(self) -> None:
         """Free the C object, once. BufferError while views are alive, OrderError while another thread is in a call."""
@@ -67,21 +73,28 @@ class Handle:
             if self._pointer is None:
                 return
             if self._views:
+                if self._left:
+                    return
+                of = ", ".join(sorted({of for _, of in self._views.values()}))
                 raise BufferError(
-                    f"{len(self._views)} views of the {self.what} are still alive: drop them before close"
+                    f"{len(self._views)} views of the {self.what} are still alive ({of}): drop them before close"
                 )
             if self._running:
                 raise OrderError(f"{self._running} calls on the {self.what} are still running: end them before close")
             pointer, self._pointer = self._pointer, None
         check(self._close(pointer))
 
-    def leave(self, error: BaseException | None) -> None:
-        """The end of a `with`. An error on its way has views in its frames and isn't hidden: closing waits for them."""
+    def leave(self) -> None:
+        """The end of a `with`: closed for everybody at once; memory that views show stays until the last is gone."""
         try:
             self.close()
         except BufferError:
-            if error is None:
-                raise
+            with self._lock:
+                if self._running:
+                    raise OrderError(f"{self._running} calls on the {self.what} are still running") from None
+                self._left = True
+            if self._let_go is not None:
+                check(self._let_go(self._pointer))
             _leaving.add(self)  # alive until its last view is gone
             self._leave_if_unused()
 
@@ -95,13 +108,13 @@ class Handle:
         self._views.pop(key, None)
         self._leave_if_unused()
 
-    def memory(self, pointer: Any, len_bytes: int) -> memoryview:
-        """A writable view of the object's memory; it counts until the last thing that refers to it is gone."""
+    def memory(self, pointer: Any, len_bytes: int, of: str) -> memoryview:
+        """A writable view of the object's memory, `of` what; it counts until nothing refers to it any more."""
         if len_bytes == 0:
             return memoryview(bytearray())
         buffer = ffi.buffer(pointer, len_bytes)
         key = id(buffer)
-        self._views[key] = weakref.ref(buffer, lambda _: self._view_gone(key))
+        self._views[key] = (weakref.ref(buffer, lambda _: self._view_gone(key)), of)
         return memoryview(buffer)
 
 

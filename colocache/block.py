@@ -51,7 +51,7 @@ class Writers:
 
 
 class Block:
-    """A RAM block. Views are (n_pages, page_size) uint8; each one that is alive keeps the cache from closing."""
+    """A RAM block. Views are (n_pages, page_size) uint8; each one that is alive keeps its memory mapped."""
 
     name: str
     index: int
@@ -84,10 +84,10 @@ class Block:
         """Counts of the bits that are set now."""
         return BlockInfo.of(self._info(), self.index)
 
-    def _view(self, base: Any, first_pfn: int, n_pages: int) -> memoryview:
+    def _view(self, base: Any, first_pfn: int, n_pages: int, image: str) -> memoryview:
         with self._handle:  # ClosedError before the memory of a closed one is looked at
             start = ffi.cast("char *", base) + first_pfn * self.page_size
-            return self._handle.memory(start, n_pages * self.page_size)
+            return self._handle.memory(start, n_pages * self.page_size, f"{image} of {self.name}")
 
     def _pages(self, memory: memoryview) -> Pages:
         return np.frombuffer(memory, np.uint8).reshape(-1, self.page_size)
@@ -95,12 +95,12 @@ class Block:
     @property
     def guest(self) -> Pages:
         """Guest RAM, read-only: what the SVM runs on."""
-        return self._pages(self._view(self._guest, 0, self.n_pages).toreadonly())
+        return self._pages(self._view(self._guest, 0, self.n_pages, "guest RAM").toreadonly())
 
     @property
     def cache(self) -> Pages:
         """The cache image, read-only: where arriving pages are."""
-        return self._pages(self._view(self._cached, 0, self.n_pages).toreadonly())
+        return self._pages(self._view(self._cached, 0, self.n_pages, "cache").toreadonly())
 
     @contextmanager
     def writable(self, first_pfn: int = 0, n_pages: int | None = None) -> Iterator[Pages]:
@@ -112,7 +112,7 @@ class Block:
         first, count = self.span(first_pfn, n_pages)
         if count == 0:
             raise RangeError(f"a writable view of block {self.name} needs at least one page")
-        memory = self._view(self._guest, first, count)
+        memory = self._view(self._guest, first, count, "guest RAM")
         with self._writers.writing(self.index, first, count, memory):
             yield self._pages(memory)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Sequence
 from types import TracebackType
@@ -25,7 +26,8 @@ from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
 from colocache.block import Block, Blocks, Writers
 from colocache.dirty_log import DirtyLog
-from colocache.errors import ArgumentError, TimedOutError
+from colocache.errors import ArgumentError, BusyError, TimedOutError
+from colocache.holders import lock_holders
 from colocache.memory import Memory
 from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Stats, Status
 
@@ -67,8 +69,8 @@ class Cache:
         memory.check_open()
         options, keep = _options(threads, copy, device_state_max, log)
         out = ffi.new("struct colocache **")
-        check(lib.colocache_create(memory.control_fd, options, out))
-        handle = Handle("cache", out[0], lib.colocache_close)
+        _check_owned(lib.colocache_create(memory.control_fd, options, out), memory.control_fd)
+        handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
             images, _names = _images(memory)
             with handle as cc:
@@ -90,8 +92,9 @@ class Cache:
         images, _names = _images(memory)
         report = ffi.new("struct colocache_recovery *")
         out = ffi.new("struct colocache **")
-        check(lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out))
-        handle = Handle("cache", out[0], lib.colocache_close)
+        code = lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out)
+        _check_owned(code, memory.control_fd)
+        handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
             return cls(handle, keep, Recovery.of(report))
         except BaseException:
@@ -99,7 +102,10 @@ class Cache:
             raise
 
     def close(self) -> None:
-        """Unmap and unlock; removes nothing. BufferError while views are alive; a second close is fine."""
+        """Unmap and unlock; removes nothing. BufferError, which names them, while views are alive; twice is fine.
+
+        Leaving a `with` unlocks at once and raises nothing: memory stays mapped for views that live: read only.
+        """
         self._handle.close()
 
     def __enter__(self) -> Cache:
@@ -108,7 +114,7 @@ class Cache:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.leave(error)
+        self._handle.leave()
 
     # ---- receive ----
 
@@ -184,7 +190,7 @@ class Cache:
         number, length = u64(epoch, "epoch"), u64(len_bytes, "length in bytes")
         with self._handle as cc:
             check(lib.colocache_device_state_begin(cc, number, length, addr))
-            return self._handle.memory(addr[0], length)
+            return self._handle.memory(addr[0], length, f"device state of epoch {number}")
 
     def device_state(self) -> bytes:
         """The device state of the newest sealed epoch. NoStateError."""
@@ -346,6 +352,17 @@ def _images(memory: Memory) -> tuple[Any, Sequence[Any]]:
         c.guest_fd, c.guest_offset = one.guest_fd, one.guest_offset
         c.cache_fd, c.cache_offset = one.cache_fd, one.cache_offset
     return array, names
+
+
+def _check_owned(code: int, control_fd: int) -> None:
+    if code >= 0:
+        return
+    error = error_from(code)
+    if isinstance(error, BusyError):  # the region names its owner; after a fork another process may hold the lock
+        holders = lock_holders(control_fd)
+        if holders and os.getpid() not in holders:
+            error.sentence += f"; held by process {', '.join(map(str, holders))}"
+    raise error
 
 
 def _check_received(code: int, n_pages: Any) -> None:

@@ -63,7 +63,7 @@ class DirtyLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.leave(error)
+        self._handle.leave()
 
 
 class KvmDirtyLog(DirtyLog):
@@ -101,9 +101,14 @@ class KvmDirtyRing(DirtyLog):
 
 
 class UffdDirtyLog(DirtyLog):
-    """The kernel's log of this process's own mappings (userfaultfd write-protect, PAGEMAP_SCAN; Linux 6.7).
+    """The kernel's log of what this process writes to its own mappings (userfaultfd write-protect, PAGEMAP_SCAN).
 
-    Needs no privilege. On hugetlb it sees 2 MiB at a time. UnsupportedError where the kernel lacks it.
+    For a machine that lives in this process, without KVM or beside it: `ranges` say where guest RAM is mapped, for
+    example UffdRange(block.index, 0, block.n_pages, block.guest_addr). The mappings stay until it is closed; one that
+    is unmapped earlier raises LogLostError at the next sync. Every write through these addresses is seen, also the
+    kernel's and KVM's; writes through another mapping are not. It begins to log when it is made: discard() just before
+    the machine first runs. Needs no privilege, and Linux 6.7: UnsupportedError before. On hugetlb it sees 2 MiB at a
+    time. ArgumentError: a range that is not mapped, or not page aligned.
     """
 
     def __init__(self, ranges: Sequence[UffdRange]) -> None:

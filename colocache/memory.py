@@ -15,6 +15,7 @@ import os
 import secrets
 import signal
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -48,8 +49,9 @@ def _signals_wait() -> Iterator[None]:
 class Memory:
     """All images and the control region of one secondary.
 
-    Made by `create` (leaving a `with` closes it and removes its names), `open` (a region that outlived its process) or
-    `from_manifest` (in a child, from inherited descriptors); of the latter two, leaving a `with` only closes.
+    Made by `create` (leaving a `with` closes it and removes its names), `open` (a region that outlived its process),
+    `from_manifest` (in a child, from inherited descriptors) or `from_fds` (files of the caller's own); of the latter
+    three, leaving a `with` only closes.
     What was created and neither closed nor unlinked is removed when the interpreter exits.
     """
 
@@ -204,6 +206,32 @@ class Memory:
         ]
         facts = {"name": self.name, "backing": self.backing, "persistent": self.persistent, "why": self.why}
         return json.dumps({**facts, "control_fd": self.control_fd, "images": images})
+
+    @classmethod
+    def from_fds(cls, control_fd: int, images: Sequence[Images], *, persistent: bool = False) -> Memory:
+        """Memory that the caller made: memfds, POSIX shared memory, hugetlbfs files, also several blocks in one file.
+
+        `control_fd`: an empty regular or shared-memory file, or a region to attach to. Images as colocache.h asks:
+        zero-filled, reserved (unless `sparse`), disjoint, their offsets multiples of the file's granularity.
+        Descriptors are duplicated, the caller keeps its own; nothing is named or removed. `persistent`: somebody else
+        holds the files too, or they have names, so that they outlive this process. ArgumentError, BlockError.
+        """
+        check_blocks([one.spec for one in images])
+        memory = cls("from-descriptors", "own", persistent=persistent, why="the caller's descriptors")
+        copies: dict[int, int] = {}
+        try:
+            for fd in (control_fd, *(fd for one in images for fd in (one.guest_fd, one.cache_fd))):
+                if fd not in copies:
+                    copies[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+                    memory._fds.append(copies[fd])
+        except (OSError, OverflowError, TypeError) as error:
+            memory.close()
+            raise ArgumentError(f"descriptor {fd!r} of the memory is not open: {error}") from error
+        memory.control_fd = copies[control_fd]
+        memory.images = tuple(
+            replace(one, guest_fd=copies[one.guest_fd], cache_fd=copies[one.cache_fd]) for one in images
+        )
+        return memory
 
     @classmethod
     def from_manifest(cls, text: str) -> Memory:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -21,8 +22,8 @@ MAP_NORESERVE = 0x4000  # Python 3.13 has a name for it
 class RamImage:
     """Guest RAM of one block, mapped at `addr`, zero bytes at first; gone with its last process. `fd`: its file.
 
-    `view` is (n_pages, page_size) uint8, writable. Context manager; closing with other views of it alive raises
-    BufferError.
+    `view` is (n_pages, page_size) uint8, writable. Context manager: closing with other views of it alive raises
+    BufferError, leaving a `with` leaves the memory to them.
     """
 
     spec: BlockSpec
@@ -96,12 +97,9 @@ class RamImage:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.suppress(BufferError):  # closed for everybody; unmapped with the last view
             self.close()
-        except BufferError:
-            # The frames of an error on its way hold views: the error matters more; unmapping follows with the last one.
-            if error is None:
-                raise
+        self._view = None
 
     def __repr__(self) -> str:
         return f"<RamImage {self.spec.name}: {self.spec.n_pages} pages of {self.spec.page_size}, {self.backing}>"

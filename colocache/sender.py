@@ -140,7 +140,7 @@ class Sender:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._handle.leave(error)
+        self._handle.leave()
 
 
 def _index(number: int) -> int:

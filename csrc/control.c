@@ -7,6 +7,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/random.h>
@@ -58,6 +59,14 @@ static int take_lock(int own_fd)
     int64_t pid = 0;
     if (pread(own_fd, &pid, sizeof pid, offsetof(struct cc_control, owner_pid)) != sizeof pid)
         pid = 0; /* its owner is just creating it */
+    if (pid == getpid())
+        return cc_fail(COLOCACHE_E_BUSY, "the control region is owned by this process (%lld): close its other handle first",
+                       (long long)pid);
+    if (pid > 0 && kill((pid_t)pid, 0) != 0 && errno == ESRCH)
+        return cc_fail(COLOCACHE_E_BUSY,
+                       "the control region is locked, but its owner, process %lld, is not there: it forked a child that keeps the lock, or "
+                       "lives in another PID namespace",
+                       (long long)pid);
     return cc_fail(COLOCACHE_E_BUSY, "the control region is owned by process %lld: wait for it or stop it", (long long)pid);
 }
 
@@ -195,9 +204,18 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
     return 0;
 }
 
+void cc_control_unlock(struct cc_region *region)
+{
+    struct flock unlock = {.l_type = F_UNLCK, .l_whence = SEEK_SET};
+    if (region->fd < 0)
+        return;
+    (void)fcntl(region->fd, F_OFD_SETLK, &unlock); /* a mapping keeps the description, and so the lock, alive */
+    close(region->fd);
+    region->fd = -1;
+}
+
 void cc_control_close(struct cc_region *region)
 {
     cc_unmap(region->control, region->head_bytes);
-    if (region->fd >= 0)
-        close(region->fd); /* the lock goes with the description */
+    cc_control_unlock(region);
 }

@@ -18,6 +18,7 @@ struct cc_region {
 
 int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max);
 void cc_control_close(struct cc_region *region);
+void cc_control_unlock(struct cc_region *region); /* somebody else may own it; the mapping stays */
 /* Magic, version, stamp, sizes, reserved bytes of a region whose file has file_bytes. */
 int cc_control_check(const struct cc_control *control, uint64_t file_bytes);
 /* Another history: whoever saw the one before is no peer of what comes now. */

@@ -112,6 +112,16 @@ int colocache_create(int control_fd, const struct colocache_options *options, st
     return rc;
 }
 
+int colocache_let_go(struct colocache *cc)
+{
+    if (!cc)
+        return 0;
+    cc_pool_destroy(cc->pool);
+    cc->pool = NULL;
+    cc_control_unlock(&cc->region);
+    return 0;
+}
+
 int colocache_close(struct colocache *cc)
 {
     if (!cc)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -241,3 +242,97 @@ def test_a_forked_child_can_not_use_or_close_it(ready: Cache) -> None:
     assert f"belongs to process {os.getpid()}" in os.read(read, 1000).decode()
     os.close(read)
     assert ready.status().sealed_epoch == 1
+
+
+# ---- leaving a `with` -----------------------------------------------------------------------------------------
+
+
+def test_leaving_with_a_living_view_lets_go_of_the_lock_and_keeps_the_memory(memory: Memory) -> None:
+    """A newcomer's `guest = ram.guest` in a `with` is no mistake; after it the view still shows guest RAM."""
+    with Cache.create(memory) as cache:
+        cache.receive(1, "pc.ram", 7, page(65))
+        checkpoint(cache, 1)
+        guest = cache.blocks["pc.ram"].guest
+    with pytest.raises(ClosedError):
+        cache.status()
+    cache.close()  # said already
+    assert guest[7, 0] == 65
+    with Cache.attach(memory) as second:  # nobody owns it
+        assert second.recovery is not None
+        assert second.recovery.action is Action.RESTART
+        assert guest[7, 0] == 65
+    del guest
+    gc.collect()
+    assert not colocache._handle._leaving  # the last view took the rest with it
+
+
+def test_a_view_that_keeps_a_cache_open_is_named(ready: Cache) -> None:
+    guest, state = ready.blocks["pc.ram"].guest, ready.device_state_buffer(2, 9)
+    with pytest.raises(BufferError, match=r"2 views .*device state of epoch 2, guest RAM of pc\.ram"):
+        ready.close()
+    del guest, state
+
+
+@pytest.mark.parametrize("wrong", [3.5, None, "3", object()])
+def test_what_is_no_descriptor_is_an_argument_error(ready: Cache, wrong: object) -> None:
+    with pytest.raises(ArgumentError, match="descriptor"):
+        ready.receive_stream(wrong, timeout=1)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError):
+        ready.receive_stream(0, timeout="soon")  # type: ignore[arg-type]
+
+
+# ---- who holds the lock ---------------------------------------------------------------------------------------
+
+
+def test_a_region_that_this_process_owns_says_so(ready: Cache, memory: Memory) -> None:
+    with pytest.raises(BusyError, match=f"this process .{os.getpid()}.*other handle"):
+        Cache.attach(memory)
+
+
+def test_a_lock_that_a_forked_child_inherited_is_told_with_its_holder(memory: Memory) -> None:
+    """The owner that the region names is gone; the one to end is another."""
+    read, write = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        Cache.create(memory, threads=1)
+        holder = os.fork()
+        if holder == 0:
+            signal.pause()
+        os.write(write, f"{holder}\n".encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(owner, 0)
+    with os.fdopen(read) as said:
+        holder = int(said.readline())
+    try:
+        with pytest.raises(BusyError, match=f"{owner}.* held by process {holder}"):
+            Cache.attach(memory)
+    finally:
+        os.kill(holder, signal.SIGKILL)
+
+
+# ---- files of the caller's own --------------------------------------------------------------------------------
+
+
+def test_two_blocks_in_one_file_of_the_callers() -> None:
+    control, ram, cache_fd = (os.memfd_create(name) for name in ("control", "ram", "cache"))
+    try:
+        for fd in (ram, cache_fd):
+            os.posix_fallocate(fd, 0, 24 * PAGE)
+        specs = colocache.BlockSpec("low", 16 * PAGE), colocache.BlockSpec("high", 8 * PAGE)
+        images = [
+            colocache.Images(specs[0], ram, 0, cache_fd, 0, False),
+            colocache.Images(specs[1], ram, 16 * PAGE, cache_fd, 16 * PAGE, False),
+        ]
+        with Memory.from_fds(control, images) as memory, Cache.create(memory) as cache:
+            cache.receive(1, "high", 2, page(9))
+            checkpoint(cache, 1)
+        assert os.pread(ram, 1, 18 * PAGE) == bytes([9])  # its descriptors are still the caller's
+        with Memory.from_fds(control, images) as memory, Cache.attach(memory) as cache:
+            assert cache.recovery is not None
+            assert cache.recovery.epoch == 1
+        with pytest.raises(ArgumentError, match="9999"):
+            Memory.from_fds(9999, images)
+    finally:
+        for fd in (control, ram, cache_fd):
+            os.close(fd)

@@ -84,7 +84,7 @@ class Rig:
         self.guest_addr = block.guest_addr
         self.cache_addr = int(ffi.cast("uintptr_t", block._cached))
         # Not Block.writable: these bytes are poison, whose pages must not count as dirty.
-        self.guest: Bytes = block._pages(block._view(block._guest, 0, block.n_pages))
+        self.guest: Bytes = block._pages(block._view(block._guest, 0, block.n_pages, "guest RAM"))
         self.cached: Bytes = block.cache
         self.epoch = self.cache.status().sealed_epoch
         if not self._attached:

@@ -438,6 +438,11 @@ int colocache_attach(int control_fd, const struct colocache_options *options,
 /* Unmap, unlock, free.  Removes nothing.  The VM must have stopped running on the library's
  * mappings. */
 int colocache_close(struct colocache *cc);
+/* The first half of a close, while pointers to memory are still in use (a language's views of it):
+ * the lock is dropped, so that another process may attach, and the threads end; the memory stays
+ * mapped until colocache_close, the only function that may be called after this one.  Write
+ * nothing through those pointers any more. */
+int colocache_let_go(struct colocache *cc);
 
 /* ---- looking --------------------------------------------------------------------------------- */
 

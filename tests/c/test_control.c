@@ -81,6 +81,26 @@ static void a_second_owner_is_told_the_first_ones_pid(void)
     rig_close(&rig);
 }
 
+static void letting_go_frees_the_lock_and_keeps_the_memory(void)
+{
+    struct rig rig;
+    struct colocache *second = NULL;
+    rig_open(&rig, 1, two_blocks, 4096, false);
+    rig_receive(&rig, 1, 0, 3, 1);
+    rig_checkpoint(&rig, 1, 10);
+    struct colocache_images images = rig_images(&rig.blocks[0]);
+    struct colocache_block_info info;
+    CHECK_RC(0, colocache_get_block(rig.cc, 0, &info));
+    CHECK_RC(COLOCACHE_E_BUSY, colocache_attach(rig.control_fd, NULL, &images, 1, NULL, &second));
+    CHECK_RC(0, colocache_let_go(rig.cc));
+    CHECK_RC(0, colocache_let_go(rig.cc)); /* twice is harmless */
+    CHECK_RC(0, colocache_attach(rig.control_fd, NULL, &images, 1, NULL, &second));
+    CHECK_EQ(0, memcmp((const uint8_t *)info.guest_addr + 3 * 4096, (const uint8_t *)info.cache_addr + 3 * 4096, 4096));
+    colocache_close(second);
+    CHECK_RC(0, colocache_let_go(NULL));
+    rig_close(&rig);
+}
+
 static void create_wants_an_empty_file(void)
 {
     struct rig rig;
@@ -321,6 +341,7 @@ int main(void)
     RUN(a_new_region_is_laid_out_as_written_down);
     RUN(histories_differ);
     RUN(a_second_owner_is_told_the_first_ones_pid);
+    RUN(letting_go_frees_the_lock_and_keeps_the_memory);
     RUN(create_wants_an_empty_file);
     RUN(options_are_checked);
     RUN(the_lock_can_be_on_a_descriptor_of_the_callers);
