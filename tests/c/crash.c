@@ -55,67 +55,16 @@ static void attach_work(void *context)
     }
 }
 
-/* ---- a copy of all memory, to repeat an attach on the same state ---------------------------------------------------------- */
-
-struct picture {
-    uint8_t guest[PAGES * PAGE], cache[PAGES * PAGE];
-    uint8_t *control;
-    uint64_t control_bytes;
-    struct progress progress;
-};
-
-static void move(void *picture, void *live, uint64_t bytes, bool back)
-{
-    memcpy(back ? live : picture, back ? picture : live, bytes);
-}
-
-static void take_picture(struct picture *picture, bool back)
-{
-    if (!back)
-        picture->control_bytes = (uint64_t)lseek(memory.control, 0, SEEK_END);
-    move(picture->control, memory.control_at, picture->control_bytes, back);
-    move(picture->guest, memory.guest_at[0], PAGES_0 * PAGE, back);
-    move(picture->guest + PAGES_0 * PAGE, memory.guest_at[1], PAGES_1 * PAGE, back);
-    move(picture->cache, memory.cache_at[0], PAGES_0 * PAGE, back);
-    move(picture->cache + PAGES_0 * PAGE, memory.cache_at[1], PAGES_1 * PAGE, back);
-    move(&picture->progress, memory.progress, sizeof picture->progress, back);
-}
-
-static struct picture *new_picture(void)
-{
-    struct picture *picture = calloc(1, sizeof *picture);
-    if (!picture || !(picture->control = calloc(1, memory.control_bytes)))
-        exit(2);
-    return picture;
-}
-
-/* attach_death -- the model after an attach that was killed: it may have finished a flush, or be in the middle of a copy */
-static void attach_death(struct model *model, const struct history *history)
-{
-    if (model->sealed == 0 || !model->blocks)
-        return;
-    bool replaying = model->committed != model->sealed;
-    if (replaying && memory.progress->word_stored) {
-        model->committed = model->sealed;
-        model->partial = false;
-        memcpy(model->guest, history->pvm_at[model->sealed], sizeof model->guest);
-        memcpy(model->or_else, model->guest, sizeof model->or_else);
-    } else if ((replaying || model->receiving == model->sealed)) {
-        for (unsigned page = 0; page < PAGES; page++) { /* a page torn before may stay so until it is copied */
-            if (model->guest[page] == model->or_else[page])
-                model->or_else[page] = history->pvm_at[model->sealed][page];
-        }
-    }
-}
+/* ---- attach, killed as well ----------------------------------------------------------------------------------------------- */
 
 /* kill_attach -- attach killed at each of its points on the state there is now; if `depth` is 2 the attach after it as well */
 static void kill_attach(const struct history *history, const struct model *model, uint64_t point, int depth)
 {
     static struct picture *pictures[2];
     if (!pictures[depth - 1])
-        pictures[depth - 1] = new_picture();
+        pictures[depth - 1] = memory_picture(&memory);
     struct picture *picture = pictures[depth - 1];
-    take_picture(picture, false);
+    picture_move(picture, &memory, false);
     int killed;
     for (uint64_t at = 1;; at++) {
         killed = in_child(attach_work, NULL, at);
@@ -123,7 +72,7 @@ static void kill_attach(const struct history *history, const struct model *model
             breach(history, "attach failed by itself", point, at);
         totals.attach_kills += (unsigned)killed;
         struct model after = *model;
-        attach_death(&after, history);
+        model_attach_death(&after, history, memory.progress);
         bool restarting = after.sealed && after.committed == after.sealed && after.receiving == after.sealed;
         if (!restarting && !check_dead(&memory, &after)) /* a restart copies over whatever the dead one left */
             breach(history, "guest RAM after a killed attach", point, at);
@@ -136,7 +85,7 @@ static void kill_attach(const struct history *history, const struct model *model
         }
         if (!killed)
             break;
-        take_picture(picture, true);
+        picture_move(picture, &memory, true);
     }
 }
 
@@ -171,12 +120,11 @@ static void kill_at(const struct history *history, uint64_t point, int attach_de
     if (!check_dead(&memory, &model))
         breach(history, "guest RAM", point, 0);
     if (attach_depth && model.blocks) {
-        struct picture *picture = new_picture();
-        take_picture(picture, false);
+        struct picture *picture = memory_picture(&memory);
+        picture_move(picture, &memory, false);
         kill_attach(history, &model, point, attach_depth);
-        take_picture(picture, true);
-        free(picture->control);
-        free(picture);
+        picture_move(picture, &memory, true);
+        picture_free(picture);
     }
     totals.recoveries++;
     if (!check_recovery(&memory, history, &model, point % 16 == 0))

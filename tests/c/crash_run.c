@@ -90,6 +90,40 @@ void memory_images(const struct memory *memory, struct colocache_images images[2
                                                   .cache_fd = memory->cache[block]};
 }
 
+/* ---- a copy of all memory, to repeat an attach on the same state ---------------------------------------------------------- */
+
+struct picture *memory_picture(const struct memory *memory)
+{
+    struct picture *picture = calloc(1, sizeof *picture);
+    must(picture && (picture->control = calloc(1, memory->control_bytes)), "no memory for a picture");
+    return picture;
+}
+
+void picture_free(struct picture *picture)
+{
+    free(picture->control);
+    free(picture);
+}
+
+static void move(void *picture, void *live, uint64_t bytes, bool back)
+{
+    memcpy(back ? live : picture, back ? picture : live, bytes);
+}
+
+void picture_move(struct picture *picture, const struct memory *memory, bool back)
+{
+    if (back)
+        must(ftruncate(memory->control, (off_t)picture->control_bytes) == 0, "ftruncate");
+    else
+        picture->control_bytes = (uint64_t)lseek(memory->control, 0, SEEK_END);
+    move(picture->control, memory->control_at, picture->control_bytes, back);
+    move(picture->guest, memory->guest_at[0], PAGES_0 * PAGE, back);
+    move(picture->guest + PAGES_0 * PAGE, memory->guest_at[1], PAGES_1 * PAGE, back);
+    move(picture->cache, memory->cache_at[0], PAGES_0 * PAGE, back);
+    move(picture->cache + PAGES_0 * PAGE, memory->cache_at[1], PAGES_1 * PAGE, back);
+    move(&picture->progress, memory->progress, sizeof picture->progress, back);
+}
+
 /* in_child -- a process that is killed at its crash_at-th crash point: 1 killed at its crash point, 0 it came to the end, -1 anything else */
 int in_child(void (*work)(void *context), void *context, uint64_t crash_at)
 {
@@ -258,8 +292,8 @@ static void check_bitmaps(const struct memory *memory, struct colocache *cc, con
     expect(memory, step, colocache_validate(cc, model->committed == model->sealed && step->kind == FLUSH), 0);
 }
 
-static void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
-                     const struct model *before)
+void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
+              const struct model *before)
 {
     uint8_t content[PAGE];
     struct colocache_images images[2];

@@ -310,3 +310,19 @@ void model_death(struct model *model, const struct history *history, const struc
         break;
     }
 }
+
+/* model_attach_death -- after an attach that was killed: it may have finished a flush, or be in the middle of a copy */
+void model_attach_death(struct model *model, const struct history *history, const struct progress *progress)
+{
+    if (model->sealed == 0 || !model->blocks)
+        return;
+    bool replaying = model->committed != model->sealed;
+    if (replaying && progress->word_stored) {
+        is_committed(model, history);
+    } else if (replaying || model->receiving == model->sealed) {
+        for (unsigned page = 0; page < PAGES; page++) { /* a page torn before may stay so until it is copied */
+            if (model->guest[page] == model->or_else[page])
+                model->or_else[page] = history->pvm_at[model->sealed][page];
+        }
+    }
+}

@@ -95,6 +95,7 @@ void make_history(struct history *history, unsigned pvm, unsigned svm);
 void model_start(struct model *model);
 void model_step(struct model *model, const struct history *history, const struct step *step); /* a step that was finished */
 void model_death(struct model *model, const struct history *history, const struct progress *progress);
+void model_attach_death(struct model *model, const struct history *history, const struct progress *progress);
 const char *kind_name(enum kind kind);
 
 /* crash_run.c: memory that outlives children, and the child's part */
@@ -107,12 +108,24 @@ struct memory {
     struct progress *progress;
 };
 
+struct picture { /* all of it, as it was at one moment */
+    uint8_t guest[PAGES * PAGE], cache[PAGES * PAGE];
+    uint8_t *control;
+    uint64_t control_bytes;
+    struct progress progress;
+};
+
 void memory_make(struct memory *memory);
+struct picture *memory_picture(const struct memory *memory);                        /* an empty one */
+void picture_move(struct picture *picture, const struct memory *memory, bool back); /* memory into the picture, or back */
+void picture_free(struct picture *picture);
 void memory_reset(struct memory *memory); /* as new: zeros, control region empty */
 void memory_images(const struct memory *memory, struct colocache_images images[2]);
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out);
 int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
 uint8_t *memory_page(const struct memory *memory, unsigned page);
+void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
+              const struct model *before);
 void run_steps(const struct memory *memory, const struct history *history, bool check_bits);
 void watch_points(struct progress *progress); /* from now on crash points are told to *progress */
 

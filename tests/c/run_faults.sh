@@ -4,6 +4,7 @@
 #
 #   run_faults.sh build DIR            all programs into DIR
 #   run_faults.sh build-sanitized DIR  the same with AddressSanitizer and UndefinedBehaviorSanitizer
+#   run_faults.sh build-stepped DIR    the one that dies after each instruction: a library as it ships, without crash points
 #   run_faults.sh                      build into a fresh directory, run everything once, remove it
 #
 # CC and CFLAGS are used.  Each program prints one line of JSON with its numbers and exits 0 if the promise held.
@@ -63,6 +64,13 @@ build() { # DIR FLAGS...
 case ${1:-run} in
 build) build "$2" -O2 ;;
 build-sanitized) build "$2" -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined ;;
+build-stepped)
+    mkdir -p "$2"
+    dir=$(cd "$2" && pwd)
+    objects "$dir/csrc" -O3
+    # At fixed addresses, for addr2line; bound at once, or the linker's instructions would be stepped as well.
+    program "$dir" step -O2 -no-pie -Wl,-z,now -- step.c step_trace.c crash_world.c crash_run.c crash_check.c
+    ;;
 wrapped) echo $wrapped ;;
 run)
     dir=$(mktemp -d)
@@ -79,7 +87,7 @@ run)
     "$dir/fail_memory"
     ;;
 *)
-    echo "usage: run_faults.sh [build DIR | build-sanitized DIR | wrapped]" >&2
+    echo "usage: run_faults.sh [build DIR | build-sanitized DIR | build-stepped DIR | wrapped]" >&2
     exit 2
     ;;
 esac

@@ -124,7 +124,7 @@ enum verdict { MESSAGE, REFUSED, BROKE_OFF, EITHER }; /* EITHER: an epoch number
 struct oracle {
     uint8_t cache[BLOCKS][PAGES_MAX * PAGE];
     bool bit[BLOCKS][PAGES_MAX];
-    bool unsure[BLOCKS][PAGES_MAX];    /* of a packet that broke off, or once zeros and once bytes in one packet: either may win */
+    bool unsure[BLOCKS][PAGES_MAX];        /* of a packet that broke off, or once zeros and once bytes in one packet: either may win */
     unsigned in_packet[BLOCKS][PAGES_MAX]; /* number of the last packet that named it, times two, plus 1 if as zeros */
     unsigned n_packets;
     uint64_t n_pages, newest, open; /* epoch numbers */
@@ -195,7 +195,8 @@ static enum verdict parse(uint64_t expected_epoch)
         at += header.b * sizeof *runs;
         if (header.checksum != checksum(&header, runs, header.b) || !runs_fit(&header, runs))
             return REFUSED;
-        if (header.epoch == 0 || header.epoch < oracle.open || (!oracle.open && header.epoch <= oracle.newest) || header.epoch == UINT64_MAX)
+        if (header.epoch == 0 || header.epoch < oracle.open || (!oracle.open && header.epoch <= oracle.newest) ||
+            header.epoch == UINT64_MAX)
             return REFUSED;
         if (header.epoch >= 1ull << 47)
             return EITHER;
@@ -265,10 +266,11 @@ static void receive(struct world *world, uint64_t expected_epoch)
         PROMISE(rc == COLOCACHE_E_PEER_LOST, "a stream that broke off gave %d", rc);
     } else {
         PROMISE(rc == COLOCACHE_E_PACKET || rc == COLOCACHE_E_EPOCH || rc == COLOCACHE_E_BLOCK || rc == COLOCACHE_E_RANGE ||
-                    rc == COLOCACHE_E_TOO_LARGE, "a packet against the rules gave %d", rc);
+                    rc == COLOCACHE_E_TOO_LARGE,
+                "a packet against the rules gave %d", rc);
     }
     PROMISE(n_pages == oracle.n_pages, "%llu pages counted, %llu came", (unsigned long long)n_pages, (unsigned long long)oracle.n_pages);
-    check_memory(world, (const uint8_t(*)[PAGES_MAX * PAGE])guest);
+    check_memory(world, (const uint8_t(*)[PAGES_MAX * PAGE]) guest);
     check_epoch(world, verdict);
 }
 

@@ -23,14 +23,14 @@ enum { PAGE = 4096, BLOCKS = 2, PAGES_MAX = 70, STATE_MAX = 8192 };
 static const uint64_t block_pages[BLOCKS] = {PAGES_MAX, 5};
 static const char *const block_names[BLOCKS] = {"pc.ram", "boot"};
 
-#define PROMISE(condition, ...)                                                  \
-    do {                                                                          \
-        if (!(condition)) {                                                       \
+#define PROMISE(condition, ...) \
+    do { \
+        if (!(condition)) { \
             fprintf(stderr, "%s:%d: %s does not hold: ", __FILE__, __LINE__, #condition); \
-            fprintf(stderr, __VA_ARGS__);                                         \
-            fprintf(stderr, "; last error: %s\n", colocache_last_error());        \
-            abort();                                                              \
-        }                                                                         \
+            fprintf(stderr, __VA_ARGS__); \
+            fprintf(stderr, "; last error: %s\n", colocache_last_error()); \
+            abort(); \
+        } \
     } while (0)
 
 struct world {
@@ -39,7 +39,8 @@ struct world {
     struct colocache *cc;
 };
 
-static const struct colocache_options world_options = {.struct_size = sizeof world_options, .n_threads = 1, .device_state_max_bytes = STATE_MAX};
+static const struct colocache_options world_options = {
+    .struct_size = sizeof world_options, .n_threads = 1, .device_state_max_bytes = STATE_MAX};
 
 static inline int world_file(const char *name, uint64_t n_bytes, uint8_t **at)
 {
@@ -64,8 +65,12 @@ static inline void world_make(struct world *world)
 static inline void world_images(const struct world *world, struct colocache_images images[BLOCKS])
 {
     for (unsigned b = 0; b < BLOCKS; b++)
-        images[b] = (struct colocache_images){.struct_size = sizeof images[b], .name = block_names[b], .len_bytes = block_pages[b] * PAGE,
-                                              .page_size = PAGE, .guest_fd = world->guest[b], .cache_fd = world->cache[b]};
+        images[b] = (struct colocache_images){.struct_size = sizeof images[b],
+                                              .name = block_names[b],
+                                              .len_bytes = block_pages[b] * PAGE,
+                                              .page_size = PAGE,
+                                              .guest_fd = world->guest[b],
+                                              .cache_fd = world->cache[b]};
 }
 
 /* world_create -- zeroed images and a fresh region */
