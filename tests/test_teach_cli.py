@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import os
 import pty
 import re
@@ -22,7 +23,7 @@ import colocache
 from colocache.teach import draw, quiz
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.play import record
-from colocache.teach.recording import read_lesson
+from colocache.teach.recording import Lesson, read_lesson
 
 COMMAND = [sys.executable, "-m", "colocache.teach"]
 WAIT_SECONDS = 120.0
@@ -95,6 +96,11 @@ class Terminal:
         return self.process.wait(WAIT_SECONDS)
 
 
+@functools.cache
+def recorded() -> Lesson:
+    return record(CHAPTERS)
+
+
 def left_by(pid: int) -> list[str]:
     return [region.name for region in colocache.list_regions() if region.name.startswith(f"{pid}-")]
 
@@ -127,7 +133,7 @@ def test_a_low_terminal_gets_all_grids_in_one_row() -> None:
 
 @pytest.mark.parametrize(("columns", "rows"), [(80, 24), (60, 45), (80, 45), (120, 45)])
 def test_every_step_fits_the_terminal_with_its_keys(columns: int, rows: int) -> None:
-    lesson = record(CHAPTERS)
+    lesson = recorded()
     for chapter in lesson.chapters:
         for number, step in enumerate(chapter.steps):
             drawn = draw.draw(chapter, number, lesson.columns, columns, rows - 1)

@@ -54,8 +54,11 @@ def teach(
     """Why two bitmaps and a cache? A lesson to look at, drawn from the real engine.
 
     Steps through a guest of 64 to 256 pages: PVM memory, cache, both bitmaps, flush set, unacked and SVM memory, each
-    read from the engine's shared memory as it runs. Keys: n or right, p or left, ] and [ for chapters, Home, End, q.
-    In a pipe all steps are written as plain text.
+    read from the engine's shared memory as it runs. Keys: n or right, p or left, ] and [ for chapters, Home, End, ? for
+    the legend, q. In a pipe all steps are written as plain text.
+
+    The web page of --html can also be played: click which machine writes which page, run the checkpoint, kill either
+    side at any step. Printing a chapter of it gives a handout.
 
     With --quiz the exit status is 0 if every answer was right.
     """

@@ -6,6 +6,12 @@ primary, secondary     the two machines, thin users of Sender and Cache;  victim
 pair, play             both together; running a chapter and reading everything at each step
 judge, recording       what an image is; the recorded lesson and its file format
 chapters/              one small function per chapter
-draw, terminal, quiz   the terminal;  web, lesson.*: the page
+draw, terminal, quiz   the terminal
+wire                   names of messages, in words
+web, lesson.html       the page: all of the following in one file
+  panels, lesson (.js)   the grids; chapters, steps and moving among them
+  model, judge (.js)     a small model of the pair, for playing; tests compare it with the real engine
+  play, predict, quiz    the chapter that is played, questions before an action, the exercise (.js)
+  handout (.js)          printing: all steps of a chapter
 machines, heat         a recording at scale, and its picture
 """

@@ -182,7 +182,7 @@ const model = (() => {
         received(s);
         return {
           title: `RECEIVED(${epoch})`, actor: "wire", call: "sender.received()", message: `VMSTATE_RECEIVED(${epoch})`,
-          text: "The PVM empties unacked, lets its output out and runs on. It need not wait for the flush.",
+          text: "The PVM empties unacked and lets its output out. Its epoch can no longer be lost, so it may run on while the SVM flushes.",
         };
       },
     },

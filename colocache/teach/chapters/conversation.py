@@ -96,7 +96,7 @@ def conversation(play: Play) -> None:
         play.step(
             pair,
             "Whole again",
-            "The flush makes guest RAM exactly epoch 3, and LOADED lets the PVM run on. "
+            "The flush makes guest RAM exactly epoch 3, and LOADED tells the PVM that the next epoch may come. "
             "No page was lost, though a connection was.",
             actor="svm",
             call="cache.flush(); cache.loaded()",

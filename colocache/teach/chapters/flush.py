@@ -46,7 +46,7 @@ def flush(play: Play) -> None:
             pair,
             "The registers follow, and both run on",
             "With memory and device state of epoch 2 the SVM is the machine that the PVM was when it paused. "
-            "It is told to run, the PVM too, and they begin to drift again.",
+            "Both machines run, and they begin to drift again.",
             actor="svm",
             call="cache.loaded()",
             message="VMSTATE_LOADED(2)",
