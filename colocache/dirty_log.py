@@ -107,8 +107,8 @@ class UffdDirtyLog(DirtyLog):
     example UffdRange(block.index, 0, block.n_pages, block.guest_addr). The mappings stay until it is closed; one that
     is unmapped earlier raises LogLostError at the next sync. Every write through these addresses is seen, also the
     kernel's and KVM's; writes through another mapping are not. It begins to log when it is made: discard() just before
-    the machine first runs. Needs no privilege, and Linux 6.7: UnsupportedError before. On hugetlb it sees 2 MiB at a
-    time. ArgumentError: a range that is not mapped, or not page aligned.
+    the machine first runs. Needs no privilege, and Linux 6.7: UnsupportedError before, and for a range that is not
+    mapped. On hugetlb it sees 2 MiB at a time.
     """
 
     def __init__(self, ranges: Sequence[UffdRange]) -> None:

@@ -97,7 +97,8 @@ int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, u
         return cc_fail_errno("fstat of an image");
     FILE *list = fopen("/proc/self/maps", "re");
     if (!list)
-        return cc_fail_errno("opening /proc/self/maps");
+        return cc_fail(
+            -errno, "%s can't be checked, /proc/self/maps does not open: mount /proc, or give no address and let the library map it", what);
     int rc = 0;
     uint64_t at = begin; /* up to here all is well */
     while (rc == 0 && at < end && next_mapping(list, &one) && one.begin <= at) {

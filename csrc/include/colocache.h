@@ -160,6 +160,12 @@
  *  interrupted by a signal are repeated; worker threads block all signals; writing to a closed
  *  socket raises no SIGPIPE.  The library installs no handlers.  SIGBUS comes only from memory you
  *  did not reserve, or took away.
+ *  In a jail.  Create, attach and add_block open files under /proc and /sys, unless /proc is not
+ *  there: lock_fd then, and no guest_addr.  From then until close, these system calls and no
+ *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
+ *  state, sparse pages), lseek (sparse images), fstat and pread64 (validate), clock_gettime (where
+ *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what the C
+ *  library does to end a thread.  tests/c/test_jail.c runs under exactly this list.
  *
  * ---- Errors ----
  *
