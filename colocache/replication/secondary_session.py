@@ -222,7 +222,7 @@ class SecondarySession:
         self._wait_for_pages(epoch, n_pages)
         received = time.monotonic_ns()
         try:
-            sealed = self._svm.seal(epoch, n_pages)
+            sealed = self._svm.seal(epoch, n_pages, sync_ns=self._svm.sync())
         except (VetoError, IncompleteError) as error:
             cause = error.__cause__ or error
             reason = f"{error.sentence}: {cause}" if cause is not error else str(error)

@@ -122,9 +122,11 @@ class Svm:
             self.cache.dirty_log_lost()
         return time.monotonic_ns() - begin
 
-    def seal(self, epoch: int, n_pages: int) -> Sealed:
-        """Dirty log, then the commit point. VetoError, IncompleteError, FailedOverError: nothing was sealed."""
-        sync_ns = self.sync()
+    def seal(self, epoch: int, n_pages: int | None = None, *, sync_ns: int = 0) -> Sealed:
+        """The commit point, after `sync`. `n_pages`: how many the primary says it sent; `sync_ns`: what sync told.
+
+        VetoError, IncompleteError, FailedOverError: nothing was sealed.
+        """
         return Sealed(self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state), sync_ns)
 
     def finish(self, sealed: Sealed, *, requested: int, received: int) -> tuple[CheckpointResult, bool]:

@@ -22,17 +22,21 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from colocache import Cache, Memory, RamImage, Sender, bitmap, message_header
+from colocache import Cache, Memory, RamImage, Sender, bitmap
 from colocache.errors import ColocacheError
-from colocache.teach.primary import MESSAGE
-from colocache.vmm import GuestOptions, Machine, MachineError, Ram, blocks_for, make_machine
+from colocache.replication.blocks import rams_of_blocks, rams_of_images
+from colocache.replication.events import Events
+from colocache.replication.pvm import Pvm
+from colocache.replication.svm import Svm
+from colocache.teach.primary import OneSocket
+from colocache.vmm import GuestOptions, MachineError, blocks_for, make_machine
 
 FORMAT, VERSION = "colocache-heat", 1
 PAGE_BYTES = 4096
@@ -100,14 +104,14 @@ def record_run(options: RunOptions, progress: Callable[[int], object] = lambda _
         pair = _MachinePair(options, stack)
         epochs = []
         for number in range(1, options.checkpoints + 2):
-            found = pair.checkpoint(number)
+            found = pair.checkpoint()
             if number > 1:
                 epochs.append(found)
                 progress(number - 1)
             if number <= options.checkpoints:
                 pair.run(options.interval)
         guest: dict[str, str | int | float] = {
-            "kind": pair.pvm.kind, "backing": pair.memory.backing, "ram_bytes": options.ram_bytes,
+            "kind": pair.pvm.machine.kind, "backing": pair.memory.backing, "ram_bytes": options.ram_bytes,
             "page_bytes": PAGE_BYTES, "working_set_bytes": options.working_set_bytes,
             "steps_per_second": options.steps_per_second, "interval_seconds": options.interval,
         }  # fmt: skip
@@ -121,59 +125,48 @@ class _MachinePair:
     def __init__(self, options: RunOptions, stack: ExitStack) -> None:
         specs = blocks_for(options.ram_bytes)
         work = GuestOptions(working_set_bytes=options.working_set_bytes, steps_per_second=options.steps_per_second)
-        self.sender = stack.enter_context(Sender())
+        sender = stack.enter_context(Sender())
         images = [stack.enter_context(RamImage.create(spec, options.backing)) for spec in specs]
-        rams = []
         for image in images:
-            spec = image.spec
-            index = self.sender.add_block(spec.name, image.addr, spec.len_bytes, spec.page_size)
-            rams.append(Ram(spec.name, index, spec.page_size, spec.n_pages, image.addr))
-        self.pvm = make_machine(options.kind, rams, work, self.sender.mark_dirty)
-        stack.callback(self.pvm.close)
+            sender.add_block(image.spec.name, image.addr, image.spec.len_bytes, image.spec.page_size)
+        machine = make_machine(options.kind, rams_of_images(images), work, sender.mark_dirty)
+        stack.callback(machine.close)
+        self.pvm = Pvm(machine, sender)
         self.memory = stack.enter_context(Memory.create(None, specs, backing=options.backing))
         self.cache = stack.enter_context(Cache.create(self.memory))
-        blocks = self.cache.blocks.values()
-        rams = [Ram(one.name, one.index, one.page_size, one.n_pages, one.guest_addr) for one in blocks]
-        self.svm = make_machine(options.kind, rams, work, self.cache.mark_dirty)
-        stack.callback(self.svm.close)
+        machine = make_machine(options.kind, rams_of_blocks(self.cache.blocks.values()), work, self.cache.mark_dirty)
+        stack.callback(machine.close)
+        self.svm = Svm(self.cache, machine, Events("lesson", machine_readable=False, quiet=True))
         self._ours, self._theirs = (stack.enter_context(end) for end in socket.socketpair())
-        self._running: Sequence[Machine] = (self.pvm,)
         self.pvm.boot()
+        self.pvm.send_all()
 
     def run(self, seconds: float) -> None:
         """Let both run, the secondary first, as the conversation has it."""
-        self._running = (self.svm, self.pvm)
-        for machine in self._running:
-            machine.resume()
+        self.svm.resume()
+        self.pvm.resume()
         time.sleep(seconds)
 
-    def checkpoint(self, epoch: int) -> EpochRecord:
+    def checkpoint(self) -> EpochRecord:
         """Make the secondary the primary; both stand afterwards."""
-        if epoch == 1:
-            self.pvm.discard_dirty_log()
-            self.sender.mark_all()
-        else:
-            self.pvm.sync_dirty_log(self.sender)
-        n_pages = self._send(epoch)  # in the background: both run
-        for machine in self._running:
-            machine.pause()
+        epoch = self.pvm.open_epoch()
+        self.pvm.sync()
+        self._send()  # in the background: both run
+        self.svm.pause()
+        self.pvm.pause()
+        for machine in (self.svm.machine, self.pvm.machine):
             if machine.failure is not None:
                 raise MachineError(f"the guest stopped: {machine.failure}")
-        self.pvm.sync_dirty_log(self.sender)
-        n_pages += self._send(epoch)
-        state = self.pvm.save_device_state(with_hashes=True)
-        with self.cache.device_state_buffer(epoch, len(state)) as room:
-            room[:] = state
-        if epoch == 1:
-            self.svm.discard_dirty_log()
-        else:
-            self.svm.sync_dirty_log(self.cache)
+        self.pvm.sync()
+        self._send()
+        self.pvm.in_flight()
+        self.svm.put_device_state(epoch, self.pvm.machine.save_device_state(with_hashes=True))
+        self.svm.sync()
         pvm, svm = (self._runs(name) for name in ("pvm_bitmap", "svm_bitmap"))
-        sealed = self.cache.seal(epoch, n_pages=n_pages, check=self.svm.check_device_state)
-        self.sender.received()
-        flushed = self.cache.flush()
-        loaded = self.svm.load_device_state(self.cache.device_state())
-        self.cache.loaded()
+        sealed = self.svm.seal(epoch, self.pvm.sent.n_pages).result
+        self.pvm.received()
+        flushed = self.svm.flush()
+        loaded, _ = self.svm.load(epoch)
         return EpochRecord(
             epoch=epoch,
             pvm=pvm,
@@ -187,21 +180,20 @@ class _MachinePair:
             wrong_pages=len(loaded.wrong_pages),
         )
 
-    def _send(self, epoch: int) -> int:
-        """Pending pages into the cache; how many. The sender has a thread of its own, as it would have a host."""
+    def _send(self) -> None:
+        """Pending pages into the cache. The sender has a thread of its own, as it would have a host."""
         failed: list[ColocacheError] = []
 
         def primary() -> None:
             try:
-                self.sender.send(self._ours, epoch=epoch, timeout=WAIT_SECONDS)
-                self._ours.sendall(message_header(MESSAGE, epoch, 0))
+                self.pvm.send(OneSocket(self._ours), timeout=WAIT_SECONDS)
             except ColocacheError as error:
                 failed.append(error)
 
         thread = threading.Thread(target=primary, name="lesson-primary")
         thread.start()
         try:
-            taken = self.cache.receive_stream(self._theirs, timeout=WAIT_SECONDS, epoch=epoch)[1]
+            self.cache.receive_stream(self._theirs, timeout=WAIT_SECONDS, epoch=self.pvm.epoch)
         except BaseException:
             self._theirs.shutdown(socket.SHUT_RDWR)  # so that the other side gives up at once
             raise
@@ -209,7 +201,6 @@ class _MachinePair:
             thread.join()
         if failed:
             raise failed[0]
-        return taken
 
     def _runs(self, name: str) -> Runs:
         """A bitmap of all blocks as runs of pages, numbered through the blocks."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from colocache import BlockSpec, Cache, Memory, Recovery
 from colocache.teach import tags
-from colocache.teach.primary import BLOCK, CHUNK_PAGES, Primary
+from colocache.teach.guest import BLOCK
+from colocache.teach.primary import CHUNK_PAGES, Primary
 from colocache.teach.secondary import Secondary, map_image
 from colocache.teach.shape import Shape
 from colocache.teach.victim import Victim
@@ -99,8 +100,7 @@ class Pair:
     def pvm_pauses(self, epoch: int) -> None:
         """What stands in PVM memory now is epoch `epoch`; what it writes later belongs to the next."""
         self.epochs[epoch] = tags.read(self.pvm.ram.view)
-        self.pvm.sync()
-        self.pvm.epoch = epoch + 1
+        self.pvm.pause(epoch)
 
     def deliver(self, epoch: int, n_pages: int | None = None) -> int:
         """Send pending pages, at most n_pages, and take them in. How many."""
@@ -138,7 +138,7 @@ class Pair:
 
     def received(self) -> None:
         """The PVM hears RECEIVED."""
-        self.pvm.sender.received()
+        self.pvm.received()
 
     def checkpoint(self, epoch: int) -> None:
         """A whole checkpoint, as it goes when nothing goes wrong."""

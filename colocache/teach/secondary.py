@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lesson's secondary: the engine's own Cache over shared memory; only the guest program is ours.
+"""The lesson's secondary: the Svm that replication uses, over shared memory; only the guest program is ours.
 
 The same class runs in the lesson's process or in a child that can be killed (victim.py), so every method takes and
 returns what JSON can say.
@@ -16,9 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from colocache import Cache, Memory, bitmap
+from colocache import Cache, Memory
+from colocache.replication.events import Events
+from colocache.replication.svm import Svm
 from colocache.teach import tags
+from colocache.teach.guest import ScriptedGuest
 from colocache.teach.primary import WAIT_SECONDS, bits_text
+from colocache.vmm.machine import Ram
 
 
 def map_image(fd: int, offset: int, n_pages: int) -> tuple[mmap.mmap, tags.Pages]:
@@ -36,12 +40,13 @@ class Secondary:
         self.n_pages = self.block.n_pages
         images = memory.images[0]
         self._mapping, self.ram = map_image(images.guest_fd, images.guest_offset, self.n_pages)
-        self.log: set[int] = set()
+        ram = Ram(self.block.name, 0, tags.PAGE_BYTES, self.n_pages, self.block.guest_addr)
+        self._guest = ScriptedGuest([ram])
+        self._svm = Svm(cache, self._guest, Events("lesson", machine_readable=False, quiet=True))
 
     def write(self, pfns: list[int], epoch: int) -> None:
         """What the SVM's guest does, on the way to `epoch`."""
-        tags.stamp(self.ram, pfns, "S", epoch)
-        self.log.update(pfns)
+        self._guest.write(self.ram, pfns, "S", epoch)
 
     def receive(self, epoch: int) -> int:
         """Packets into the cache, until a message of another kind."""
@@ -49,26 +54,23 @@ class Secondary:
 
     def sync(self) -> None:
         """Get, OR into the SVM bitmap, clear."""
-        words, self.log = bitmap.from_pfns(self.log, self.n_pages), set()
-        self.cache.sync_words(self.block, words)
+        self._svm.sync()
 
     def device_state(self, epoch: int) -> None:
         """The PVM's registers of this epoch: here, a line of text."""
-        text = f"registers of the PVM at epoch {epoch}".encode()
-        with self.cache.device_state_buffer(epoch, len(text)) as room:
-            room[:] = text
+        self._svm.put_device_state(epoch, f"registers of the PVM at epoch {epoch}".encode())
 
     def seal(self, epoch: int) -> dict[str, int]:
-        result = self.cache.seal(epoch)
+        result = self._svm.seal(epoch).result
         return {"pvm": result.pvm_pages, "svm": result.svm_pages, "both": result.both_pages}
 
     def flush(self) -> int:
         """Pages copied."""
-        return self.cache.flush().n_pages
+        return self._svm.flush().n_pages
 
     def loaded(self) -> bool:
         """True: a failover was asked for meanwhile, take over now."""
-        return self.cache.loaded()
+        return self._svm.load(self.cache.status().sealed_epoch)[1]
 
     def abort(self, epoch: int, reason: str) -> bool:
         """True: a failover was asked for meanwhile, take over now."""
