@@ -12,6 +12,8 @@
  * protocol treats all pages alike, so a page that could go missing or stay old could be this one.  A copy under way makes
  * the page TORN, so half a copy is never taken for a whole one.  What the SVM writes itself is OWN.
  * Epoch 1 is committed at the start; the initial copy happens in here after the SVM's host has died.
+ * What each side hears in which state is recorded (HEARS), and the test compares it with the table that the program
+ * reads, colocache/replication/conversation.py.
  * Left out: several streams, the lazy flush, preflush, PING (a time limit that passes is a lost connection), checkpoints
  * the SVM asks for, a death during attach (it would be the second failure; the crash tests have it).
  */
@@ -38,7 +40,16 @@
     X(epoch_unsealed_at_reconnection) X(abort_by_primary) X(abort_by_secondary) X(abort_crosses_seal) \
     X(declared_alone) X(output_while_alone) X(takeover_refused_to_a_declared_lost_secondary) X(in_step_after_alone) \
     X(alone_refused_after_takeover) X(second_failure_after_a_commit) \
-    X(output_of_the_epoch_taken_over_released_late) X(nothing_moves_any_more)
+    X(output_of_the_epoch_taken_over_released_late) X(nothing_moves_any_more) \
+    X(operator_takes_over_from_a_primary_that_lives) X(told_of_the_takeover) \
+    X(P_HELLO_hears_HELLO) X(P_HELLO_hears_READY) X(P_HELLO_hears_TOOK_OVER) \
+    X(P_IDLE_hears_ABORT) X(P_IDLE_hears_TOOK_OVER) \
+    X(P_REQUESTED_hears_REPLY) X(P_REQUESTED_hears_ABORT) X(P_REQUESTED_hears_TOOK_OVER) \
+    X(P_SENDING_hears_ABORT) X(P_SENDING_hears_TOOK_OVER) \
+    X(P_SENT_hears_RECEIVED) X(P_SENT_hears_ABORT) X(P_SENT_hears_TOOK_OVER) \
+    X(P_RECEIVED_hears_LOADED) X(P_RECEIVED_hears_ABORT_LOAD) X(P_RECEIVED_hears_TOOK_OVER) \
+    X(S_IDLE_hears_HELLO) X(S_IDLE_hears_PAGES) X(S_IDLE_hears_REQUEST) X(S_IDLE_hears_ABORT) \
+    X(S_PAUSED_hears_SEND) X(S_PAUSED_hears_PAGES) X(S_PAUSED_hears_SIZE) X(S_PAUSED_hears_ABORT)
 c_decl {
 #define X(event) event,
     enum { EVENTS n_events };
@@ -66,7 +77,7 @@ hidden byte promise_1_a_state_to_take_over_from = IGNORED(1), promise_2_no_outpu
             promise_5_no_dead_end = IGNORED(5);
 #define PROMISE(name, condition) assert(name || (condition))
 
-mtype:message = { HELLO, READY, PAGES, REQUEST, REPLY, SEND, SIZE, RECEIVED, LOADED, ABORT, ABORT_LOAD };
+mtype:message = { HELLO, READY, PAGES, REQUEST, REPLY, SEND, SIZE, RECEIVED, LOADED, ABORT, ABORT_LOAD, TOOK_OVER };
 chan to_s = [CAPACITY] of { mtype:message, byte, byte };   /* message, epoch, version of the page (PAGES; 0: other pages) */
 chan to_p = [CAPACITY] of { mtype:message, byte };         /* message, epoch */
 hidden mtype:message msg;
@@ -92,7 +103,8 @@ bool p_alone = false;          /* declared alone: output is not withheld */
 byte memory = 1;               /* version of the page; 2N and 2N+1 are written in the interval that ends with epoch N */
 bool p_log, unacked, pending;  /* is the page in the dirty log, in unacked, still to be sent? */
 byte at_pause = 1;             /* version of the page when the PVM paused last */
-#define P_RUNS_FREELY (p == P_IDLE || p == P_LOST)     /* it runs in P_REQUESTED and P_HELLO too: as if it had just before */
+/* it runs in P_REQUESTED and P_HELLO too: as if it had just before.  At RECEIVED it need not wait for the flush */
+#define P_RUNS_FREELY (p == P_IDLE || p == P_LOST || p == P_RECEIVED)
 #define INTERVAL (p_open -> p_epoch : p_epoch + 1)     /* what happens now is part of this epoch, or of a later one */
 
 /* ---- the SVM: its process ---- */
@@ -216,6 +228,7 @@ end:do
     /* the SVM's messages */
     :: d_step { p_seen && len(to_p) > 0 ->
         to_p?msg, epoch;
+        if :: msg == HELLO -> HAPPENED(P_HELLO_hears_HELLO) :: else fi;
         if
         /* reconnection: "go on from the last epoch sealed on both sides" */
         :: msg == HELLO && epoch == 0 ->                    /* a new secondary: all of RAM is sent */
@@ -228,29 +241,47 @@ end:do
         :: msg == HELLO && epoch > 0 && p_unsure != 0 && epoch < p_unsure ->
             HAPPENED(epoch_unsealed_at_reconnection); p_unsure = 0; p_gives_up_epoch()
         :: msg == HELLO && epoch > 0 && p_unsure == 0 -> pending = pending || unacked
-        :: msg == READY -> p = P_IDLE;
+        :: msg == READY -> HAPPENED(P_HELLO_hears_READY); p = P_IDLE;
             /* the pair is in step: S could take over from what the PVM knows it has */
             if :: link && s_live && sealed == committed && !MUST_NOT_TAKE_OVER -> all_is_well() :: else fi
         /* S→P CHECKPOINT_REPLY(N): the PVM pauses; the rest of its log; VMSTATE_SEND(N) */
         :: msg == REPLY && p_open && epoch == p_epoch && p == P_REQUESTED ->
+            HAPPENED(P_REQUESTED_hears_REPLY);
             at_pause = memory; p_takes_log(); tell_s(SEND, p_epoch, 0); p = P_SENDING;
 #ifdef MUTANT_UNACKED_CLEARED_AT_SEND
             unacked = false
 #endif
         /* S→P VMSTATE_RECEIVED(N): P may release withheld output */
-        :: msg == RECEIVED && p_open && epoch == p_epoch && p == P_SENT -> p_acknowledged(epoch); p = P_RECEIVED
+        :: msg == RECEIVED && p_open && epoch == p_epoch && p == P_SENT ->
+            HAPPENED(P_SENT_hears_RECEIVED); p_acknowledged(epoch); p = P_RECEIVED
 #ifdef MUTANT_LATE_RECEIVED_BELIEVED
         :: msg == RECEIVED && p != P_SENT -> unacked = false; release(epoch)
 #endif
-        :: msg == LOADED && p == P_RECEIVED && epoch == p_epoch -> p = P_IDLE
-        :: msg == ABORT && p_open && epoch == p_epoch -> p_gives_up_epoch(); p = P_IDLE; at_pause = 0
+        :: msg == LOADED && p == P_RECEIVED && epoch == p_epoch -> HAPPENED(P_RECEIVED_hears_LOADED); p = P_IDLE
+        :: msg == ABORT && p_open && epoch == p_epoch ->
+            if :: p == P_IDLE -> HAPPENED(P_IDLE_hears_ABORT) :: p == P_REQUESTED -> HAPPENED(P_REQUESTED_hears_ABORT)
+               :: p == P_SENDING -> HAPPENED(P_SENDING_hears_ABORT) :: p == P_SENT -> HAPPENED(P_SENT_hears_ABORT)
+            fi;
+            p_gives_up_epoch(); p = P_IDLE; at_pause = 0
         /* ABORT(N, "load"): the secondary is lost, not the epoch; the connection ends, the PVM carries on */
-        :: msg == ABORT_LOAD -> link = false
+        :: msg == ABORT_LOAD ->
+            if :: p == P_RECEIVED -> HAPPENED(P_RECEIVED_hears_ABORT_LOAD) :: else fi;   /* else it is dropped, as below */
+            link = false
+        /* the SVM is the machine the world sees now, and says so before it runs: this one stands still */
+        :: msg == TOOK_OVER ->
+            HAPPENED(told_of_the_takeover);
+            if :: p == P_HELLO -> HAPPENED(P_HELLO_hears_TOOK_OVER) :: p == P_IDLE -> HAPPENED(P_IDLE_hears_TOOK_OVER)
+               :: p == P_REQUESTED -> HAPPENED(P_REQUESTED_hears_TOOK_OVER)
+               :: p == P_SENDING -> HAPPENED(P_SENDING_hears_TOOK_OVER)
+               :: p == P_SENT -> HAPPENED(P_SENT_hears_TOOK_OVER)
+               :: p == P_RECEIVED -> HAPPENED(P_RECEIVED_hears_TOOK_OVER)
+            fi;
+            p = P_STOPPED
         :: else         /* of an epoch that is given up */
         fi }
 
     /* the loss is noticed: the PVM runs on, its output withheld.  If N was sent whole, it can't know whether it was sealed. */
-    :: d_step { !link && p_seen && p != P_DEAD ->
+    :: d_step { !link && p_seen && p != P_DEAD && p != P_STOPPED ->
         p_seen = false; forget_to_p();
         if :: p == P_SENT -> p_unsure = p_epoch; p_open = false
            :: else -> if :: p_open -> p_gives_up_epoch() :: else fi
@@ -285,6 +316,12 @@ inline s_takes_over() {
     PROMISE(promise_2_no_output_of_what_can_be_lost, released <= sealed);
     PROMISE(promise_3_one_machine_the_world_sees, p == P_DEAD || !p_alone);
     if :: p != P_DEAD -> HAPPENED(takeover_while_the_primary_lives) :: else fi;
+#ifndef MUTANT_TAKEOVER_NOT_TOLD
+    if :: link && s_seen && len(to_p) < CAPACITY -> to_p!TOOK_OVER, 0      /* said before it runs, and never waited for: */
+       :: link && s_seen && len(to_p) >= CAPACITY -> link = false          /* who can't be told finds a broken connection */
+       :: else
+    fi;
+#endif
     if :: alone_since != 0 -> HAPPENED(takeover_after_having_been_declared_lost_and_in_step_again) :: else fi;
     s = S_TOOK_OVER; cache = 0; guest = 0
 }
@@ -297,22 +334,28 @@ end:do
     :: d_step { s_seen && s_hold == 0 && (s == S_IDLE || s == S_PAUSED) && len(to_s) > 0 && ROOM_P ->
         to_s?msg, epoch, page;
         if
-        :: msg == HELLO -> tell_p(READY, 0)
+        :: msg == HELLO -> HAPPENED(S_IDLE_hears_HELLO); tell_p(READY, 0)
         :: msg != HELLO && epoch <= s_done ->       /* of an epoch that is over: dropped, no error (PVM's ABORT included) */
             if :: msg == ABORT && epoch == sealed -> HAPPENED(abort_crosses_seal) :: else fi
         /* `receiving` "is stored before the first byte of that epoch and never lowered"; half a page may be there */
         :: msg == PAGES && epoch > s_done ->
+            if :: s == S_IDLE -> HAPPENED(S_IDLE_hears_PAGES) :: else -> HAPPENED(S_PAUSED_hears_PAGES) fi;
             s_open = epoch;
 #ifndef MUTANT_RECEIVING_AFTER_FIRST_BYTE
             receiving = epoch;
 #endif
             if :: page != 0 -> s_hold = page; cache = TORN :: else -> receiving = epoch fi
-        :: msg == REQUEST && epoch > s_done -> s_open = epoch; s = S_PAUSED; tell_p(REPLY, epoch)
+        :: msg == REQUEST && epoch > s_done ->
+            HAPPENED(S_IDLE_hears_REQUEST); s_open = epoch; s = S_PAUSED; tell_p(REPLY, epoch)
+        :: msg == SEND && epoch > s_done -> HAPPENED(S_PAUSED_hears_SEND)
         /* VMSTATE_SIZE and device state: count checked, "S: sync dirty log" */
         :: msg == SIZE && epoch > s_done ->
             PROMISE(promise_5_no_dead_end, s == S_PAUSED && epoch == s_open);
+            HAPPENED(S_PAUSED_hears_SIZE);
             svm_bit = svm_bit || s_log; s_log = false; s = S_COMPLETE
-        :: msg == ABORT && epoch > s_done -> s_gives_up_epoch(epoch)
+        :: msg == ABORT && epoch > s_done ->
+            if :: s == S_IDLE -> HAPPENED(S_IDLE_hears_ABORT) :: else -> HAPPENED(S_PAUSED_hears_ABORT) fi;
+            s_gives_up_epoch(epoch)
         :: else
         fi }
     :: d_step { s_hold != 0 -> cache = s_hold; pvm_bit = true; receiving = s_open; s_hold = 0 }    /* bytes, then the bit */
@@ -351,14 +394,16 @@ end:do
            :: else
         fi;
         committed = sealed; s = S_LOADING }
-    :: d_step { s == S_LOADING && ROOM_P -> s_live = true; tell_p(LOADED, committed); s = S_IDLE }
+    :: d_step { s == S_LOADING && ROOM_P ->
+        s_live = true; s = S_IDLE;
+        if :: !s_granted -> tell_p(LOADED, committed) :: else fi }     /* it takes over: another word than LOADED comes */
     /* "that VM is never resumed half loaded; ABORT(N, "load") tells the PVM ...; memory and device state N stay for a fresh VM" */
     :: d_step { s == S_LOADING && ROOM_P && MAY_FAIL ->
         HAPPENED(load_failed); failure(); tell_p(ABORT_LOAD, committed);
         link = false; s_seen = false; s_live = false; forget_to_s(); s = S_DEAD }
 
     /* the loss is noticed: an epoch that is not sealed is aborted, "the SVM can take over live"; a sealed one is finished */
-    :: d_step { !link && s_seen && s != S_DEAD ->
+    :: d_step { !link && s_seen && s != S_DEAD && s != S_TOOK_OVER ->
         s_seen = false; forget_to_s(); s_hold = 0;       /* half a page may stay in the cache: it is in unacked */
         if :: S_SEALING -> HAPPENED(sealed_epoch_finished_alone) :: else -> s_gives_up_epoch(s_open) fi }
     /* "takes over only if its arbiter says so"; asked for while an epoch is sealed and not loaded, it waits for that */
@@ -371,6 +416,12 @@ end:do
         ) -> s_granted = true;
         if :: S_SEALING -> HAPPENED(takeover_asked_for_while_sealing) :: else fi }
     :: d_step { s_granted && s == S_IDLE -> HAPPENED(takeover_live); s_takes_over() }
+    /* the operator's word that the primary is dead, on a connection that stands: it may be wrong, and the primary lives */
+    :: d_step { (s_seen && link && !s_granted && s_live && s_hold == 0 && p != P_DEAD && p != P_STOPPED
+            && !MUST_NOT_TAKE_OVER && (s == S_IDLE || s == S_PAUSED || s == S_COMPLETE || S_SEALING)) ->
+        HAPPENED(operator_takes_over_from_a_primary_that_lives); s_granted = true;
+        if :: s == S_PAUSED || s == S_COMPLETE -> s_gives_up_epoch(s_open) :: else fi;
+        if :: s == S_IDLE -> s_takes_over() :: else fi }        /* else when the sealed epoch is finished */
 #ifdef MUTANT_TAKEOVER_WHILE_FLUSHING
     :: d_step { s_granted && S_SEALING -> s_takes_over() }
 #endif
@@ -412,9 +463,11 @@ active proctype failures() {
         p = P_DEAD; p_seen = false; link = false; forget_to_p();
         memory = 0; p_log = false; unacked = false; pending = false; p_open = false; p_unsure = 0; failure() }
     :: d_step { MAY_FAIL ->                                                         /* the SVM's process */
-        s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false; failure() }
+        s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false;
+        s_granted = false;                                                          /* the operator's word dies with it */
+        failure() }
     :: d_step { MAY_FAIL ->                                                         /* the SVM's host: memory is gone */
-        s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false; failure();
+        s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false; s_granted = false; failure();
         cache = TORN; guest = TORN; pvm_bit = false; svm_bit = false; flush_set = false;
         sealed = 0; committed = 0; receiving = 0 }
     /* within reconnect_limit both are there again: HELLO both ways.  An SVM that took over does not listen any more. */
@@ -425,7 +478,7 @@ active proctype failures() {
     /* nothing can move any more: somebody serves the world, and nobody waits */
     :: timeout -> HAPPENED(nothing_moves_any_more);
         PROMISE(promise_1_a_state_to_take_over_from, p != P_DEAD || s == S_TOOK_OVER);
-        PROMISE(promise_5_no_dead_end, s == S_TOOK_OVER || (p == P_IDLE && s == S_IDLE && link && !p_open && p_epoch == MAX_EPOCH));
+        PROMISE(promise_5_no_dead_end, (s == S_TOOK_OVER && (p == P_DEAD || p == P_STOPPED)) || (p == P_IDLE && s == S_IDLE && link && !p_open && p_epoch == MAX_EPOCH));
         break
     od
 }
