@@ -6,6 +6,7 @@ door.py finds the primary, one connection is a `SecondarySession`; this module d
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from colocache import Cache, Phase
 from colocache.errors import (
+    ColocacheError,
     FailedOverError,
     NoMemoryError,
     NoStateError,
@@ -135,19 +137,27 @@ class Secondary:
     def run(self) -> SecondarySummary:
         """Follow the primary to the end. Raises when there never was a pair, or nothing to take over from."""
         with self._door:
-            self._come_back()
-            absence = self._first_absence()
-            while True:
-                channel = self._next_primary(absence)
-                if self._failover_asked.is_set():
-                    if channel is not None:
-                        channel.last_word(AbortKind.TOOK_OVER, TOLD)
-                        self._door.see_out(channel)
-                    return self._take_over(OPERATOR, absence)
-                decided = self._nobody_came(absence) if channel is None else self._follow(channel, absence)
-                if isinstance(decided, SecondarySummary):
-                    return decided
-                absence = decided
+            try:
+                return self._live()
+            except BaseException:
+                with contextlib.suppress(ColocacheError):  # the error that ends this side says more
+                    self.svm.pause()
+                raise
+
+    def _live(self) -> SecondarySummary:
+        self._come_back()
+        absence = self._first_absence()
+        while True:
+            channel = self._next_primary(absence)
+            if self._failover_asked.is_set():
+                if channel is not None:
+                    channel.last_word(AbortKind.TOOK_OVER, TOLD)
+                    self._door.see_out(channel)
+                return self._take_over(OPERATOR, absence)
+            decided = self._nobody_came(absence) if channel is None else self._follow(channel, absence)
+            if isinstance(decided, SecondarySummary):
+                return decided
+            absence = decided
 
     def _first_absence(self) -> _Absence:
         """In a fresh process the primary has not come yet; in one that attached it may know us already."""
