@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import os
 import select
+import shutil
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -180,6 +182,18 @@ def test_the_guests_console_is_read(start: Start, primary_image: int) -> None:
     primary = start(guest("-machine", "graphics=off"), primary_image, shared=True, on_output=said.append)
     primary.cont()
     wait_until(lambda: b"SeaBIOS" in b"".join(said))
+
+
+def test_a_package_in_a_path_with_spaces_drives_qemu(
+    start: Start, primary_image: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dynamic linker reads LD_PRELOAD as a list of paths between spaces and colons."""
+    moved = tmp_path / "a path: with spaces" / "preload.so"
+    moved.parent.mkdir()
+    shutil.copyfile(process_module.PRELOAD, moved)
+    monkeypatch.setattr(process_module, "PRELOAD", moved)
+    primary = start(guest(), primary_image, shared=True)
+    assert primary.status() in ("prelaunch", "paused")
 
 
 def test_kill_leaves_no_descriptor(primary_image: int) -> None:

@@ -87,13 +87,14 @@ class QemuProcess:
         ends = {name: self._pair() for name in ("qmp", "handoff", "console", "stream")}
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
         wiring = Wiring(image, shared, theirs["qmp"], theirs["console"], self._incoming)
+        preload, needed = self._preload()
         read, write = os.pipe2(os.O_CLOEXEC)
         self._mine(read)
         try:
             self._process = self._driver.start(
                 arguments(line, wiring),
-                [image, self._state, *theirs.values(), *line.descriptors],
-                self._environment(theirs["handoff"]),
+                [image, self._state, *theirs.values(), *line.descriptors, *needed],
+                self._environment(preload, theirs["handoff"]),
                 write,
             )
         except OSError as error:
@@ -128,11 +129,18 @@ class QemuProcess:
         self._open.append(descriptor)
         return descriptor
 
-    def _environment(self, handoff: int) -> dict[str, str]:
+    def _preload(self) -> tuple[str, list[int]]:
+        """What LD_PRELOAD calls PRELOAD, and the descriptors for it: the dynamic linker takes some paths apart."""
+        if not set(str(PRELOAD)) & set(" :$"):
+            return str(PRELOAD), []
+        descriptor = self._mine(os.open(PRELOAD, os.O_RDONLY | os.O_CLOEXEC))
+        return f"/proc/self/fd/{descriptor}", [descriptor]
+
+    def _environment(self, preload: str, handoff: int) -> dict[str, str]:
         before = os.environ.get("LD_PRELOAD")
         return {
             **os.environ,
-            "LD_PRELOAD": f"{PRELOAD}:{before}" if before else str(PRELOAD),
+            "LD_PRELOAD": f"{preload}:{before}" if before else preload,
             "COLOCACHE_QEMU": f"{handoff} {os.getpid()} {self._file.st_dev} {self._file.st_ino}",
         }
 
