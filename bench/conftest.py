@@ -109,7 +109,7 @@ class Bench:
             patterns.append(cell.draw(rig.n_pages, len(patterns), rig.rng))
             arguments = prepare(patterns[-1])
             if not cell.warm:
-                rig.eviction.touch()
+                rig.cool()
             return arguments, {}
 
         self.benchmark.group = f"{cell} on {rig.backing}, {rig.ram_bytes >> 20} MiB, threads {rig.pool.n_threads}"

@@ -20,7 +20,7 @@ from colocache import backing as bk
 from colocache import list_regions
 from colocache.measure import huge
 
-SMALL = ("--quick", "--ram", "16M", "--rounds", "1")
+SMALL = ("--quick", "--ram", "16M", "--rounds", "3")
 HOST_FIELDS = {"cpu", "cores", "numa_nodes", "ram_bytes", "huge_pages", "kernel"}
 ROW_FIELDS = {
     "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "seconds", "gb_per_s", "of_peak",
@@ -68,8 +68,10 @@ def test_a_person_reads_tables_and_how_noisy_the_machine_was_and_a_pipe_gets_no_
     ran: tuple[subprocess.CompletedProcess[str], Path],
 ) -> None:
     words = ran[0].stdout
-    for part in ("of peak", "× QEMU", "GB/s", "Peak copy bandwidth on shm, 2 threads", "This machine was"):
+    for part in ("peak", "QEMU", "GB/s", "Peak copy bandwidth on shm, 2 threads", "This machine was", "1 NUMA node"):
         assert part in words
+    assert "shm, 16 MiB, 2 threads, 3 rounds" in words
+    assert "GB/s: 1e9 bytes copied in a second, each byte counted once" in words
     assert "\x1b" not in words + ran[0].stderr
     assert ran[0].stderr.splitlines() == [f"rows written to {ran[1] / 'rows.csv'}"]
 
@@ -94,7 +96,8 @@ def test_two_reports_are_set_side_by_side(ran: tuple[subprocess.CompletedProcess
     done = bench("--compare", str(ran[1] / "report.json"), str(other), "--json")
     assert done.returncode == 0, done.stderr
     assert "B: Twice" in done.stdout
-    assert "2.00×" in done.stdout
+    assert "100 % more GB/s" in done.stdout
+    assert "NOT ALIKE" not in done.stdout
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["rows"]
     assert {round(row["b_faster"], 6) for row in found["rows"]} == {2.0}
@@ -102,11 +105,65 @@ def test_two_reports_are_set_side_by_side(ran: tuple[subprocess.CompletedProcess
 
 def test_comparing_something_else_is_one_sentence(tmp_path: Path) -> None:
     other = tmp_path / "x.json"
-    other.write_text('{"rows": 3}')
-    done = bench("--compare", str(other), str(other))
-    assert done.returncode == 1
-    assert "holds no report of `colocache bench --json`" in done.stderr
-    assert "Traceback" not in done.stderr
+    row = dict.fromkeys(ROW_FIELDS, 1) | {"case": "flush", "backing": "shm", "strategy": "copy"}
+    for text in (
+        '{"rows": 3}',
+        "[" * 100_000,
+        json.dumps({"host": {}, "peak_gb_per_s": {}, "rows": [row]}),
+        json.dumps({"host": {}, "peak_gb_per_s": {"shm": {"x": 1}}, "rows": []}),
+        json.dumps({"host": {}, "peak_gb_per_s": {}, "rows": [row | {"seconds": {"p50": "1"}}]}),
+    ):
+        other.write_text(text)
+        done = bench("--compare", str(other), str(other))
+        assert done.returncode == 1
+        assert "holds no report of `colocache bench --json`" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("size", ["0", "15M"])
+def test_a_guest_too_small_to_measure_is_refused(size: str) -> None:
+    done = bench("--ram", size)
+    assert done.returncode == 2
+    assert "give at least 16M" in done.stderr
+
+
+def changed(report: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """The same report with these fields in each row."""
+    return {**report, "rows": [{**row, **fields} for row in report["rows"]]}
+
+
+def test_what_is_not_alike_is_said_loudly_and_cells_in_error_have_no_verdict(
+    ran: tuple[subprocess.CompletedProcess[str], Path], tmp_path: Path
+) -> None:
+    report = json.loads((ran[1] / "report.json").read_text())
+    other = tmp_path / "other.json"
+    for fields, said in (
+        ({"ram_bytes": 64 << 20}, "NOT ALIKE shm, A 16 MiB on 2 threads, B 64 MiB on 2 threads"),
+        ({"threads": 4}, "B 16 MiB on 4 threads"),
+        ({"error": "measuring error: 1.3 of the peak"}, "error in B"),
+        ({"rounds": 1}, "fewer than 3 rounds"),
+        ({}, "within the spread"),
+    ):
+        other.write_text(json.dumps(changed(report, **fields)))
+        done = bench("--compare", str(ran[1] / "report.json"), str(other), "--json")
+        assert done.returncode == 0, done.stderr
+        assert said in done.stdout
+        rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+        assert all(row["alike"] == (row["a_threads"] == row["b_threads"] and "ram_bytes" not in fields) for row in rows)
+        assert ("less GB/s" in done.stdout) is False
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_no_number_is_cut_and_no_line_is_longer_than_the_terminal(
+    ran: tuple[subprocess.CompletedProcess[str], Path], width: int
+) -> None:
+    """Through --compare and the tables, drawn from the same run."""
+    files = [str(ran[1] / "report.json")] * 2
+    done = bench("--compare", *files, env={**os.environ, "COLUMNS": str(width)})
+    assert done.returncode == 0, done.stderr
+    assert "…" not in done.stdout
+    tables = [line for line in done.stdout.splitlines() if not line.startswith(("A: ", "B: "))]
+    assert max(len(line.rstrip()) for line in tables) <= max(width, 70)
 
 
 def test_plots_are_drawn_as_png_and_svg(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import mmap
 from collections.abc import Iterator
@@ -13,14 +14,15 @@ import pytest
 
 from colocache import backing as bk
 from colocache.errors import ArgumentError
-from colocache.measure import baseline, bitmaps, cells, huge, report
-from colocache.measure.cells import CASES, Cell, Sample, fits, measure
+from colocache.measure import baseline, bitmaps, cases, huge, report, words
+from colocache.measure.cases import measure
+from colocache.measure.cells import CASES, Cell, Sample, fits
 from colocache.measure.clock import Spread, quantile
 from colocache.measure.host import examine, peak_passes
 from colocache.measure.patterns import WORKLOADS, Pattern, n_intervals, recorded, synthetic
 from colocache.measure.rig import Rig, WrongResultError
 from colocache.measure.rows import Row
-from colocache.measure.session import Plan, Result, Session, affordable, cells_for, thread_counts
+from colocache.measure.session import Cooling, Plan, Result, Session, cells_for, thread_counts
 
 RAM = 16 << 20
 N_PAGES = RAM // 4096
@@ -98,6 +100,9 @@ def test_quantiles_lie_between_the_values() -> None:
     assert quantile([0.0, 10.0], 0.1) == pytest.approx(1.0)
     assert quantile([5.0], 0.9) == 5.0
     assert Spread.of([9.0, 10.0, 11.0]).width == pytest.approx(0.16)
+    few = Spread.of([9.0, 11.0])
+    assert not few.known, "two rounds have a median and no spread"
+    assert few.to_json() == {"p10": None, "p50": 10.0, "p90": None}
     with pytest.raises(ArgumentError):
         quantile([], 0.5)
 
@@ -129,7 +134,7 @@ def test_recorded_and_warm_cells_are_measured(rig: Rig) -> None:
 
 def skip_a_page(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flush after which one dirty page is as it was before."""
-    right = cells._flush
+    right = cases.flush_ns
 
     def wrong(rig: Rig, pattern: Pattern) -> int:
         pfn = int(np.flatnonzero(pattern.bits)[pattern.n_dirty // 2])
@@ -138,12 +143,12 @@ def skip_a_page(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         rig.guest[pfn] = before
         return took
 
-    monkeypatch.setattr(cells, "_flush", wrong)
+    monkeypatch.setattr(cases, "flush_ns", wrong)
 
 
 def write_a_page_too_many(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     """A flush that also copies a clean page."""
-    right = cells._flush
+    right = cases.flush_ns
 
     def wrong(rig: Rig, pattern: Pattern) -> int:
         took = right(rig, pattern)
@@ -151,7 +156,7 @@ def write_a_page_too_many(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
         rig.guest[pfn] = rig.cached[pfn]
         return took
 
-    monkeypatch.setattr(cells, "_flush", wrong)
+    monkeypatch.setattr(cases, "flush_ns", wrong)
 
 
 @pytest.mark.parametrize("case", ["flush", "pause"])
@@ -208,17 +213,17 @@ def test_a_peak_pass_copies_every_page_and_not_a_byte_more(variant: str, side_by
 
 
 def test_a_session_goes_on_after_a_wrong_cell_and_the_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = cells.MEASURES["pause"]
+    right = cases.MEASURES["pause"]
 
     def wrong(rig: Rig, cell: Cell, pattern: Pattern) -> Sample:
         right(rig, cell, pattern)
         raise WrongResultError("two pages are wrong")
 
-    monkeypatch.setitem(cells.MEASURES, "pause", wrong)
+    monkeypatch.setitem(cases.MEASURES, "pause", wrong)
     found = Session(Plan((RAM,), ("shm",), (1,), 2, quick=True), small_host()).run()
     assert {row.case for row in found.rows if row.wrong} == {"pause"}
     assert {row.case for row in found.rows if not row.wrong} >= {"flush", "checkpoint", "receive", "union"}
-    assert any("WRONG RESULT" in line and "two pages are wrong" in line for line in report.summary(found))
+    assert any("WRONG RESULT" in line and "two pages are wrong" in line for line in report.verdicts(found))
 
 
 # ---- rows ----
@@ -248,20 +253,31 @@ def test_more_than_peak_is_a_measuring_error_and_up_to_three_percent_more_is_not
     assert row.error is not None
     assert "measuring error" in row.error
     result = Result(examine(), Plan(), rows=[row], peaks={("shm", 2): [1.0, 1.0]})
-    assert any("Not to be believed" in line for line in report.summary(result))
+    assert any("Not to be believed" in line for line in report.verdicts(result))
 
 
 def test_slower_than_qemu_counts_only_beyond_the_spread_of_the_rounds() -> None:
     assert row_of(sample(5000), sample(5100), sample(5200)).slower
     assert not row_of(sample(3000), sample(5100), sample(6200)).slower
     assert not row_of(sample(3000), sample(3100), sample(3200)).slower
+    assert not row_of(sample(5000), sample(5100)).slower, "two rounds are no verdict"
 
 
 def test_noise_is_the_spread_of_the_peak_and_has_its_word() -> None:
-    result = Result(examine(), Plan(), peaks={("shm", 1): [10.0, 10.0], ("shm", 2): [10.0, 20.0]})
+    peaks = {("shm", 1): [10.0, 10.0, 10.0], ("shm", 2): [10.0, 15.0, 20.0]}
+    result = Result(examine(), Plan(), peaks=peaks, rows=[row_of(sample(2000), sample(1000), sample(4000))])
     assert result.noise == pytest.approx(8 / 15)
-    assert "very noisy" in report.noise_sentence(result.noise)
-    assert "was quiet" in report.noise_sentence(0.05)
+    assert "very noisy" in words.noise(result.noise)
+    assert "was quiet" in words.noise(0.05)
+
+
+def test_fewer_than_three_rounds_give_neither_a_spread_nor_a_verdict() -> None:
+    result = Result(examine(), Plan(), peaks={("shm", 2): [10.0] * 40}, rows=[row_of(sample(9000), sample(9000))])
+    assert result.noise is None
+    said = " ".join(report.verdicts(result))
+    assert "2 rounds: no spread and no verdict from fewer than 3." in said
+    assert "can't be told from fewer than 3 rounds" in said
+    assert "Slower" not in said
 
 
 # ---- plans ----
@@ -298,10 +314,51 @@ def test_the_plan_covers_every_share_and_run_length_once() -> None:
 
 
 def test_too_little_memory_means_a_smaller_guest_never_none() -> None:
-    host = examine()
-    assert affordable(1 << 30, host, 1 << 40) == 1 << 30
-    assert 16 << 20 <= affordable(1 << 40, host, 1 << 30) < 1 << 30
-    assert affordable(1 << 30, host, 0) == 16 << 20
+    cooling = Cooling.of(Plan(), examine())
+    assert cooling.affordable(1 << 30, 1 << 40) == 1 << 30
+    assert 16 << 20 <= cooling.affordable(1 << 40, 1 << 30) < 1 << 30
+    assert cooling.affordable(1 << 30, 0) == 16 << 20
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_quick_run_does_the_same_work_however_large_the_l3_is_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, lines: bool
+) -> None:
+    monkeypatch.setattr("colocache.measure.session.can_evict", lambda: lines)
+    small, large = (dataclasses.replace(examine(), l3_bytes=size << 20) for size in (32, 480))
+    for host, reason in ((small, ""), (large, "the L3 has 480 MiB")):
+        cooling = Cooling.of(Plan(quick=True), host)
+        assert cooling.ram_bytes == 128 << 20
+        assert cooling.touch_bytes <= 256 << 20
+        assert reason in cooling.reason
+        assert bool(reason) == bool(cooling.reason)
+        assert cooling.by_lines is lines
+    whole = Cooling.of(Plan(), large)
+    assert (whole.ram_bytes, whole.touch_bytes, whole.reason) == (1920 << 20, 960 << 20, "")
+    if lines and not baseline.can_evict():
+        pytest.skip("this CPU can't push single lines out of its caches")
+    found = Session(Plan((RAM,), ("shm",), (1,), quick=True), large).run()
+    assert found.cold_by == ("lines" if lines else "touching")
+    assert any("the L3 has 480 MiB" in note for note in found.notes)
+
+
+def test_lines_that_are_pushed_out_keep_their_bytes() -> None:
+    memory = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
+    memory[:] = np.random.default_rng(7).integers(0, 256, memory.size, np.uint8)
+    before = memory.copy()
+    baseline.evict(int(memory.ctypes.data), memory.size)
+    assert np.array_equal(memory, before)
+
+
+def test_a_machine_that_lacks_huge_pages_is_told_how_many_were_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def lend(pages: int) -> Iterator[int]:
+        yield pages
+
+    monkeypatch.setattr("colocache.measure.session.borrowed", lend)
+    monkeypatch.setattr(bk, "huge_pages", lambda: bk.HugePages(1000, 1000))
+    found = Session(Plan((RAM,), ("hugetlb", "shm"), (1,), 1, quick=True), small_host()).run()
+    assert "16 huge pages of 2 MiB were reserved for the 16 MiB guest and given back" in found.notes
 
 
 # ---- large guests ----

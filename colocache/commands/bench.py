@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -18,15 +19,21 @@ from colocache.commands.options import foreseen, json_option, parse_size, print_
 if TYPE_CHECKING:
     from colocache.measure.session import Progress
 
+PIPE_WIDTH = 120
+RAM_MIN = 16 << 20
 
-class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
-    """A size, as an option that may be given several times."""
+
+class RamSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Guest RAM, as an option that may be given several times."""
 
     name = "SIZE"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:  # noqa: ARG002
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """Bytes."""
-        return value if isinstance(value, int) else parse_size(value)
+        n_bytes = value if isinstance(value, int) else parse_size(value)
+        if n_bytes < RAM_MIN:
+            self.fail(f"a guest of {n_bytes} bytes is too small to measure: give at least {RAM_MIN >> 20}M", param, ctx)
+        return n_bytes
 
 
 @click.command()
@@ -39,10 +46,10 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 @click.option("--warm", is_flag=True, help="Measure each cell a second time with whatever is left in the CPU's caches.")
 @click.option(
     "--ram",
-    type=Sizes(),
+    type=RamSize(),
     multiple=True,
     help="Size of guest RAM; may be given several times.",
-    show_default="256M, or four times the L3 caches",
+    show_default="256M, or four times the L3 caches; 128M with --quick",
 )
 @click.option(
     "--rounds",
@@ -64,7 +71,7 @@ class Sizes(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     type=click.IntRange(1, 256),
     multiple=True,
     help="Number of threads that copy in a flush; may be given several times.",
-    show_default="1, 2, 4 … all cores",
+    show_default="1, 2, 4 … all cores; 1 and all with --quick",
 )
 @json_option
 @click.option(
@@ -109,15 +116,16 @@ def bench(
     """
     from rich.console import Console
 
+    from colocache.measure import compare as comparing
+    from colocache.measure import files, report
     from colocache.measure import host as machine
     from colocache.measure import plots as drawing
-    from colocache.measure import report
     from colocache.measure.session import Plan, Session
 
-    # A table in a pipe keeps its columns; on a terminal it takes the width there is.
-    console = Console(width=None if Console().is_terminal else 160)
+    # A table takes the width of the terminal, or of COLUMNS; in a pipe there is room for all its columns.
+    console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH)
     if compare:
-        found = report.compare(report.read_json(compare[0]), report.read_json(compare[1]), console)
+        found = comparing.compare(files.read_json(compare[0]), files.read_json(compare[1]), console)
         if as_json:
             print_json(found)
         return
@@ -133,13 +141,13 @@ def bench(
         result = Session(plan, host, progress).run()
     report.show(result, console)
     if csv_file:
-        report.write_csv(result, csv_file)
+        files.write_csv(result, csv_file)
         click.echo(f"rows written to {csv_file}", err=True)
     if plots:
         for path in drawing.draw(result, plots):
             click.echo(f"drawn: {path}", err=True)
     if as_json:
-        print_json(report.to_json(result))
+        print_json(files.to_json(result))
     if any(row.wrong for row in result.rows):
         sys.exit(1)
 

@@ -33,6 +33,8 @@ void baseline_bitmap_rebuild(struct baseline_bitmap *bitmap);
 uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline_bitmap *pvm,
                               struct baseline_bitmap *svm);
 void baseline_touch(const void *memory, uint64_t n_bytes);
+bool baseline_evict(const void *memory, uint64_t n_bytes);
+bool baseline_copies(int variant);
 """
 
 ffibuilder = FFI()

@@ -17,6 +17,8 @@ from colocache.results import COPY_NAMES
 
 Words = npt.NDArray[np.uint64]
 
+QEMU_VERSION = "10.2"  # whose flush baseline.c follows
+
 
 def pointer(addr: int) -> Any:
     """A C pointer to an address."""
@@ -26,6 +28,26 @@ def pointer(addr: int) -> Any:
 def words_pointer(words: Words) -> Any:
     """A C pointer to u64 words; the array must live as long."""
     return ffi.from_buffer("uint64_t[]", words)
+
+
+def pages_at(addr: int, n_pages: int) -> npt.NDArray[np.uint8]:
+    """Mapped memory as a writable array of shape (n_pages, 4096); it must not be used once the memory is unmapped."""
+    return np.frombuffer(ffi.buffer(pointer(addr), n_pages * 4096), np.uint8).reshape(n_pages, 4096)
+
+
+def copies_with(variant: str) -> bool:
+    """Whether this CPU has that page copy (a key of COPY_NAMES other than auto)."""
+    return bool(lib.baseline_copies(COPY_NAMES[variant]))
+
+
+def can_evict() -> bool:
+    """Whether this CPU can push chosen bytes out of its caches at once."""
+    return bool(lib.baseline_evict(ffi.NULL, 0))
+
+
+def evict(addr: int, n_bytes: int) -> None:
+    """Push exactly these bytes out of every CPU cache; only where can_evict()."""
+    lib.baseline_evict(pointer(addr), n_bytes)
 
 
 class Pool:

@@ -16,8 +16,8 @@ from time import perf_counter_ns
 import numpy as np
 
 from colocache import BlockSpec, Cache, Memory
-from colocache._native import check, lib, struct
 from colocache.measure import baseline
+from colocache.measure.cases import seal_ns
 from colocache.measure.cells import Cell, Sample
 from colocache.measure.clock import undisturbed
 from colocache.measure.patterns import Pattern
@@ -85,7 +85,7 @@ def _sparse(ram_bytes: int) -> Iterator[Cache]:
 
 @dataclass(frozen=True)
 class Times:
-    """Of one checkpoint, in nanoseconds: inside the seal, and of seal, flush and loaded together."""
+    """Of one checkpoint, in nanoseconds: inside the seal, and of seal and flush together."""
 
     union_ns: int
     clear_ns: int
@@ -94,18 +94,12 @@ class Times:
 
 
 def _checkpoint(cache: Cache, epoch: int) -> Times:
-    """Seal, flush and loaded, by one C call each."""
-    args, sealed = struct("colocache_seal_args", epoch=epoch), struct("colocache_seal_result")
-    args.n_pages = lib.COLOCACHE_ANY_COUNT
-    flushed = struct("colocache_flush_result")
+    """Seal, flush and loaded, timed by the engine's own clock."""
     cache.device_state_buffer(epoch, 0)
-    with cache._handle as cc:
-        start = perf_counter_ns()
-        codes = [lib.colocache_seal(cc, args, sealed)]
-        codes += [lib.colocache_flush(cc, flushed), lib.colocache_loaded(cc, 1)]
-        whole = perf_counter_ns() - start
-    for code in codes:
-        check(code)
+    sealed = cache.seal(epoch)
+    flushed = cache.flush()
+    cache.loaded()
+    whole = seal_ns(sealed) + flushed.copy_ns + flushed.commit_ns
     return Times(sealed.union_ns, sealed.clear_ns, whole, flushed.n_pages)
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from colocache.errors import ArgumentError
+
+MIN_ROUNDS = 3  # of fewer, neither a spread nor a verdict is told
 
 
 @contextlib.contextmanager
@@ -37,7 +40,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 @dataclass(frozen=True)
 class Spread:
-    """p10, p50 and p90 of some rounds."""
+    """p10, p50 and p90 of some rounds. Of fewer than MIN_ROUNDS there is only the median: p10 and p90 are NaN."""
 
     p10: float
     p50: float
@@ -45,13 +48,19 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
+        if len(values) < MIN_ROUNDS:
+            return cls(math.nan, median(values), math.nan)
         return cls(quantile(values, 0.1), median(values), quantile(values, 0.9))
 
     @property
+    def known(self) -> bool:
+        return not math.isnan(self.p10)
+
+    @property
     def width(self) -> float:
-        """How far p10 and p90 are apart, as a share of the median; 0 of nothing."""
+        """How far p10 and p90 are apart, as a share of the median; 0 of nothing, NaN if not known."""
         return (self.p90 - self.p10) / self.p50 if self.p50 else 0.0
 
-    def scaled(self, factor: float) -> dict[str, float]:
-        """For JSON."""
-        return {"p10": self.p10 * factor, "p50": self.p50 * factor, "p90": self.p90 * factor}
+    def to_json(self) -> dict[str, float | None]:
+        """Three numbers, those not known as None."""
+        return {name: None if math.isnan(value) else value for name, value in self.__dict__.items()}

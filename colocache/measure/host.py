@@ -9,9 +9,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from colocache import __version__
 from colocache import backing as bk
-from colocache._native import lib, version
-from colocache.results import COPY_NAMES
+from colocache.choices import COPIES
+from colocache.measure import baseline
 
 CPU_SYSFS = Path("/sys/devices/system/cpu")
 NODE_SYSFS = Path("/sys/devices/system/node")
@@ -57,9 +58,7 @@ class Host:
 
 def copy_variants() -> tuple[str, ...]:
     """Every page copy that this CPU can do, memcpy included."""
-    return tuple(
-        name for name, number in COPY_NAMES.items() if name != "auto" and lib.colocache_copy_supported(number) == 0
-    )
+    return tuple(name for name in COPIES if name != "auto" and baseline.copies_with(name))
 
 
 def peak_passes() -> tuple[tuple[str, bool], ...]:
@@ -125,5 +124,5 @@ def examine() -> Host:
         kernel=platform.release(),
         copy_variants=copy_variants(),
         python=platform.python_version(),
-        colocache=version(),
+        colocache=__version__,
     )

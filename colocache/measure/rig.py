@@ -12,9 +12,9 @@ from types import TracebackType
 import numpy as np
 import numpy.typing as npt
 
-from colocache import BlockSpec, Cache, Memory
-from colocache._native import ffi
+from colocache import BlockSpec, Cache, Memory, SealResult
 from colocache.errors import ColocacheError
+from colocache.measure import baseline
 from colocache.measure.baseline import Eviction, Pool
 from colocache.measure.patterns import Pattern
 
@@ -39,9 +39,15 @@ class Rig:
     pool: Pool  # of the flush's threads
     single: Pool  # of one
 
-    def __init__(self, ram_bytes: int, backing: str, touch_bytes: int, *, seed: int = 1) -> None:
-        """MemoryShortError, UnsupportedError. The images are filled and mapped once, outside any timed part."""
-        self.ram_bytes, self.backing = ram_bytes, backing
+    def __init__(
+        self, ram_bytes: int, backing: str, touch_bytes: int, *, by_lines: bool = False, seed: int = 1
+    ) -> None:
+        """MemoryShortError, UnsupportedError. The images are filled and mapped once, outside any timed part.
+
+        What is timed finds the CPU's caches cold because touch_bytes of other memory were touched; `by_lines`:
+        because the images' own lines were pushed out, whatever size the caches have.
+        """
+        self.ram_bytes, self.backing, self.by_lines = ram_bytes, backing, by_lines
         self.n_pages = ram_bytes // PAGE
         self.rng = np.random.default_rng(seed)
         self._memory = Memory.create(blocks=[BlockSpec(BLOCK, self.n_pages * PAGE)], backing=backing)
@@ -79,13 +85,19 @@ class Rig:
             finally:
                 self._close()
 
+    def cool(self) -> None:
+        """Leave nothing of the images and bitmaps in a CPU cache."""
+        if self.by_lines:
+            for addr in (self.guest_addr, self.cache_addr, self.plain_addr):
+                baseline.evict(addr, self.ram_bytes)
+        self.eviction.touch()
+
     def _open(self) -> None:
         block = self.cache.blocks[BLOCK]
-        self.guest_addr = block.guest_addr
-        self.cache_addr = int(ffi.cast("uintptr_t", block._cached))
-        # Not Block.writable: these bytes are poison, whose pages must not count as dirty.
-        self.guest: Bytes = block._pages(block._view(block._guest, 0, block.n_pages, "guest RAM"))
         self.cached: Bytes = block.cache
+        self.guest_addr, self.cache_addr = block.guest_addr, int(self.cached.ctypes.data)
+        # Not Block.writable: these bytes are poison, whose pages must not count as dirty.
+        self.guest: Bytes = baseline.pages_at(self.guest_addr, self.n_pages)
         self.epoch = self.cache.status().sealed_epoch
         if not self._attached:
             for first in range(0, self.n_pages, FILL_PAGES):
@@ -106,11 +118,12 @@ class Rig:
         self.cache.flush()
         self.cache.loaded()
 
-    def seal(self) -> None:
-        """Seal what is open, outside any timed part."""
+    def seal(self) -> SealResult:
+        """Seal what is open, with an empty device state."""
         self.cache.device_state_buffer(self.epoch + 1, 0)
-        self.cache.seal(self.epoch + 1)
+        sealed = self.cache.seal(self.epoch + 1)
         self.epoch += 1
+        return sealed
 
     def settle(self) -> None:
         """After a wrong result: whatever is open is finished, and the plain memory is the cache's again."""

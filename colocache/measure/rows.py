@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from colocache.measure.cells import Cell, Sample
-from colocache.measure.clock import Spread
+from colocache.measure.clock import MIN_ROUNDS, Spread
 
 PEAK_LIMIT = 1.03  # of peak: above it, something was measured wrongly
 BASELINES = ("qemu", "socket", "numpy")  # the first that there is gives baseline_ratio
@@ -105,8 +105,8 @@ class Row:
 
     @property
     def slower(self) -> bool:
-        """Slower than QEMU's way by more than the rounds of both spread."""
-        if self.baseline != "qemu" or self.baseline_seconds is None:
+        """Slower than QEMU's way by more than the rounds of both spread; never told from too few rounds."""
+        if self.baseline != "qemu" or self.baseline_seconds is None or self.rounds < MIN_ROUNDS:
             return False
         spread = max(self.seconds.p90 - self.seconds.p10, self.baseline_seconds.p90 - self.baseline_seconds.p10)
         return self.seconds.p50 - self.baseline_seconds.p50 > spread
@@ -114,8 +114,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The fields of a row, with times in seconds."""
         made = dict(self.__dict__)
-        made["seconds"] = self.seconds.scaled(1.0)
-        made["baseline_seconds"] = self.baseline_seconds.scaled(1.0) if self.baseline_seconds else None
+        made["seconds"] = self.seconds.to_json()
+        made["baseline_seconds"] = self.baseline_seconds.to_json() if self.baseline_seconds else None
         return made
 
     def __str__(self) -> str:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from colocache import backing as bk
 from colocache.errors import ColocacheError, MemoryShortError
 from colocache.measure import bitmaps
-from colocache.measure.baseline import Eviction
-from colocache.measure.cells import CASES, RECEIVE_BYTES, RUNS, SHARES, Cell, Sample, fits, measure, peak
-from colocache.measure.clock import Spread
-from colocache.measure.host import Host
+from colocache.measure.baseline import Eviction, can_evict
+from colocache.measure.cases import RECEIVE_BYTES, measure, peak
+from colocache.measure.cells import CASES, RUNS, SHARES, Cell, Sample, fits
+from colocache.measure.clock import MIN_ROUNDS, Spread
+from colocache.measure.host import TOUCH_MIN, Host
 from colocache.measure.huge import borrowed, command_for
 from colocache.measure.patterns import WORKLOADS
 from colocache.measure.rig import PAGE, Rig, WrongResultError
@@ -22,6 +23,8 @@ from colocache.measure.rows import Row
 
 RAM_MIN = 16 << 20
 QUICK_SECONDS = 22.0
+QUICK_RAM = 128 << 20
+QUICK_TOUCH = 256 << 20
 PAUSE_BYTES = 100_000_000
 WARM_UP_PASSES = 3
 
@@ -55,15 +58,26 @@ class Result:
     peaks: dict[tuple[str, int], list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    cold_by: str = "touching"  # or "lines"; see Cooling
 
     def peak_spreads(self) -> dict[tuple[str, int], Spread]:
         """Per backing and thread count."""
         return {key: Spread.of(values) for key, values in sorted(self.peaks.items())}
 
     @property
-    def noise(self) -> float:
-        """The widest spread of the peak, p10 to p90 as a share of its median, over backings and thread counts."""
-        return max((spread.width for spread in self.peak_spreads().values()), default=0.0)
+    def rounds(self) -> int:
+        """Of the cell that has fewest; 0 if none was measured."""
+        return min((row.rounds for row in self.rows if not row.wrong), default=0)
+
+    @property
+    def noise(self) -> float | None:
+        """The widest spread of the peak, p10 to p90 as a share of its median, over backings and thread counts.
+
+        None: there were too few rounds to tell.
+        """
+        if self.rounds < MIN_ROUNDS:
+            return None
+        return max((spread.width for spread in self.peak_spreads().values() if spread.known), default=None)
 
 
 def thread_counts(cores: int) -> tuple[int, ...]:
@@ -75,12 +89,18 @@ def thread_counts(cores: int) -> tuple[int, ...]:
 
 
 def cells_for(plan: Plan, n_pages: int, n_threads: int, most: int) -> list[Cell]:
-    """The cells of one guest size and thread count. Few threads get only what a scaling plot needs."""
+    """The cells of one guest size and thread count.
+
+    One thread gets every flush too, so that QEMU's one thread stands beside one of ours; two and more only what a
+    scaling plot needs.
+    """
     shares, runs = (SHARES, RUNS) if not plan.quick else ((0.01, 0.1, 0.5), (1, 64))
     if plan.full:
         wanted = [Cell(case, share, run) for case in CASES for share in shares for run in runs]
-    elif n_threads < most:
+    elif 1 < n_threads < most:
         wanted = [Cell("flush", 0.5, 1), Cell("flush", 0.5, 64)]
+    elif n_threads < most:
+        wanted = [Cell("flush", share, run) for share in shares for run in runs]
     else:
         wanted = [Cell("flush", share, run) for share in shares for run in runs]
         some = (0.1,) if plan.quick else shares
@@ -90,28 +110,54 @@ def cells_for(plan: Plan, n_pages: int, n_threads: int, most: int) -> list[Cell]
         wanted += [Cell("checkpoint", share, 8) for share in some if share < 1]
     if n_threads == most or plan.full:
         wanted += [Cell("pause", PAUSE_BYTES / PAGE / n_pages, run) for run in (1, 8)]
+    if n_threads in (1, most) or plan.full:
         wanted += [Cell("flush", 0.0, 0, name) for name in (WORKLOADS[:1] if plan.quick else WORKLOADS)]
     cells = [cell for cell in dict.fromkeys(wanted) if fits(cell, n_pages)]
     warm = [Cell(one.case, one.share, one.run_pages, one.pattern, True) for one in cells] if plan.warm else []
     return cells + warm
 
 
-def default_ram(host: Host, plan: Plan) -> int:
-    """Several times what the CPU's caches hold, so that a pass over it is a pass over memory."""
-    least = (128 if plan.quick else 256) << 20
-    return max(least, bk.round_up(4 * host.l3_bytes, 64 << 20))
+@dataclass(frozen=True)
+class Cooling:
+    """How the CPU's caches are made cold before a timed call, and the guest RAM that this asks for.
+
+    Usually twice as much other memory as the caches have is touched, and a guest has several times as much as they,
+    so that a pass over it is a pass over memory. `--quick` has no time for that where they are large: it pushes the
+    images' own lines out, or touches less and says so.
+    """
+
+    touch_bytes: int
+    by_lines: bool
+    ram_bytes: int  # for a plan that names none
+    reason: str = ""  # why it is less than usual, if it is
+
+    @classmethod
+    def of(cls, plan: Plan, host: Host) -> Cooling:
+        usual = bk.round_up(4 * host.l3_bytes, 64 << 20)
+        if not plan.quick:
+            return cls(host.touch_bytes, False, max(256 << 20, usual))
+        less = usual > QUICK_RAM or host.touch_bytes > QUICK_TOUCH
+        l3 = f"--quick, and the L3 has {host.l3_bytes >> 20} MiB: "
+        if can_evict():
+            how = f"guest RAM is {QUICK_RAM >> 20} MiB unless given, and what is timed was pushed out of the caches"
+            return cls(TOUCH_MIN, True, QUICK_RAM, f"{l3}{how} line by line" if less else "")
+        touch = min(host.touch_bytes, QUICK_TOUCH)
+        how = f"only {touch >> 20} MiB of other memory were touched before each timed call, so its data may be cached"
+        return cls(touch, False, QUICK_RAM, l3 + how if less else "")
+
+    def needed(self, ram_bytes: int) -> int:
+        """Bytes that one guest size takes: two images, QEMU's cache, and what is touched."""
+        return 3 * ram_bytes + self.touch_bytes + 2 * RECEIVE_BYTES
+
+    def affordable(self, ram_bytes: int, available: int) -> int:
+        """The size itself, or the largest power-of-two part of it for which there is memory."""
+        while ram_bytes > RAM_MIN and self.needed(ram_bytes) > available:
+            ram_bytes //= 2
+        return max(RAM_MIN, bk.round_up(ram_bytes, 2 << 20))
 
 
-def needed(ram_bytes: int, host: Host) -> int:
-    """Bytes that one guest size takes: two images, QEMU's cache, and what is touched."""
-    return 3 * ram_bytes + host.touch_bytes + 2 * RECEIVE_BYTES
-
-
-def affordable(ram_bytes: int, host: Host, available: int) -> int:
-    """The size itself, or the largest power-of-two part of it for which there is memory."""
-    while ram_bytes > RAM_MIN and needed(ram_bytes, host) > available:
-        ram_bytes //= 2
-    return bk.round_up(ram_bytes, 2 << 20)
+def _mib(n_bytes: int) -> str:
+    return f"{n_bytes >> 20} MiB"
 
 
 class Session:
@@ -123,8 +169,12 @@ class Session:
         self._progress = progress
         self._done = 0
         self._total = 1
+        self.cooling = Cooling.of(plan, host)
+        self.result.cold_by = "lines" if self.cooling.by_lines else "touching"
+        if self.cooling.reason:
+            self.result.notes.append(self.cooling.reason)
         most = host.cores
-        self._threads = plan.threads or ((most,) if plan.quick else thread_counts(most))
+        self._threads = plan.threads or (tuple(sorted({1, most})) if plan.quick else thread_counts(most))
         self._most = max(self._threads)
 
     def run(self) -> Result:
@@ -144,7 +194,7 @@ class Session:
         if not self.result.rows:
             raise MemoryShortError(
                 "nothing could be measured: " + "; ".join(self.result.notes),
-                needed=needed(RAM_MIN, self.host),
+                needed=self.cooling.needed(RAM_MIN),
                 available=bk.memory_available(),
                 command="free some memory, or choose another --backing",
             )
@@ -152,11 +202,11 @@ class Session:
 
     def _sizes(self) -> list[int]:
         sizes = []
-        for wanted in self.plan.ram_bytes or (default_ram(self.host, self.plan),):
-            size = affordable(max(RAM_MIN, bk.round_up(wanted, PAGE)), self.host, bk.memory_available())
+        for wanted in self.plan.ram_bytes or (self.cooling.ram_bytes,):
+            size = self.cooling.affordable(bk.round_up(wanted, PAGE), bk.memory_available())
             if size < wanted:
                 self.result.notes.append(
-                    f"guest RAM is {size >> 20} MiB instead of {wanted >> 20}: "
+                    f"guest RAM is {_mib(size)} instead of {_mib(wanted)}: "
                     f"{bk.memory_available() >> 20} MiB of memory are available and it takes three times the guest"
                 )
             sizes.append(size)
@@ -181,7 +231,11 @@ class Session:
         steps = self._done + self._steps(ram_bytes)
         with contextlib.ExitStack() as stack:
             if pages:
-                stack.enter_context(borrowed(pages))
+                added = stack.enter_context(borrowed(pages))
+                if added:
+                    self.result.notes.append(
+                        f"{added} huge pages of 2 MiB were reserved for the {_mib(ram_bytes)} guest and given back"
+                    )
                 if bk.huge_pages().free < pages:
                     self.result.notes.append(
                         f"no hugetlb: {pages} huge pages of 2 MiB are needed and {bk.huge_pages().free} are free; "
@@ -190,7 +244,9 @@ class Session:
                     self._done = steps
                     return
             try:
-                rig = stack.enter_context(Rig(ram_bytes, backing, self.host.touch_bytes))
+                rig = stack.enter_context(
+                    Rig(ram_bytes, backing, self.cooling.touch_bytes, by_lines=self.cooling.by_lines)
+                )
             except ColocacheError as error:
                 self.result.notes.append(f"no {backing}: {error}")
                 self._done = steps
@@ -206,6 +262,9 @@ class Session:
         for number in range(self.plan.n_rounds):
             spent = time.monotonic() - start
             if budget is not None and number and spent / number * (number + 1) > budget:
+                self.result.notes.append(
+                    f"{number} rounds on {rig.backing} instead of {self.plan.n_rounds}: --quick had no time for more"
+                )
                 break
             for n_threads in rig.rng.permutation(self._threads).tolist():
                 with rig.threads(n_threads):
