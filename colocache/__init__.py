@@ -3,151 +3,47 @@
 
 `Memory` makes the shared memory of a secondary, `Cache` runs on it; `RamImage` and `Sender` are the primary's half.
 README.md has an example; the order of the calls, and what is promised, are in colocache.h (`include_dir` says where).
-"""
 
-from colocache.block import Block, Blocks
-from colocache.cache import Cache
-from colocache.config_tool import include_dir, lib_dir
-from colocache.dirty_log import (
-    DirtyLog,
-    KvmDirtyLog,
-    KvmDirtyRing,
-    KvmRing,
-    KvmSlot,
-    ProcessDirtyLog,
-    UffdDirtyLog,
-    UffdRange,
-)
-from colocache.errors import (
-    ArgumentError,
-    BlockError,
-    BusyError,
-    ClosedError,
-    ColocacheError,
-    CorruptError,
-    EpochError,
-    ExistsError,
-    FailedOverError,
-    ForeignImageError,
-    IncompleteError,
-    LayoutError,
-    LengthError,
-    LoadFailedError,
-    LogLostError,
-    MemoryShortError,
-    NoMemoryError,
-    NoStateError,
-    NotColocacheError,
-    NotSealedError,
-    OrderError,
-    PacketError,
-    PeerLostError,
-    RangeError,
-    SealedError,
-    StrategyError,
-    SystemCallError,
-    TailError,
-    TimedOutError,
-    TooLargeError,
-    UnsupportedError,
-    VetoError,
-)
-from colocache.inspection import inspect
-from colocache.memory import Memory
-from colocache.ram_image import RamImage
-from colocache.regions import CleanReport, RegionName, clean, list_regions
-from colocache.results import (
-    Action,
-    BlockInfo,
-    Failover,
-    FlushResult,
-    Header,
-    Inspection,
-    PageRun,
-    Phase,
-    Recovery,
-    SealResult,
-    SendResult,
-    Stats,
-    Status,
-)
-from colocache.sender import HEADER_BYTES, MSG_PAGES, WIRE_VERSION, Sender, message_header, parse_header
-from colocache.spec import BlockSpec, Images
+Names are loaded when they are first used, so that a command is at work, and hears Ctrl-C, before numpy is there. Their
+types stand in __init__.pyi.
+"""
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "HEADER_BYTES",
-    "MSG_PAGES",
-    "WIRE_VERSION",
-    "Action",
-    "ArgumentError",
-    "Block",
-    "BlockError",
-    "BlockInfo",
-    "BlockSpec",
-    "Blocks",
-    "BusyError",
-    "Cache",
-    "CleanReport",
-    "ClosedError",
-    "ColocacheError",
-    "CorruptError",
-    "DirtyLog",
-    "EpochError",
-    "ExistsError",
-    "FailedOverError",
-    "Failover",
-    "FlushResult",
-    "ForeignImageError",
-    "Header",
-    "Images",
-    "IncompleteError",
-    "Inspection",
-    "KvmDirtyLog",
-    "KvmDirtyRing",
-    "KvmRing",
-    "KvmSlot",
-    "LayoutError",
-    "LengthError",
-    "LoadFailedError",
-    "LogLostError",
-    "Memory",
-    "MemoryShortError",
-    "NoMemoryError",
-    "NoStateError",
-    "NotColocacheError",
-    "NotSealedError",
-    "OrderError",
-    "PacketError",
-    "PageRun",
-    "PeerLostError",
-    "Phase",
-    "ProcessDirtyLog",
-    "RamImage",
-    "RangeError",
-    "Recovery",
-    "RegionName",
-    "SealResult",
-    "SealedError",
-    "SendResult",
-    "Sender",
-    "Stats",
-    "Status",
-    "StrategyError",
-    "SystemCallError",
-    "TailError",
-    "TimedOutError",
-    "TooLargeError",
-    "UffdDirtyLog",
-    "UffdRange",
-    "UnsupportedError",
-    "VetoError",
-    "clean",
-    "include_dir",
-    "inspect",
-    "lib_dir",
-    "list_regions",
-    "message_header",
-    "parse_header",
-]
+# module: its names
+_PUBLIC = {
+    "block": "Block Blocks",
+    "cache": "Cache",
+    "config_tool": "include_dir lib_dir",
+    "dirty_log": "DirtyLog KvmDirtyLog KvmDirtyRing KvmRing KvmSlot ProcessDirtyLog UffdDirtyLog UffdRange",
+    "errors": "ArgumentError BlockError BusyError ClosedError ColocacheError CorruptError EpochError ExistsError "
+    "FailedOverError ForeignImageError IncompleteError LayoutError LengthError LoadFailedError "
+    "LogLostError MemoryShortError NoMemoryError NoStateError NotColocacheError NotSealedError OrderError "
+    "PacketError PeerLostError RangeError SealedError StrategyError SystemCallError TailError "
+    "TimedOutError TooLargeError UnsupportedError VetoError",
+    "inspection": "inspect",
+    "memory": "Memory",
+    "ram_image": "RamImage",
+    "regions": "CleanReport RegionName clean list_regions",
+    "results": "Action BlockInfo Failover FlushResult Header Inspection PageRun Phase Recovery SealResult SendResult "
+    "Stats Status",
+    "sender": "HEADER_BYTES MSG_PAGES Sender WIRE_VERSION message_header parse_header",
+    "spec": "BlockSpec Images",
+}
+_MODULE_OF = {name: f"colocache.{module}" for module, names in _PUBLIC.items() for name in names.split()}
+
+__all__ = sorted(_MODULE_OF)  # noqa: PLE0605 -- a list of names, which only has no literal here
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

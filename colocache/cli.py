@@ -4,6 +4,7 @@ called, so that `colocache --help` is quick and no command pays for the dependen
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import os
@@ -11,6 +12,9 @@ import signal
 import sys
 
 import click
+
+from colocache.errors import ColocacheError
+from colocache.inherited import settle
 
 # name: (module, attribute, one line of help)
 COMMANDS = {
@@ -83,18 +87,49 @@ def cli() -> None:
 
 def main() -> None:
     """Entry point of the `colocache` command: errors that were foreseen are one sentence, not a traceback."""
-    # Until a command is loaded there is nothing to clean up, and Ctrl-C in the middle of an import no traceback.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settle()
+    status: object = 1
     try:
-        status = cli.main(prog_name="colocache", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        status = error.exit_code
+        status = _run()
+        sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (OSError, MemoryError, RuntimeError) as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if sentence:
+            click.echo(f"Error: {sentence}", err=True)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _run() -> object:
+    """The exit status of the command."""
+    try:
+        return cli.main(prog_name="colocache", standalone_mode=False)
+    except SystemExit as end:
+        return end.code
+
+
+# What a write to stdout fails with; other calls that can have a name with their error.
+OUTPUT_ERRORS = (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO, errno.EFBIG, errno.EDQUOT)
+
+
+def _sentence(error: OSError | MemoryError | RuntimeError) -> str | None:
+    """What to say of an error that no command foresaw; "" if there is nobody to tell, None if it is a fault of ours."""
+    if isinstance(error, RuntimeError):
+        return "no further thread can be started: raise the limit (`ulimit -u`)" if "new thread" in str(error) else None
+    if isinstance(error, MemoryError):
+        return "memory is used up: use a smaller guest, or stop other programs"
+    if error.errno in OUTPUT_ERRORS and error.filename is None and not isinstance(error, ColocacheError):
+        # What could not be written would be tried once more at exit, and told in a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return "" if error.errno == errno.EPIPE else f"the output can't be written: {error.strerror}"
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -132,13 +132,14 @@ def test_an_operators_word_that_comes_between_two_children_is_heard_by_the_next(
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2])
 def test_a_signal_for_a_machine_that_is_ending_does_not_make_it_look_killed(signum: signal.Signals) -> None:
     """Its keeper would start it again, beside a primary that was told that it is alone."""
-    config = dataclasses.replace(CONFIG, keeper_pid=os.getpid(), options={"timing": {}}).encode()
+    config = dataclasses.replace(CONFIG, keeper_pid=os.getpid(), options={"timing": {}})
     code = (
         "import atexit, os\n"
         "from colocache.replication.child import main\n"
         f"atexit.register(os.kill, os.getpid(), {int(signum)})\n"
         "main()"
     )
-    ended = subprocess.run([sys.executable, "-c", code, config], capture_output=True, text=True, check=False)
+    with config.as_file() as stdin:
+        ended = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr
-    assert "no manifest" in ended.stderr
+    assert "not a manifest" in ended.stderr

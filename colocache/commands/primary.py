@@ -124,6 +124,7 @@ def primary(**given: Any) -> None:
             one.request_checkpoint()
 
     with contextlib.ExitStack() as stack:
+        stack.callback(events.close)
         stop = stack.enter_context(stop_on_signals({signal.SIGUSR1: request_checkpoint}))
         images = [stack.enter_context(RamImage.create(spec, given["backing"])) for spec in specs]
         sender = stack.enter_context(Sender())

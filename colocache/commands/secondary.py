@@ -114,7 +114,9 @@ def secondary(**given: Any) -> None:
     actions: dict[int, Callable[[], object]] = {
         signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
     }
+    config = _config(given, kind)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
+        stack.callback(events.close)
         stop = stack.enter_context(stop_on_signals(actions))
         # The address first: a region that was attached must not go because a port is in use.
         listener, address = Address.parse(given["listen"]).listen()
@@ -131,7 +133,7 @@ def secondary(**given: Any) -> None:
             persistent=memory.persistent,
         )
         events.emit("listening", f"waiting for a primary at {address}", address=str(address), pid=os.getpid())
-        keeper.append(Keeper(memory, listener, _config(given, kind), events, stop))
+        keeper.append(Keeper(memory, listener, config, events, stop))
         status = keeper[0].run()
         failed = status != 0 and not stop.signum
         if memory.persistent and (keeper[0].load_failed or (given["attach"] and failed)):
@@ -142,6 +144,7 @@ def secondary(**given: Any) -> None:
                 f"it into a fresh machine, `colocache clean {memory.name}` removes it",
             )
             address.remove()
+            events.close()
             os._exit(status)  # without the clean-up that would take the memory away
     if stop.signum:
         end_as_by(stop.signum)

@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO, TextIO
 
 from colocache import Cache, Memory
 from colocache.children import die_with_parent
@@ -37,7 +37,7 @@ FINAL = (RefusedError, PeerLostError, NoStateError, LoadFailedError, SecondaryLo
 
 @dataclass(frozen=True)
 class ChildConfig:
-    """What the keeper tells its child, as JSON in its one argument."""
+    """What the keeper tells its child, as JSON on its stdin: 256 long names of blocks are too much for an argument."""
 
     manifest: str
     listener_fd: int
@@ -52,19 +52,22 @@ class ChildConfig:
     machine_readable: bool
     as_json: bool
 
-    def encode(self) -> str:
-        """The argument."""
-        return json.dumps(dataclasses.asdict(self))
+    def as_file(self) -> BinaryIO:
+        """A file without a name, at its beginning, for subprocess's stdin; the caller closes it."""
+        file = os.fdopen(os.memfd_create("colocache.config"), "w+b")
+        file.write(json.dumps(dataclasses.asdict(self)).encode())
+        file.seek(0)
+        return file
 
     @classmethod
-    def decode(cls, text: str) -> ChildConfig:
-        """The same again."""
-        return cls(**json.loads(text))
+    def read(cls, file: TextIO) -> ChildConfig:
+        """The same again, from such a file."""
+        return cls(**json.load(file))
 
 
 def main() -> None:
     """Entry of the child process."""
-    config = ChildConfig.decode(sys.argv[1])
+    config = ChildConfig.read(sys.stdin)
     die_with_parent(config.keeper_pid)
     events = Events("secondary", machine_readable=config.machine_readable)
     failover_wanted = Wakeup()
@@ -93,6 +96,7 @@ def main() -> None:
             status = EXIT_FAILED
     for signum in actions:
         signal.signal(signum, signal.SIG_IGN)
+    events.close()
     if stop.signum:
         end_as_by(stop.signum)
     sys.exit(status)
@@ -137,7 +141,7 @@ def _run(
         finally:
             machine.close()
     if config.as_json:
-        print(json.dumps(dataclasses.asdict(summary)), flush=True)
+        events.report(dataclasses.asdict(summary))
     return EXIT_OK if summary.wrong_pages == 0 else EXIT_FAILED
 
 

@@ -135,15 +135,16 @@ class Keeper:
         if self._by_word:
             self._unheard.add(signal.SIGUSR2)
         config = self._config(self._memory, fd)
-        command = python_command("colocache.replication.child", "main", config.encode())
+        command = python_command("colocache.replication.child", "main")
         # The child is born with the operator's signals blocked and takes them when it has its handlers
         # (stop_on_signals): one that comes before must wait, not kill it.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
         try:
-            # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
-            self._child = subprocess.Popen(
-                command, pass_fds=(*self._memory.fds, fd), stdin=subprocess.DEVNULL, start_new_session=True
-            )
+            with config.as_file() as stdin:
+                # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
+                self._child = subprocess.Popen(
+                    command, pass_fds=(*self._memory.fds, fd), stdin=stdin, start_new_session=True
+                )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         try:

@@ -107,7 +107,9 @@ def stop_on_signals(actions: dict[int, Callable[[], object]] | None = None) -> I
     before = {}
     try:
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before[signum] = signal.signal(signum, on_stop)
+            # Ignored since before we began (a shell's background job, nohup): whoever did so wants us to go on.
+            if signum == signal.SIGTERM or signal.getsignal(signum) is not signal.SIG_IGN:
+                before[signum] = signal.signal(signum, on_stop)
         for number in actions or {}:
             before[signal.Signals(number)] = signal.signal(number, on_action)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, set(actions or {}))  # those that a keeper had us born with

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m colocache.teach`, the same as `colocache teach`."""
 
-from colocache.commands.teach import teach
+import sys
 
-teach(prog_name="python -m colocache.teach")
+from colocache.entry import main
+
+sys.argv[1:1] = ["teach"]
+main()
