@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Linux that checks itself, for the tests: a kernel that was downloaded, busybox, and an /init of our own.
+
+COLOCACHE_LINUX names a folder with `vmlinuz` and, for some tests, `modules`; .ci/run makes one from Debian's cloud
+kernel, which is unpacked there and never installed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from qemu_support import QEMU
+
+# Two processes each keep a chain: every link is a file in memory whose content follows from the link before, and the
+# hash of it. All files are checked over and over against hashes kept elsewhere, so that a page that is lost or of
+# another epoch breaks the chain or a hash. Lines: "NAME LINK bad N", where N counts what did not hold.
+INIT = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs -o size=64m tmp /tmp
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_balloon; do
+  [ -e /m/$module.ko ] && insmod /m/$module.ko && echo $module
+done
+worker() {
+  mkdir /tmp/$1; cd /tmp/$1; n=0; bad=0; h=$1
+  while true; do
+    n=$((n+1)); f=$((n%20)); before=$h
+    h=$(echo "$h $n" | sha256sum); h=${h%% *}
+    i=0; while [ $i -lt 200 ]; do echo "$h $i $before"; i=$((i+1)); done > f$f
+    sha256sum f$f > s$f
+    if [ $((n%5)) = 0 ]; then
+      cat s* | sha256sum -c >/tmp/$1.out 2>&1 || bad=$((bad+1))
+      i=0; while [ $i -lt 4 ]; do  # each link names the one before
+        read new x old < f$(((n-i)%20)); read old2 x < f$(((n-i-1)%20)); [ $old = $old2 ] || bad=$((bad+1)); i=$((i+1))
+      done
+      echo "$1 $n bad $bad"
+    fi
+    usleep 20000
+  done
+}
+worker one & worker two &
+echo READY
+while read line; do case $line in
+  reboot) reboot -f;; poweroff) poweroff -f;; panic) echo c > /proc/sysrq-trigger;; *) echo "heard $line";;
+esac; done < /dev/ttyS0
+while true; do sleep 1; done
+"""
+REPORT = re.compile(rb"(one|two) (\d+) bad (\d+)\r")
+
+
+def folder() -> Path:
+    """Where the kernel is; skips where there is none."""
+    found = os.environ.get("COLOCACHE_LINUX")
+    if not found or not (Path(found) / "vmlinuz").is_file():
+        pytest.skip("COLOCACHE_LINUX names no folder with a vmlinuz: .ci/run downloads one")
+    if shutil.which("busybox") is None:
+        pytest.skip("no busybox: apt install busybox-static")
+    return Path(found)
+
+
+def command(where: Path, accel: str = "tcg", ram: str = "96") -> tuple[str, ...]:
+    """The command line of a Linux guest; its initrd is made in `where`."""
+    source = folder()
+    initrd = where / "initrd"
+    modules = {f"m/{path.name}": path.read_bytes() for path in (source / "modules").glob("*.ko")}
+    busybox = Path(shutil.which("busybox") or "").read_bytes()
+    initrd.write_bytes(cpio({"init": INIT.encode(), "bin/busybox": busybox, **modules}))
+    append = "console=ttyS0 quiet panic=-1 sysrq_always_enabled"
+    kernel = str(source / "vmlinuz")
+    return (QEMU, "-m", ram, "-accel", accel, "-nodefaults", "-kernel", kernel, "-initrd", str(initrd),
+            "-append", append)  # fmt: skip
+
+
+def reports(console: bytes) -> dict[str, tuple[int, int]]:
+    """The newest link and the number of failures that each worker told."""
+    return {name.decode(): (int(link), int(bad)) for name, link, bad in REPORT.findall(console)}
+
+
+def cpio(files: dict[str, bytes]) -> bytes:
+    """An initial file system, as the kernel unpacks it: these files, executable, and the folders of a system."""
+    entries = dict.fromkeys(("bin", "m", "proc", "sys", "dev", "tmp"), (16877, b""))
+    entries |= {name: (0o100755, data) for name, data in files.items()}
+    entries["TRAILER!!!"] = (0, b"")
+    archive = b""
+    for number, (name, (mode, data)) in enumerate(entries.items(), 1):
+        fields = (number, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name) + 1, 0)
+        head = b"070701" + b"".join(b"%08x" % field for field in fields) + name.encode() + b"\0"
+        archive += head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
+    return archive
