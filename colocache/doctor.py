@@ -5,10 +5,11 @@ that enables it. Nothing is changed."""
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import errno
 import mmap
 import os
 import platform
+import re
 import sys
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from colocache.vmm.kvm import kvm_trouble
 DEMO_BYTES = 256 << 20  # guest RAM of the demo; it needs three images of it: one of the primary, two of the secondary
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
 UFFD_USER_MODE_ONLY = 1
-USERFAULTFD_IOC_NEW = 0xAA00
+LOG_KERNEL = (6, 7)  # asynchronous write-protection and PAGEMAP_SCAN
 PROBE_PAGES = 16
 
 
@@ -139,42 +140,56 @@ def dirty_log() -> Finding:
             sender.sync_dirty_log(log)
             pages = sender.count()[0]
     except ColocacheError as error:
-        return Finding(name, False, str(error), needed, error.hint or "run Linux 6.7 or newer")
+        return Finding(name, False, str(error), needed, error.hint or _dirty_log_fix())
     if pages != 1:
         return Finding(name, False, f"one page was written and {pages} were reported", needed, "report this, please")
     return Finding(name, True, "works: one page written, one reported; needs no privilege", needed)
 
 
+def _dirty_log_fix() -> str:
+    """What helps where the log does not work: permission, or a newer kernel."""
+    if _userfaultfd() in (errno.EPERM, errno.EACCES):
+        return "allow userfaultfd, see there"
+    if _kernel() < LOG_KERNEL:
+        return f"run Linux {LOG_KERNEL[0]}.{LOG_KERNEL[1]} or newer, this is {platform.release()}"
+    return "run a kernel with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP"
+
+
+def _kernel() -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", platform.release())
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
 def userfaultfd() -> Finding:
-    """Which faults may be handled: of user code only, or the kernel's too."""
-    needed = "the lazy flush: kernel faults under KVM, user faults else"
-    if _userfaultfd(0):
-        return Finding("userfaultfd", True, "user and kernel faults", needed)
-    fix = "sysctl vm.unprivileged_userfaultfd=1, or access to /dev/userfaultfd"
-    if _userfaultfd(UFFD_USER_MODE_ONLY):
-        return Finding("userfaultfd", False, "user faults only", needed, fix)
-    return Finding("userfaultfd", False, "not allowed, or not in this kernel", needed, fix)
+    """What the kernel's log begins with. A refusal tells missing permission from a kernel that lacks it."""
+    needed = "the kernel's dirty log, of a process guest and of QEMU"
+    number = _userfaultfd()
+    if number == 0:
+        return Finding("userfaultfd", True, "works; needs no privilege", needed)
+    if number in (errno.EPERM, errno.EACCES):
+        found = "permission is missing: a container's seccomp filter or a security module forbids the system call"
+        fix = "allow userfaultfd in the container's seccomp profile (docker and podman: --security-opt seccomp=FILE)"
+    elif number == errno.EINVAL:
+        found = f"Linux {platform.release()} is too old: it has no userfaultfd without privilege"
+        fix = "run Linux 5.11 or newer"
+    elif number == errno.ENOSYS:
+        found = f"this kernel ({platform.release()}) has none, or a seccomp filter says so"
+        fix = "run a kernel with CONFIG_USERFAULTFD"
+    else:
+        found, fix = f"failed: {os.strerror(number)}", "see the kernel's messages"
+    return Finding("userfaultfd", False, found, needed, fix)
 
 
-def _userfaultfd(flags: int) -> bool:
-    """Can a userfaultfd with these flags be made, by system call or by device?"""
+def _userfaultfd() -> int:
+    """0 if a userfaultfd for faults of user code can be made, which is all that is used here; or the errno."""
     number = SYS_USERFAULTFD.get(platform.machine())
-    if number is not None:
-        fd = ctypes.CDLL(None, use_errno=True).syscall(number, flags | os.O_CLOEXEC | os.O_NONBLOCK)
-        if fd >= 0:
-            os.close(fd)
-            return True
-    try:
-        device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        os.close(fcntl.ioctl(device, USERFAULTFD_IOC_NEW, flags | os.O_CLOEXEC | os.O_NONBLOCK))
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(device)
+    if number is None:
+        return errno.ENOSYS
+    fd = ctypes.CDLL(None, use_errno=True).syscall(number, UFFD_USER_MODE_ONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if fd < 0:
+        return ctypes.get_errno()
+    os.close(fd)
+    return 0
 
 
 def cpu() -> Finding:

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from click.testing import CliRunner
@@ -40,6 +43,40 @@ def test_doctor_tries_each_thing_and_gives_a_command_for_what_is_missing() -> No
         assert finding["found"]
         assert finding["ok"] or finding["fix"]
     assert report["guest"] in ("kvm", "process")
+
+
+# Makes userfaultfd fail with an errno of one's choice, as a container's filter does, and becomes the doctor.
+FORBIDDEN = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 323, "aarch64": 282}[platform.machine()]
+load, equal, answer = 0x20, 0x15, 0x06  # BPF: load the word at k; jump if equal to k; return k
+fail, allow = 0x00050000 | int(sys.argv[1]), 0x7FFF0000
+program = [(load, 0, 0, 0), (equal, 0, 1, number), (answer, 0, 0, fail), (answer, 0, 0, allow)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in program))
+filter = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(program), ctypes.addressof(code)))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+if prctl(38, 1, 0, 0, 0) or prctl(22, 2, filter, 0, 0):  # no new privileges; seccomp
+    sys.exit(77)
+os.execv(sys.executable, [sys.executable, "-m", "colocache", "doctor", "--json"])
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [(errno.EPERM, "permission is missing"), (errno.EINVAL, "is too old"), (errno.ENOSYS, "has none, or a seccomp")],
+)
+def test_doctor_tells_missing_permission_from_an_old_kernel(number: int, found: str) -> None:
+    command = [sys.executable, "-c", FORBIDDEN, str(number)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    if ran.returncode == 77:
+        pytest.skip("this kernel has no seccomp filters")
+    assert ran.returncode == 0, ran.stderr
+    findings = {one["name"]: one for one in json.loads(ran.stdout.splitlines()[-1])["findings"]}
+    assert not findings["userfaultfd"]["ok"]
+    assert found in findings["userfaultfd"]["found"]
+    log = findings["PAGEMAP_SCAN"]
+    assert not log["ok"]
+    assert ("allow userfaultfd" in log["fix"]) == (number == errno.EPERM)
 
 
 def test_doctor_notices_a_dirty_log_that_does_not_work(monkeypatch: pytest.MonkeyPatch) -> None:
