@@ -59,6 +59,11 @@ replay)
         echo "skipped: libFuzzer needs clang"
         exit 0
     fi
+    if ! echo 'int LLVMFuzzerTestOneInput(void) { return 0; }' |
+        clang -fsanitize=fuzzer,address,undefined -x c - -o "$work/probe" 2>/dev/null; then
+        echo "skipped: clang's libFuzzer is missing, on Debian: apt install libclang-rt-dev"
+        exit 0
+    fi
     build clang fuzzer-no-link,address,undefined fuzzer,address,undefined
     mkdir -p "$found"
     for name in $names; do
