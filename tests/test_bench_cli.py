@@ -76,6 +76,12 @@ def test_a_person_reads_tables_and_how_noisy_the_machine_was_and_a_pipe_gets_no_
     assert ran[0].stderr.splitlines() == [f"rows written to {ran[1] / 'rows.csv'}"]
 
 
+def test_help_names_every_field_of_the_report(ran: tuple[subprocess.CompletedProcess[str], Path]) -> None:
+    report = json.loads(ran[0].stdout.splitlines()[-1])
+    told = set(re.findall(r"[a-z_]+", bench("--help").stdout))
+    assert set(report) | set(report["rows"][0]) <= told
+
+
 def test_csv_has_a_line_per_row(ran: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     report = json.loads(ran[0].stdout.splitlines()[-1])
     with (ran[1] / "rows.csv").open() as file:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import signal
 import sys
@@ -21,6 +22,42 @@ if TYPE_CHECKING:
 
 PIPE_WIDTH = 120
 RAM_MIN = 16 << 20
+DIRTY_MIN, DIRTY_MAX = 1 << 20, 1 << 46  # bytes
+RATE_MIN, RATE_MAX = 1e6, 1e13  # bits a second
+
+FIELDS = """\
+GB/s are 1e9 bytes copied in a second, each byte counted once, though it is read and written.
+
+\b
+The object of --json; times are in seconds:
+  host             the machine; sizes in bytes
+  peak_gb_per_s    {backing: {threads: GB/s}} of the best sequential pass
+  noise            (p90 - p10) / p50 of the peak; null: under 3 rounds
+  rounds           of the cell that has fewest
+  cold_by          caches made cold by "touching" other memory, or by
+                   pushing "lines" of the images out (--quick)
+  notes, seconds   what could not be done and why; length of the run
+  rows             one for each cell:
+    case           flush; pause (the flush's part of one: seal + flush);
+                   union, receive, checkpoint
+    backing, strategy, ram_bytes, threads, rounds, pattern, warm
+    dirty_ratio, run_pages, n_pages, n_runs, n_bytes   the dirty set
+    seconds        {p10, p50, p90} of the rounds; p10 and p90 are null
+                   of fewer than 3
+    gb_per_s, of_peak      of_peak: share of the same round's peak
+    baseline, baseline_seconds, baseline_ratio   "qemu" (one thread),
+                   "socket" (and QEMU's flush) or "numpy"; its time / ours
+    numpy_ratio, more      numpy's time / ours; what only this case has
+    error          why the cell is not to be believed, or null
+With --dirty:
+  pause_seconds    the whole pause for dirty_bytes, estimated
+  flush_part_seconds     seal + flush {p10, p50, p90}
+  sizes            the same for each size, with parts {log_sync, transfer,
+                   seal, flush, load}: {seconds, measured, source}
+With --compare:
+  rows             a_seconds, b_seconds, b_faster (GB/s of B / A), alike
+                   (same RAM and threads), verdict
+"""
 
 
 class RamSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
@@ -36,7 +73,51 @@ class RamSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return n_bytes
 
 
-@click.command()
+class DirtySize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """Dirty memory: one page at least."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes."""
+        n_bytes = value if isinstance(value, int) else parse_size(value)
+        if not DIRTY_MIN <= n_bytes <= DIRTY_MAX:
+            self.fail(f"{value} dirty: give {DIRTY_MIN >> 20}M to {DIRTY_MAX >> 40}T", param, ctx)
+        return n_bytes
+
+
+class Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
+    """A network's rate: `10G`, `2.5G`, `100M` bits a second."""
+
+    name = "RATE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Bits a second."""
+        if isinstance(value, float):
+            return value
+        text = str(value).strip().upper().removesuffix("BIT/S").removesuffix("BIT")
+        factor = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1:], 1.0)
+        try:
+            rate = float(text[:-1] if factor > 1 else text) * factor
+        except ValueError:
+            rate = math.nan
+        if not RATE_MIN <= rate <= RATE_MAX:
+            self.fail(f"{value!r} is no rate of a network: write 10G or 2.5G, from 1M to 10T bits a second", param, ctx)
+        return rate
+
+
+@click.command(epilog=FIELDS)
+@click.option(
+    "--dirty",
+    type=DirtySize(),
+    help="Answer how long a VM stands still when so much of its memory is dirty, instead of measuring every cell.",
+)
+@click.option(
+    "--network",
+    type=Rate(),
+    help="With --dirty: the network's rate in bits a second, a unit being a power of 1000.",
+    show_default="what a socket on this machine carries",
+)
 @click.option("--quick", is_flag=True, help="Measure few cells, in under 30 seconds.")
 @click.option(
     "--full",
@@ -96,6 +177,8 @@ class RamSize(click.ParamType):  # type: ignore[type-arg,unused-ignore]
 )
 @foreseen
 def bench(
+    dirty: int | None,
+    network: float | None,
     quick: bool,
     full: bool,
     warm: bool,
@@ -108,7 +191,7 @@ def bench(
     plots: Path | None,
     compare: tuple[Path, Path] | None,
 ) -> None:
-    """Measure what a flush costs on this machine.
+    """Measure what a flush costs on this machine, or how long a VM stands still: --dirty 4G --network 10G.
 
     Every result is checked and set beside the machine's own peak copy bandwidth and QEMU's way of flushing, measured
     in the same rounds on the same memory. Huge pages that the run reserves (as root) are given back at its end.
@@ -116,11 +199,13 @@ def bench(
     """
     from rich.console import Console
 
+    from colocache.measure import answer as answers
     from colocache.measure import compare as comparing
     from colocache.measure import files, report
     from colocache.measure import host as machine
     from colocache.measure import plots as drawing
     from colocache.measure.session import Plan, Session
+    from colocache.measure.standstill import Standstill
 
     # A table takes the width of the terminal, or of COLUMNS; in a pipe there is room for all its columns.
     console = Console(width=None if Console().is_terminal or "COLUMNS" in os.environ else PIPE_WIDTH)
@@ -135,8 +220,19 @@ def bench(
         drawing.pyplot()  # before minutes of measuring
     if csv_file and not csv_file.parent.is_dir():
         raise click.UsageError(f"there is no directory {csv_file.parent}")
+    if network is not None and dirty is None:
+        raise click.UsageError("--network goes with --dirty")
+    if dirty is not None and (full or warm or plots or csv_file):
+        raise click.UsageError("--dirty excludes --full, --warm, --plots and --csv")
     host = machine.examine()
     plan = Plan(ram, backings, tuple(sorted(set(threads))), rounds or 0, warm, quick, full)
+    if dirty is not None:
+        with ends_in_order(), progress_bar() as progress:
+            answer = Standstill(plan, host, dirty, network, progress).run()
+        answers.show(answer, console)
+        if as_json:
+            print_json(answer.to_json())
+        return
     with ends_in_order(), progress_bar() as progress:
         result = Session(plan, host, progress).run()
     report.show(result, console)

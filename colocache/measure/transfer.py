@@ -35,6 +35,7 @@ class Transfer:
         self._sender = Sender()
         self._sender.add_block(BLOCK, rig.plain_addr, rig.ram_bytes)
         self._piece = bytearray(PIECE)
+        self.arrived_ns = 0
         for end in (self._near, self._far):
             end.settimeout(TIMEOUT)
 
@@ -69,7 +70,7 @@ class Transfer:
                 raise failed[0]
 
     def checkpoint(self, pattern: Pattern) -> int:
-        """One epoch from its first byte to loaded: nanoseconds."""
+        """One epoch from its first byte to loaded: nanoseconds; `arrived_ns`: those until its last page was there."""
         rig, epoch = self._rig, self._rig.epoch + 1
         self._sender.sync_words(0, pattern.words)
 
@@ -79,7 +80,9 @@ class Transfer:
             self._far.sendall(bytes(STATE_BYTES))
 
         def receive() -> None:
+            start = perf_counter_ns()
             _, taken = rig.cache.receive_stream(self._near, timeout=TIMEOUT, epoch=epoch)
+            self.arrived_ns = perf_counter_ns() - start
             state = rig.cache.device_state_buffer(epoch, STATE_BYTES)
             got = 0
             while got < STATE_BYTES:
