@@ -20,7 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colocache.choices import BACKINGS
-from colocache.errors import ArgumentError, ColocacheError, MemoryShortError, SystemCallError, UnsupportedError
+from colocache.errors import (
+    ArgumentError,
+    ColocacheError,
+    MemoryShortError,
+    SystemCallError,
+    UnsupportedError,
+    reason_of,
+)
 
 HUGE = 2 << 20
 CHUNK = 128 << 20  # reserved at a time, so that Ctrl-C is heard in between
@@ -265,7 +272,7 @@ def nameless_file(kind: Kind, label: str) -> int:
         return os.memfd_create(label, flags)
     except OSError as error:
         raise SystemCallError(
-            f"a memfd of {kind.about} can't be made: {error.strerror}", errno=error.errno or errno.EIO
+            f"a memfd of {kind.about} can't be made: {reason_of(error)}", errno=error.errno or errno.EIO
         ) from error
 
 
@@ -322,4 +329,4 @@ def _failed(kind: Kind, size: int, error: OSError) -> ColocacheError:
         return _short_of_memory(size, min(memory_available(), size - mmap.PAGESIZE))
     if code == errno.EINVAL and kind.backing == "thp":
         return UnsupportedError("this kernel can't fill transparent huge pages of shared memory (Linux 5.14 can)")
-    return SystemCallError(f"{kind.about}: {error.strerror} while {_mib(size)} were reserved", errno=code)
+    return SystemCallError(f"{kind.about}: {reason_of(error)} while {_mib(size)} were reserved", errno=code)

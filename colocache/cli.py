@@ -13,7 +13,7 @@ import sys
 
 import click
 
-from colocache.errors import ColocacheError
+from colocache.errors import ColocacheError, reason_of
 from colocache.inherited import settle
 
 # name: (module, attribute, one line of help)
@@ -128,7 +128,7 @@ def _sentence(error: OSError | MemoryError | RuntimeError) -> str | None:
     if error.errno in OUTPUT_ERRORS and error.filename is None and not isinstance(error, ColocacheError):
         # What could not be written would be tried once more at exit, and told in a traceback.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return "" if error.errno == errno.EPIPE else f"the output can't be written: {error.strerror}"
+        return "" if error.errno == errno.EPIPE else f"the output can't be written: {reason_of(error)}"
     return str(error)
 
 

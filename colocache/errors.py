@@ -231,6 +231,11 @@ class SystemCallError(ColocacheError, OSError):
         return ColocacheError.__str__(self)
 
 
+def reason_of(error: OSError) -> str:
+    """Why, in words: an OSError that a library makes of a sentence has no strerror."""
+    return error.strerror or str(error) or type(error).__name__
+
+
 BY_CODE: dict[int, type[ColocacheError]] = {
     cls.__dict__["code"]: cls for cls in ColocacheError.__subclasses__() if cls.__dict__.get("code")
 }

@@ -20,7 +20,7 @@ from pathlib import Path
 import posix_ipc
 
 from colocache import backing as bk
-from colocache.errors import ArgumentError, BusyError, ExistsError, NotColocacheError, SystemCallError
+from colocache.errors import ArgumentError, BusyError, ExistsError, NotColocacheError, SystemCallError, reason_of
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3})")
@@ -50,7 +50,7 @@ def open_shm(file: str, *, create: bool = False) -> int:
         raise SystemCallError(f"no permission for POSIX shared memory /{file}", errno=errno.EACCES) from error
     except OSError as error:
         code = error.errno or errno.EIO
-        raise SystemCallError(f"POSIX shared memory /{file}: {error.strerror}", errno=code) from error
+        raise SystemCallError(f"POSIX shared memory /{file}: {reason_of(error)}", errno=code) from error
 
 
 def open_file(folder: Path, file: str, *, create: bool = False) -> int:
@@ -64,7 +64,7 @@ def open_file(folder: Path, file: str, *, create: bool = False) -> int:
         raise ExistsError(f"{folder / file} exists already") from error
     except OSError as error:
         code = error.errno or errno.EIO
-        raise SystemCallError(f"{folder / file}: {error.strerror}", errno=code) from error
+        raise SystemCallError(f"{folder / file}: {reason_of(error)}", errno=code) from error
 
 
 def remove_file(folder: Path, file: str) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colocache import backing as bk
-from colocache.errors import ClosedError, ColocacheError, MemoryShortError, SystemCallError, UnsupportedError
+from colocache.errors import ClosedError, ColocacheError, MemoryShortError, SystemCallError, UnsupportedError, reason_of
 from colocache.spec import BlockSpec
 
 MAP_NORESERVE = 0x4000  # Python 3.13 has a name for it
@@ -67,7 +67,7 @@ class RamImage:
             if not isinstance(error, OSError):
                 raise
             code = error.errno or errno.EIO
-            raise SystemCallError(f"block {spec.name} can't be mapped: {error.strerror}", errno=code) from error
+            raise SystemCallError(f"block {spec.name} can't be mapped: {reason_of(error)}", errno=code) from error
 
     def _make_view(self) -> None:
         whole = np.frombuffer(self._mapping, np.uint8, self.spec.len_bytes)

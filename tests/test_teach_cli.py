@@ -168,7 +168,7 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind() -> None:
         pass
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=WAIT_SECONDS)
-    assert process.returncode == 1
+    assert process.returncode == -signal.SIGINT, "as a shell expects it of every command"
     assert "Traceback" not in errors
     assert left_by(process.pid) == []
 

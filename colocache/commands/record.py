@@ -20,8 +20,8 @@ from colocache.commands.options import (
     size_option,
     steps_option,
 )
-from colocache.commands.teach import write_file
 from colocache.teach.machines import HeatRecording, RunOptions, record_run
+from colocache.writing import write_file
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -65,26 +65,29 @@ def record(
     with Progress(console=Console(stderr=True), transient=True, disable=not Console(stderr=True).is_terminal) as bar:
         task = bar.add_task("checkpoints", total=checkpoints)
         recording = record_run(options, lambda number: bar.update(task, completed=number))
-    if export is not None:
-        write_file(export, recording.to_json().encode())
+    written: dict[Path, bytes] = {}
     if png is not None:
         from colocache.teach.heat import picture
 
-        write_file(png, picture(recording))
-    _report(recording, [path for path in (png, export) if path is not None], as_json=as_json)
+        written[png] = picture(recording)
+    if export is not None:
+        written[export] = recording.to_json().encode()
+    for path, content in written.items():
+        write_file(path, content)
+    _report(recording, written, as_json=as_json)
     if recording.wrong_pages:
         raise SystemExit(1)
 
 
-def _report(recording: HeatRecording, written: list[Path], *, as_json: bool) -> None:
+def _report(recording: HeatRecording, written: dict[Path, bytes], *, as_json: bool) -> None:
     verified = sum(epoch.verified_pages for epoch in recording.epochs)
     flushed = [epoch.flushed_pages for epoch in recording.epochs]
     click.echo(
         f"{len(recording.epochs)} checkpoints of a {recording.guest['kind']} guest on {recording.guest['backing']}: "
         f"{sum(flushed)} pages flushed, {verified} verified, {recording.wrong_pages} wrong"
     )
-    for path in written:
-        click.echo(f"{path}: {path.stat().st_size} bytes")
+    for path, content in written.items():
+        click.echo(f"{path}: {len(content)} bytes")
     if as_json:
         counts = {
             name: sum(getattr(epoch, name) for epoch in recording.epochs)

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import click
 from rich.console import Console
 
 from colocache.commands.options import foreseen, seconds_option
-from colocache.errors import SystemCallError
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.play import Script, record
 from colocache.teach.shape import PAGES_MAX, PAGES_MIN, Shape
 from colocache.teach.terminal import Walk, by_itself, by_keys, plain, plain_width
+from colocache.writing import write_file
 
 FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -110,32 +108,11 @@ def _write(scripts: Sequence[Script], pages: int, html: Path | None, export: Pat
 
     lesson = record(scripts, pages)
     n_steps = sum(len(chapter.steps) for chapter in lesson.chapters)
-    if export is not None:
-        write_file(export, lesson.to_json().encode())
-    if html is not None:
-        write_file(html, web.page(lesson).encode())
-    for path in (html, export):
+    for path, text in ((html, web.page(lesson) if html is not None else ""), (export, lesson.to_json())):
         if path is not None:
-            click.echo(f"{path}: {len(lesson.chapters)} chapters, {n_steps} steps, {path.stat().st_size} bytes")
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. SystemCallError."""
-    try:
-        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(fd, "wb") as file:
-                file.write(content)
-            mask = os.umask(0)
-            os.umask(mask)
-            Path(name).chmod(0o666 & ~mask)
-            Path(name).replace(path)
-        except BaseException:
-            with suppress(OSError):
-                Path(name).unlink()
-            raise
-    except OSError as error:
-        raise SystemCallError(f"{path} can't be written: {error.strerror}", errno=error.errno or 0) from error
+            content = text.encode()
+            write_file(path, content)
+            click.echo(f"{path}: {len(lesson.chapters)} chapters, {n_steps} steps, {len(content)} bytes")
 
 
 def _quiz(console: Console, rounds: int, seed: int | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from numbers import Real
@@ -13,6 +14,7 @@ from typing import Any
 
 from colocache.errors import ArgumentError
 from colocache.measure.session import Result
+from colocache.writing import write_file
 
 CSV_FIELDS = (
     "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "pattern", "warm", "n_pages",
@@ -41,13 +43,14 @@ def to_json(result: Result) -> dict[str, Any]:
 
 
 def write_csv(result: Result, path: Path) -> None:
-    """One line per row; times in seconds, what is not known left empty."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, CSV_FIELDS, extrasaction="ignore")
-        writer.writeheader()
-        for row in result.rows:
-            times = {f"seconds_{name}": value for name, value in row.seconds.to_json().items()}
-            writer.writerow({**row.__dict__, **times})
+    """One line per row; times in seconds, what is not known left empty. SystemCallError."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, CSV_FIELDS, extrasaction="ignore")
+    writer.writeheader()
+    for row in result.rows:
+        times = {f"seconds_{name}": value for name, value in row.seconds.to_json().items()}
+        writer.writerow({**row.__dict__, **times})
+    write_file(path, text.getvalue().encode())
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from colocache.errors import UnsupportedError
+from colocache.errors import SystemCallError, UnsupportedError, reason_of
 from colocache.measure.rows import Row
 from colocache.measure.session import Result
+from colocache.writing import write_file
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 MARKERS = ("o", "s", "^", "D", "v", "P")
@@ -33,7 +36,11 @@ def pyplot() -> Any:
 def draw(result: Result, folder: Path) -> list[Path]:
     """Draw what the rows allow; the files that were written."""
     plt = pyplot()
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise SystemCallError(f"{folder} can't be made: {reason_of(error)}", errno=code) from error
     rows = [row for row in result.rows if not row.wrong and not row.warm and row.pattern == "synthetic"]
     if not rows:
         return []
@@ -49,7 +56,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
             continue
         for suffix in ("png", "svg"):
             path = folder / f"{name}.{suffix}"
-            figure.savefig(path, dpi=130)
+            drawn = io.BytesIO()
+            figure.savefig(drawn, format=suffix, dpi=130)
+            write_file(path, drawn.getvalue())
             written.append(path)
         plt.close(figure)
     return written

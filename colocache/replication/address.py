@@ -9,7 +9,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from colocache.errors import ArgumentError, SystemCallError
+from colocache.errors import ArgumentError, SystemCallError, reason_of
 
 BACKLOG = 32  # a primary brings all its streams at once
 UNIX_PATH_BYTES_MAX = 107  # sockaddr_un has room for 108 with the final zero
@@ -80,9 +80,7 @@ class Address:
             made = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
             return made, Address(self.host, made.getsockname()[1], "")
         except OSError as error:
-            raise SystemCallError(
-                f"can't listen on {self}: {error.strerror or error}", errno=error.errno or 0
-            ) from error
+            raise SystemCallError(f"can't listen on {self}: {reason_of(error)}", errno=error.errno or 0) from error
 
     def remove(self) -> None:
         """Remove the file of a Unix socket; the other kind leaves nothing behind."""

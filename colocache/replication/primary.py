@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from colocache import Sender
-from colocache.errors import ColocacheError, PeerLostError, TimedOutError
+from colocache.errors import ColocacheError, PeerLostError, TimedOutError, reason_of
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter, LeaseLostError, Leave, Loss, SoloArbiter, Verdict
 from colocache.replication.channel import Channel
@@ -224,7 +224,7 @@ class Primary:
             except OSError as error:
                 if time.monotonic() + RETRY_SECONDS >= self._deadline or self.stop.wait(RETRY_SECONDS):
                     raise PeerLostError(
-                        f"no secondary answers at {self._address}: {error.strerror or error}",
+                        f"no secondary answers at {self._address}: {reason_of(error)}",
                         hint="start `colocache secondary` first",
                     ) from error
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from colocache import Sender, SendResult
-from colocache.errors import PeerLostError
+from colocache.errors import PeerLostError, reason_of
 from colocache.replication.address import Address
 from colocache.replication.channel import Channel
 from colocache.replication.hello import Hello
@@ -28,9 +28,7 @@ def open_streams(channel: Channel, address: Address, wrap: Wrap, peer: Hello, ti
         try:
             connection = address.connect(channel.peer_timeout)
         except OSError as error:
-            raise PeerLostError(
-                f"stream {index} of {peer.streams} does not connect: {error.strerror or error}"
-            ) from error
+            raise PeerLostError(f"stream {index} of {peer.streams} does not connect: {reason_of(error)}") from error
         stream = Channel(wrap(connection), peer_timeout=timeout)
         channel.streams = (*channel.streams, stream)
         stream.send(MessageType.STREAM, a=index, b=peer.streams, body=token)

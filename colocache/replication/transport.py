@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from colocache.errors import PeerLostError
+from colocache.errors import PeerLostError, reason_of
 
 
 class Transport(Protocol):
@@ -55,7 +55,7 @@ class PlainTransport:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise PeerLostError(f"the connection broke while receiving: {error.strerror or error}") from error
+            raise PeerLostError(f"the connection broke while receiving: {reason_of(error)}") from error
 
     def send(self, parts: list[memoryview]) -> int | None:
         """See Transport."""
@@ -64,7 +64,7 @@ class PlainTransport:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise PeerLostError(f"the connection broke while sending: {error.strerror or error}") from error
+            raise PeerLostError(f"the connection broke while sending: {reason_of(error)}") from error
 
     def fileno(self) -> int:
         """See Transport; the number stays the same after close."""

@@ -10,12 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import os
 import platform
 import signal
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from colocache.errors import reason_of
 from colocache.vmm import kvm_api
 from colocache.vmm.base import ReferenceMachine
 from colocache.vmm.errors import DeviceStateError, MachineError
@@ -76,7 +76,7 @@ class KvmMachine(ReferenceMachine):
             self._vcpu = self._make_vcpu(self._kvm)
         except OSError as error:
             self.close()
-            raise MachineError(f"KVM refuses this guest: {os.strerror(error.errno or 0)}") from error
+            raise MachineError(f"KVM refuses this guest: {reason_of(error)}") from error
         except BaseException:
             self.close()
             raise
@@ -132,7 +132,7 @@ class KvmMachine(ReferenceMachine):
                 vcpu.run()
             except OSError as error:
                 if error.errno not in (errno.EINTR, errno.EAGAIN):
-                    raise MachineError(f"KVM_RUN failed: {os.strerror(error.errno or 0)}") from error
+                    raise MachineError(f"KVM_RUN failed: {reason_of(error)}") from error
                 self._after_kick(vcpu)
                 if self._thread.given_up:
                     raise MachineError(f"the guest was given up at step {self.steps}") from None
@@ -152,7 +152,7 @@ class KvmMachine(ReferenceMachine):
             vcpu.run()
         except OSError as error:
             if error.errno not in (errno.EINTR, errno.EAGAIN):
-                raise MachineError(f"KVM_RUN failed after OUT: {os.strerror(error.errno or 0)}") from error
+                raise MachineError(f"KVM_RUN failed after OUT: {reason_of(error)}") from error
         self._after_kick(vcpu)
 
     def _after_kick(self, vcpu: Vcpu) -> None:
@@ -227,7 +227,7 @@ class KvmMachine(ReferenceMachine):
             vcpu.set_sregs(sregs)
             vcpu.set_regs(regs)
         except OSError as error:
-            raise MachineError(f"KVM does not take the registers: {os.strerror(error.errno or 0)}") from error
+            raise MachineError(f"KVM does not take the registers: {reason_of(error)}") from error
 
     def _close(self) -> None:
         if self._log is not None:

@@ -14,6 +14,7 @@ import os
 from ctypes import c_uint8, c_uint16, c_uint32, c_uint64
 from typing import Any
 
+from colocache.errors import reason_of
 from colocache.vmm.errors import MachineError
 
 API_VERSION = 12
@@ -148,7 +149,7 @@ class Kvm:
         except OSError as error:
             if error.errno not in (errno.EACCES, errno.EPERM):
                 raise KvmUnusableError(
-                    f"/dev/kvm does not open: {os.strerror(error.errno or 0)}",
+                    f"/dev/kvm does not open: {reason_of(error)}",
                     hint="enable virtualisation in the firmware, or use --guest process",
                 ) from None
             raise KvmUnusableError(
@@ -161,7 +162,7 @@ class Kvm:
         except OSError as error:
             self.close()
             raise KvmUnusableError(
-                f"KVM makes no VM: {os.strerror(error.errno or 0)}",
+                f"KVM makes no VM: {reason_of(error)}",
                 hint="stop other hypervisors that hold the CPU's virtualisation, or use --guest process",
             ) from None
         except KvmUnusableError:
