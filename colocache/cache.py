@@ -181,6 +181,19 @@ class Cache:
             _check_received(code, n_pages)
         return None if code else bytes(ffi.buffer(header)), int(n_pages[0])
 
+    def receive_packets(self, data: Buffer, *, epoch: int = 0) -> tuple[int, bytes | None, int]:
+        """The same from bytes that came some other way: how many were taken from the front, header, and pages taken.
+
+        Header None: what is left is no whole packet; call again with what comes after it. Same errors.
+        """
+        source, number = bytes_of(data), u64(epoch, "epoch")
+        header = ffi.new("unsigned char[]", lib.COLOCACHE_HEADER_BYTES)
+        used, n_pages = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        with self._handle as cc:
+            code = lib.colocache_receive_packets(cc, source, len(source), number, header, used, n_pages)
+            _check_received(code, n_pages)
+        return int(used[0]), None if code else bytes(ffi.buffer(header)), int(n_pages[0])
+
     def device_state_buffer(self, epoch: int, len_bytes: int) -> memoryview:
         """Room for the device state of `epoch`, to be filled before seal; the last call before seal counts.
 

@@ -99,6 +99,27 @@ class Sender:
             check(lib.colocache_sender_send(sender, fd_of(fd), wait, number, part, parts, limit, result))
         return SendResult.of(result)
 
+    def pack(
+        self,
+        room: bytearray | memoryview,
+        *,
+        epoch: int,
+        stripe: int = 0,
+        n_stripes: int = 1,
+        max_pages: int = 0,
+    ) -> SendResult:
+        """The same into `room`, for a transport that is no socket: as many packets as it holds, `n_bytes` in all.
+
+        No bytes: nothing is pending. What was packed counts as sent; `resend` if it was lost. LengthError: too small.
+        """
+        result = struct("colocache_send_result")
+        number, limit = u64(epoch, "epoch"), u64(max_pages, "number of pages")
+        part, parts = _index(stripe), _index(n_stripes)
+        memory = ffi.from_buffer("unsigned char[]", room, require_writable=True)
+        with self._handle as sender:
+            check(lib.colocache_sender_pack(sender, memory, len(memory), number, part, parts, limit, result))
+        return SendResult.of(result)
+
     def take(
         self, *, stripe: int = 0, n_stripes: int = 1, max_pages: int = 0, max_runs: int = 1024
     ) -> tuple[PageRun, ...]:

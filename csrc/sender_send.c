@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * sender_send.c -- pending pages taken, stripe by stripe: into PAGES packets for a socket, or as runs for a caller's own transport.
+ * sender_send.c -- pending pages taken, stripe by stripe: into PAGES packets for a socket or for a caller's memory, or as runs for a
+ * caller's own transport.
  *
  * A page's pending bit is taken before the page is read, so a write that comes later, and is in the log, makes it pending again.  What was
  * taken and could not be handed over is marked again, in the order of a dirty page: unacked before pending.
@@ -130,25 +131,59 @@ struct outgoing {
     uint32_t block, n_runs, n_pages, n_data_pages;
 };
 
-/* add_page -- to the last run if it goes on, else to a new one; false if the packet is full */
-static bool add_page(struct outgoing *packet, uint64_t pfn, bool zero)
+/* Where packets go: a socket, or memory that has room for `left` more bytes. */
+struct writer {
+    int fd, timeout_ms;
+    uint8_t *memory; /* NULL: the socket */
+    uint64_t left;
+};
+
+static int write_all(struct writer *writer, struct iovec *iov, uint32_t n_iov)
 {
-    struct cc_run *last = packet->n_runs ? &packet->runs[packet->n_runs - 1] : NULL;
-    uint32_t flags = zero ? CC_RUN_ZERO : 0;
-    bool goes_on = last && last->first_pfn + last->n_pages == pfn && last->flags == flags;
-    if (packet->n_pages == COLOCACHE_PACKET_PAGES_MAX || (!goes_on && packet->n_runs == COLOCACHE_PACKET_RUNS_MAX))
-        return false;
-    if (goes_on)
-        last->n_pages++;
+    if (!writer->memory)
+        return cc_write_all(writer->fd, iov, n_iov, writer->timeout_ms);
+    for (uint32_t i = 0; i < n_iov; i++) {
+        memcpy(writer->memory, iov[i].iov_base, iov[i].iov_len);
+        writer->memory += iov[i].iov_len;
+        writer->left -= iov[i].iov_len;
+    }
+    return 0;
+}
+
+/* fits -- is there room for this packet with one more page, in a run of its own?  A socket always has some. */
+static bool fits(const struct writer *writer, const struct outgoing *packet, const struct cc_sender_block *block, bool zero)
+{
+    if (!writer->memory)
+        return true;
+    /* at most 40 + 1025 runs of 16 bytes + 4097 pages of 2 MiB: no overflow */
+    uint64_t data_pages = (uint64_t)packet->n_data_pages + !zero;
+    return sizeof packet->header + (packet->n_runs + 1u) * sizeof packet->runs[0] + (data_pages << block->page_shift) <= writer->left;
+}
+
+static bool goes_on(const struct outgoing *packet, uint64_t pfn, bool zero)
+{
+    const struct cc_run *last = packet->n_runs ? &packet->runs[packet->n_runs - 1] : NULL;
+    return last && last->first_pfn + last->n_pages == pfn && last->flags == (zero ? CC_RUN_ZERO : 0);
+}
+
+static bool is_full(const struct outgoing *packet, uint64_t pfn, bool zero)
+{
+    return packet->n_pages == COLOCACHE_PACKET_PAGES_MAX || (packet->n_runs == COLOCACHE_PACKET_RUNS_MAX && !goes_on(packet, pfn, zero));
+}
+
+/* add_page -- to the last run if it goes on, else to a new one; the packet is not full */
+static void add_page(struct outgoing *packet, uint64_t pfn, bool zero)
+{
+    if (goes_on(packet, pfn, zero))
+        packet->runs[packet->n_runs - 1].n_pages++;
     else
-        packet->runs[packet->n_runs++] = (struct cc_run){.first_pfn = pfn, .n_pages = 1, .flags = flags};
+        packet->runs[packet->n_runs++] = (struct cc_run){.first_pfn = pfn, .n_pages = 1, .flags = zero ? CC_RUN_ZERO : 0};
     packet->n_pages++;
     packet->n_data_pages += !zero;
-    return true;
 }
 
 /* send_packet -- its pages are pending again if it can't be sent whole */
-static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, struct outgoing *packet,
+static int send_packet(struct colocache_sender *sender, struct writer *writer, uint64_t epoch, struct outgoing *packet,
                        struct colocache_send_result *result)
 {
     struct cc_sender_block *block = &sender->blocks[packet->block];
@@ -169,7 +204,7 @@ static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, 
             packet->iov[n_iov++] = (struct iovec){.iov_base = (void *)(uintptr_t)(block->addr + (run->first_pfn << block->page_shift)),
                                                   .iov_len = (uint64_t)run->n_pages << block->page_shift};
     }
-    int rc = cc_write_all(fd, packet->iov, n_iov, timeout_ms);
+    int rc = write_all(writer, packet->iov, n_iov);
     if (rc == 0) {
         result->n_pages += packet->n_pages;
         result->n_zero += packet->n_pages - packet->n_data_pages;
@@ -182,8 +217,9 @@ static int send_packet(struct colocache_sender *sender, int fd, int timeout_ms, 
     return rc;
 }
 
-int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe, uint32_t n_stripes,
-                          uint64_t max_pages, struct colocache_send_result *out)
+/* send_stripe -- until the stripe has nothing pending, `max_pages` are out, or memory is full */
+static int send_stripe(struct colocache_sender *sender, struct writer *writer, uint64_t epoch, uint32_t stripe, uint32_t n_stripes,
+                       uint64_t max_pages, struct colocache_send_result *out)
 {
     int rc = check_stripe(sender, stripe, n_stripes);
     if (rc)
@@ -200,20 +236,40 @@ int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_m
     packet.n_runs = packet.n_pages = packet.n_data_pages = 0;
     uint64_t pfn;
     while (rc == 0 && (!max_pages || result.n_pages + packet.n_pages < max_pages) && next_page(&walk, &pfn)) {
-        const bool zero = page_is_zero(&sender->blocks[walk.block], pfn);
-        if (packet.n_pages && packet.block != walk.block)
-            rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+        const struct cc_sender_block *block = &sender->blocks[walk.block];
+        const bool zero = page_is_zero(block, pfn);
+        if (packet.n_pages && (packet.block != walk.block || is_full(&packet, pfn, zero)))
+            rc = send_packet(sender, writer, epoch, &packet, &result);
         packet.block = walk.block;
-        if (rc == 0 && !add_page(&packet, pfn, zero)) {
-            rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+        if (rc == 0 && fits(writer, &packet, block, zero)) {
             add_page(&packet, pfn, zero);
+            continue;
         }
-        if (rc)
-            put_back(&walk, &pfn);
+        put_back(&walk, &pfn);
+        if (rc == 0 && !packet.n_pages && !result.n_pages)
+            rc = cc_fail(COLOCACHE_E_LENGTH, "room for %llu bytes takes no packet with a page of block %s, which has %u",
+                         (unsigned long long)writer->left, block->name, block->page_size);
+        break;
     }
     put_back(&walk, NULL);
     if (rc == 0 && packet.n_pages)
-        rc = send_packet(sender, fd, timeout_ms, epoch, &packet, &result);
+        rc = send_packet(sender, writer, epoch, &packet, &result);
     int given = cc_give_struct(out, &result, sizeof result, "send result");
     return rc ? rc : given;
+}
+
+int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch, uint32_t stripe, uint32_t n_stripes,
+                          uint64_t max_pages, struct colocache_send_result *out)
+{
+    struct writer writer = {.fd = fd, .timeout_ms = timeout_ms};
+    return send_stripe(sender, &writer, epoch, stripe, n_stripes, max_pages, out);
+}
+
+int colocache_sender_pack(struct colocache_sender *sender, void *room, uint64_t room_bytes, uint64_t epoch, uint32_t stripe,
+                          uint32_t n_stripes, uint64_t max_pages, struct colocache_send_result *out)
+{
+    if (!room)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "there is no room for packets: give memory and its size");
+    struct writer writer = {.memory = room, .left = room_bytes};
+    return send_stripe(sender, &writer, epoch, stripe, n_stripes, max_pages, out);
 }

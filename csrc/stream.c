@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * stream.c -- PAGES packets from a socket straight into cache images.
+ * stream.c -- PAGES packets from a socket, or from memory, straight into cache images.
  *
- * A packet's header and runs are read and checked whole before one byte of it goes to the cache; then the kernel scatters its pages
- * to where they belong, and receive.c sets their bits.
+ * A packet's header and runs are read and checked whole before one byte of it goes to the cache; then its pages are scattered to where
+ * they belong, and receive.c sets their bits.
  */
 #include "internal.h"
 
@@ -22,15 +22,39 @@ struct packet {
     struct iovec iov[COLOCACHE_PACKET_RUNS_MAX];
 };
 
+/* Where the bytes come from: a socket, or memory that holds `left` of them, enough for what is asked. */
+struct reader {
+    int fd, timeout_ms;
+    const uint8_t *memory; /* NULL: the socket */
+    uint64_t left;
+};
+
+/* bring -- by scattering reads, or copies, to where the bytes belong */
+static int bring(void *context, struct iovec *iov, uint32_t n_iov)
+{
+    struct reader *reader = context;
+    if (!reader->memory)
+        return cc_read_all(reader->fd, iov, n_iov, reader->timeout_ms);
+    for (uint32_t i = 0; i < n_iov; i++) {
+        memcpy(iov[i].iov_base, reader->memory, iov[i].iov_len);
+        reader->memory += iov[i].iov_len;
+        reader->left -= iov[i].iov_len;
+    }
+    return 0;
+}
+
 /* read_runs -- the rest of what the checksum covers */
-static int read_runs(int fd, int timeout_ms, struct packet *packet)
+static int read_runs(struct reader *reader, struct packet *packet)
 {
     const struct cc_message *message = &packet->message;
     if (message->b == 0 || message->b > COLOCACHE_PACKET_RUNS_MAX)
         return cc_fail(COLOCACHE_E_TOO_LARGE, "PAGES packet says %u runs, 1 to %d are allowed", message->b, COLOCACHE_PACKET_RUNS_MAX);
     uint64_t n_bytes = message->b * sizeof packet->runs[0];
     struct iovec iov = {.iov_base = packet->runs, .iov_len = n_bytes};
-    int rc = cc_read_all(fd, &iov, 1, timeout_ms);
+    if (n_bytes > message->body_len_bytes)
+        return cc_fail(COLOCACHE_E_PACKET, "PAGES packet says %llu bytes, its %u runs alone have more",
+                       (unsigned long long)message->body_len_bytes, message->b);
+    int rc = bring(reader, &iov, 1);
     if (rc)
         return rc;
     if (message->checksum != cc_message_checksum(packet->header, packet->runs, n_bytes))
@@ -64,30 +88,38 @@ static int check_runs(struct colocache *cc, struct packet *packet)
     return 0;
 }
 
-struct socket_reader {
-    int fd, timeout_ms;
-};
-
-/* bring -- by one scattering read, from the socket to where the pages belong */
-static int bring(void *context, struct iovec *iov, uint32_t n_iov)
+static int receive_packet(struct colocache *cc, struct reader *reader, struct packet *packet, uint64_t *n_pages)
 {
-    const struct socket_reader *reader = context;
-    return cc_read_all(reader->fd, iov, n_iov, reader->timeout_ms);
-}
-
-static int receive_packet(struct colocache *cc, int fd, int timeout_ms, struct packet *packet, uint64_t *n_pages)
-{
-    struct socket_reader reader = {.fd = fd, .timeout_ms = timeout_ms};
-    int rc = read_runs(fd, timeout_ms, packet);
+    int rc = read_runs(reader, packet);
     if (rc == 0)
         rc = check_runs(cc, packet);
     if (rc)
         return rc;
-    return cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, &reader, n_pages);
+    return cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, reader, n_pages);
+}
+
+/* read_header -- COLOCACHE_READY_NOT: of a next message nothing has come, or, from memory, not all of a PAGES packet */
+static int read_header(struct reader *reader, bool only_what_is_there, struct packet *packet)
+{
+    struct iovec iov = {.iov_base = packet->header, .iov_len = sizeof packet->header};
+    if (!reader->memory) {
+        int rc = (only_what_is_there ? cc_read_if_there : cc_read_all)(reader->fd, &iov, 1, reader->timeout_ms);
+        if (rc)
+            return rc > 0 ? COLOCACHE_READY_NOT : rc;
+        return cc_message_get(packet->header, &packet->message);
+    }
+    if (reader->left < sizeof packet->header)
+        return COLOCACHE_READY_NOT;
+    int rc = cc_message_get(reader->memory, &packet->message);
+    if (rc)
+        return rc;
+    if (packet->message.type == COLOCACHE_MSG_PAGES && packet->message.body_len_bytes > reader->left - sizeof packet->header)
+        return COLOCACHE_READY_NOT;
+    return bring(reader, &iov, 1);
 }
 
 /* receive -- packets until another message (0), until `max_pages` have come, or, if `only_what_is_there`, until nothing more has */
-static int receive(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, bool only_what_is_there, uint64_t max_pages, void *header,
+static int receive(struct colocache *cc, struct reader *reader, uint64_t epoch, bool only_what_is_there, uint64_t max_pages, void *header,
                    uint64_t *n_pages)
 {
     struct packet packet; /* 32 KiB of stack: no allocation that could fail while a peer waits */
@@ -95,12 +127,7 @@ static int receive(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
     while (rc == 0) {
         if (max_pages && *n_pages >= max_pages)
             return COLOCACHE_READY_MORE;
-        struct iovec iov = {.iov_base = packet.header, .iov_len = sizeof packet.header};
-        rc = (only_what_is_there ? cc_read_if_there : cc_read_all)(fd, &iov, 1, timeout_ms);
-        if (rc > 0)
-            return COLOCACHE_READY_NOT;
-        if (rc == 0)
-            rc = cc_message_get(packet.header, &packet.message);
+        rc = read_header(reader, only_what_is_there, &packet);
         if (rc)
             break;
         if (packet.message.type != COLOCACHE_MSG_PAGES) {
@@ -114,7 +141,7 @@ static int receive(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
             rc = cc_fail(COLOCACHE_E_EPOCH, "a PAGES packet of epoch %llu came, epoch %llu is expected",
                          (unsigned long long)packet.message.epoch, (unsigned long long)epoch);
         else
-            rc = receive_packet(cc, fd, timeout_ms, &packet, n_pages);
+            rc = receive_packet(cc, reader, &packet, n_pages);
     }
     return rc;
 }
@@ -122,7 +149,8 @@ static int receive(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch, void *header, uint64_t *n_pages_out)
 {
     uint64_t n_pages = 0;
-    int rc = cc && header ? receive(cc, fd, timeout_ms, epoch, false, 0, header, &n_pages)
+    struct reader reader = {.fd = fd, .timeout_ms = timeout_ms};
+    int rc = cc && header ? receive(cc, &reader, epoch, false, 0, header, &n_pages)
                           : cc_fail(COLOCACHE_E_ARGUMENT, "the handle or header is NULL");
     if (n_pages_out)
         *n_pages_out = n_pages;
@@ -133,8 +161,23 @@ int colocache_receive_ready(struct colocache *cc, int fd, int timeout_ms, uint64
                             uint64_t *n_pages_out)
 {
     uint64_t n_pages = 0;
-    int rc = cc && header ? receive(cc, fd, timeout_ms, epoch, true, max_pages, header, &n_pages)
+    struct reader reader = {.fd = fd, .timeout_ms = timeout_ms};
+    int rc = cc && header ? receive(cc, &reader, epoch, true, max_pages, header, &n_pages)
                           : cc_fail(COLOCACHE_E_ARGUMENT, "the handle or header is NULL");
+    if (n_pages_out)
+        *n_pages_out = n_pages;
+    return rc;
+}
+
+int colocache_receive_packets(struct colocache *cc, const void *data, uint64_t len_bytes, uint64_t epoch, void *header,
+                              uint64_t *n_used_out, uint64_t *n_pages_out)
+{
+    uint64_t n_pages = 0;
+    struct reader reader = {.memory = data, .left = len_bytes};
+    int rc = cc && data && header && n_used_out ? receive(cc, &reader, epoch, false, 0, header, &n_pages)
+                                                : cc_fail(COLOCACHE_E_ARGUMENT, "the handle, data, header or n_used_out is NULL");
+    if (n_used_out)
+        *n_used_out = len_bytes - reader.left;
     if (n_pages_out)
         *n_pages_out = n_pages;
     return rc;

@@ -28,6 +28,8 @@ from colocache import (
     TailError,
     TimedOutError,
     bitmap,
+    message_header,
+    parse_header,
 )
 
 from support import BLOCKS, PAGE
@@ -313,3 +315,47 @@ def test_a_send_that_failed_leaves_what_it_did_not_send_pending(sender: Sender) 
     with left, pytest.raises(PeerLostError):
         sender.send(left, epoch=1, timeout=5)
     assert sender.count() == (1013, 1013)
+
+
+# ---- packets through memory, as a transport that is no socket carries them ----
+
+
+@pytest.mark.parametrize("room", [5000, 40_000, 1 << 20])
+@pytest.mark.parametrize("cut", [1, 17, 4096, 16384])
+def test_what_is_packed_arrives_whole_however_it_is_cut(
+    sender: Sender, ram: RamImage, make_memory: Callable[..., object], room: int, cut: int
+) -> None:
+    """Packets into memory, cut anywhere, and taken from memory: every page once, none before its packet is whole."""
+    with Cache.create(make_memory(), threads=1) as cache:  # type: ignore[arg-type]
+        sender.mark_all()
+        ram.view[100:200] = 0
+        buffer, stream, packed = bytearray(room), bytearray(), 0
+        while (result := sender.pack(buffer, epoch=1)).n_bytes:
+            assert result.n_bytes <= room
+            stream += buffer[: result.n_bytes]
+            packed += result.n_pages
+        assert packed == 1013
+        assert sender.count() == (0, 1013)
+        stream += message_header(77, 1, 3) + b"xyz"
+        kept, taken, header = bytearray(), 0, None
+        for at in range(0, len(stream), cut if cut > 1 else 997):
+            kept += stream[at : at + (cut if cut > 1 else 997)]
+            used, header, n_pages = cache.receive_packets(kept, epoch=1)
+            del kept[:used]
+            taken += n_pages
+            if header is not None:
+                break
+        assert taken == packed
+        assert header is not None
+        assert parse_header(header).type == 77
+        assert np.array_equal(cache.blocks["pc.ram"].cache, ram.view)
+
+
+def test_room_for_no_page_is_refused_and_nothing_is_taken(sender: Sender) -> None:
+    sender.mark_all()
+    with pytest.raises(LengthError, match="takes no packet with a page of block boot, which has 4096"):
+        sender.pack(bytearray(4096), epoch=1)
+    assert sender.count() == (1013, 1013)
+    with pytest.raises(EpochError):
+        sender.pack(bytearray(8192), epoch=0)
+    assert sender.pack(bytearray(8192), epoch=1, max_pages=1).n_pages == 1

@@ -571,6 +571,16 @@ int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint6
 int colocache_receive_ready(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
                             uint64_t max_pages, void *header, uint64_t *n_pages_out);
 
+/* The same from memory, for a transport whose bytes are no socket's (TLS): data holds len_bytes of
+ * what came.  Whole PAGES packets are taken until another message, whose header is then in
+ * `header` (0), or until what is left is no whole packet (COLOCACHE_READY_NOT): keep that, and call
+ * again with what comes after it.  *n_used_out: bytes that were taken, that message's header
+ * included, from the front.  A packet is 40 bytes and the length that its header says at most:
+ * bound it before you take memory for it. */
+int colocache_receive_packets(struct colocache *cc, const void *data, uint64_t len_bytes,
+                              uint64_t epoch, void *header, uint64_t *n_used_out,
+                              uint64_t *n_pages_out);
+
 /* Room for the device state of `epoch`, which it opens if no page did: len_bytes at *addr_out,
  * zero-copy in the region.  The last call before seal counts.  len_bytes 0 is a state too.
  * E_TOO_LARGE, E_EPOCH, E_SEALED, E_NO_MEMORY. */
@@ -803,6 +813,12 @@ int colocache_sender_mark_all(struct colocache_sender *sender);
  * reconnection makes them pending again. */
 int colocache_sender_send(struct colocache_sender *sender, int fd, int timeout_ms, uint64_t epoch,
                           uint32_t stripe, uint32_t n_stripes, uint64_t max_pages,
+                          struct colocache_send_result *out);
+/* The same into memory, for a transport that is no socket (TLS): as many packets as room_bytes
+ * hold, out->n_bytes in all; 0 of them: the stripe has nothing pending.  What was packed counts
+ * as sent; if it can't be delivered, colocache_sender_resend.  E_LENGTH: not one page fits. */
+int colocache_sender_pack(struct colocache_sender *sender, void *room, uint64_t room_bytes,
+                          uint64_t epoch, uint32_t stripe, uint32_t n_stripes, uint64_t max_pages,
                           struct colocache_send_result *out);
 /* For a transport of your own (RDMA, TLS, shared memory): take pending pages of a stripe, as
  * runs in ascending order, at most max_runs of them and max_pages pages (0 = no limit).

@@ -359,6 +359,44 @@ static void a_run_that_was_not_delivered_is_pending_again(void)
 
 /* ---- errors -------------------------------------------------------------------------------------------------------------- */
 
+/* Rooms of every size, each exactly allocated: what is packed fits, arrives, and nothing is packed twice or left out. */
+static void what_is_packed_into_memory_fits_and_arrives(void)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    uint64_t total = 0, n_pages, used;
+    struct colocache_send_result result = {.struct_size = sizeof result};
+    begin();
+    for (uint32_t b = 0; b < N_BLOCKS; b++) {
+        for (uint64_t pfn = 0; pfn < blocks[b]; pfn++) {
+            if (pfn % 3)
+                rig_fill(primary.ram[b] + pfn * 4096, 4096, 3, b, pfn);
+        }
+    }
+    CHECK_RC(0, colocache_sender_mark_all(primary.sender));
+    CHECK_RC(COLOCACHE_E_LENGTH, colocache_sender_pack(primary.sender, header, sizeof header, 1, 0, 1, 0, &result));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_pack(primary.sender, NULL, 0, 1, 0, 1, 0, &result));
+    for (uint64_t i = 0;; i++) {
+        uint64_t n_bytes = 40 + 16 + 4096 + i * 977 % 100000;
+        uint8_t *room = malloc(n_bytes);
+        REQUIRE(room);
+        CHECK_RC(0, colocache_sender_pack(primary.sender, room, n_bytes, 1, 0, 1, 0, &result));
+        CHECK(result.n_bytes <= n_bytes);
+        if (result.n_bytes == 0) {
+            free(room);
+            break;
+        }
+        CHECK_RC(COLOCACHE_READY_NOT, colocache_receive_packets(rig.cc, room, result.n_bytes, 1, header, &used, &n_pages));
+        CHECK_EQ(result.n_bytes, used);
+        CHECK_EQ(result.n_pages, n_pages);
+        total += n_pages;
+        free(room);
+    }
+    CHECK_EQ(blocks[0] + blocks[1], total);
+    for (uint32_t b = 0; b < N_BLOCKS; b++)
+        CHECK(memcmp(rig.blocks[b].cache, primary.ram[b], blocks[b] * 4096) == 0);
+    end();
+}
+
 static void a_lost_or_silent_peer_ends_the_send(void)
 {
     begin();
@@ -416,6 +454,7 @@ int main(void)
     RUN(marks_beside_received_lose_no_unacked_bit);
     RUN(every_pending_page_is_handed_out_once);
     RUN(a_run_that_was_not_delivered_is_pending_again);
+    RUN(what_is_packed_into_memory_fits_and_arrives);
     RUN(a_lost_or_silent_peer_ends_the_send);
     RUN(a_senders_arguments_are_checked);
     return DONE();

@@ -349,6 +349,64 @@ static void what_is_not_there_yet_is_not_waited_for(void)
     end();
 }
 
+/* ---- packets in memory ----------------------------------------------------------------------------------------------- */
+
+/* Any cut of a packet: nothing of it is taken before it is whole, and what follows it is left. */
+static void a_packet_in_memory_is_taken_whole_or_not_at_all(void)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES], *exact;
+    const struct cc_run runs[] = {{3, 2, 0}, {7, 1, CC_RUN_ZERO}};
+    uint64_t n_pages, used;
+    begin();
+    make(2, 0, runs, 2, 5);
+    for (uint64_t n = 0; n < raw.n; n += n < 100 ? 1 : 997) {
+        exact = malloc(n ? n : 1); /* of exactly that size: a read past it is the sanitizer's to see */
+        memcpy(exact, raw.bytes, n);
+        CHECK_RC(COLOCACHE_READY_NOT, colocache_receive_packets(rig.cc, exact, n, 2, header, &used, &n_pages));
+        free(exact);
+        CHECK_EQ(0, used);
+        CHECK_EQ(0, n_pages);
+    }
+    struct colocache_status status = {.struct_size = sizeof status};
+    CHECK_RC(0, colocache_get_status(rig.cc, &status));
+    CHECK_EQ(0, status.received_pages);
+    CHECK_RC(COLOCACHE_READY_NOT, colocache_receive_packets(rig.cc, raw.bytes, raw.n, 2, header, &used, &n_pages));
+    CHECK_EQ(raw.n, used);
+    CHECK_EQ(3, n_pages);
+    for (uint64_t pfn = 3; pfn < 5; pfn++)
+        CHECK(memcmp(rig.blocks[0].cache + pfn * 4096, raw.bytes + COLOCACHE_HEADER_BYTES + sizeof runs + (pfn - 3) * 4096, 4096) == 0);
+
+    uint64_t packet = raw.n;
+    CHECK_RC(0, colocache_message_header(raw.bytes + packet, 7, 2, 5, 1, 2));
+    memcpy(raw.bytes + packet + COLOCACHE_HEADER_BYTES, "body!", 5);
+    CHECK_RC(0, colocache_receive_packets(rig.cc, raw.bytes, packet + COLOCACHE_HEADER_BYTES + 5, 2, header, &used, &n_pages));
+    CHECK_EQ(packet + COLOCACHE_HEADER_BYTES, used); /* the body stays */
+    CHECK_EQ(3, n_pages);
+    CHECK(memcmp(header, raw.bytes + packet, sizeof header) == 0);
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_packets(rig.cc, raw.bytes, packet, 3, header, &used, NULL));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_receive_packets(rig.cc, NULL, 0, 2, header, &used, NULL));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_receive_packets(rig.cc, raw.bytes, packet, 2, header, NULL, NULL));
+    end();
+}
+
+/* A header may say that its runs are longer than its body: nothing outside the memory may be read for that. */
+static void a_packet_in_memory_whose_runs_are_longer_than_it_is_refused(void)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    const struct cc_run runs[] = {{3, 1, CC_RUN_ZERO}, {7, 1, CC_RUN_ZERO}};
+    uint64_t used, n_pages, body = sizeof runs[0];
+    begin();
+    make(2, 0, runs, 2, 5);
+    put(16, &body, 8); /* room for one run, the header says two */
+    sign(2);
+    uint8_t *exact = malloc(COLOCACHE_HEADER_BYTES + body);
+    memcpy(exact, raw.bytes, COLOCACHE_HEADER_BYTES + body);
+    CHECK_RC(COLOCACHE_E_PACKET, colocache_receive_packets(rig.cc, exact, COLOCACHE_HEADER_BYTES + body, 2, header, &used, &n_pages));
+    CHECK_EQ(0, n_pages);
+    free(exact);
+    end();
+}
+
 int main(void)
 {
     RUN(a_good_packet_is_taken_up_to_the_next_message);
@@ -359,5 +417,7 @@ int main(void)
     RUN(what_is_no_socket_is_an_error);
     RUN(headers_survive_the_trip_and_damage_is_seen);
     RUN(what_is_not_there_yet_is_not_waited_for);
+    RUN(a_packet_in_memory_is_taken_whole_or_not_at_all);
+    RUN(a_packet_in_memory_whose_runs_are_longer_than_it_is_refused);
     return DONE();
 }
