@@ -3,32 +3,24 @@
 
 The page computes with a small model (model.js). Here it is played by pressing its buttons and clicking its pages; then
 the same is done with the real engine, and after every action all that can be seen must be the same on both sides.
-COLOCACHE_PLAYS says how many plays, e.g. `COLOCACHE_PLAYS=1000 pytest tests/test_teach_play.py`.
+COLOCACHE_PLAYS says how many plays, e.g. `COLOCACHE_PLAYS=1000 pytest -s tests/test_teach_play.py`.
 """
 
 from __future__ import annotations
 
-import os
-import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from chromium import Browser, started
+from chromium import Browser
+from played_page import PLAYS, SHAPE, numbers_of, opened, to_play, trouble
 
 from colocache import Cache
 from colocache.errors import ColocacheError
-from colocache.teach import web
-from colocache.teach.chapters import CHAPTERS
 from colocache.teach.pair import Pair, pair_in_step
-from colocache.teach.play import Play, record
+from colocache.teach.play import Play
 from colocache.teach.recording import Step
 from colocache.teach.secondary import Secondary
-from colocache.teach.shape import Shape
-
-PLAYS = int(os.environ.get("COLOCACHE_PLAYS", "40"))
-ACTIONS = 30  # at most, in each play
-SHAPE = Shape.of(64)
 
 # A play in the page: `numbers` choose among what is offered at each point, killing more seldom than the rest.
 PLAY_IT = """((numbers, size) => {
@@ -49,25 +41,6 @@ PLAY_IT = """((numbers, size) => {
     done.push({ id, pfn, refused: step.title === "The engine refuses", due: model.due(play.state()), step });
   }
   return done;
-})"""
-
-# The same, with what predict.js asks before each action: [step before, action, right answer, step after].
-PREDICTED = """((numbers, size) => {
-  play.restart();
-  const found = [];
-  for (const number of numbers) {
-    const before = play.chapter.steps[lesson.at.step];
-    const asked = play.offered().map((id) => [id, predict.ask(play.state(), id)]).filter(([, question]) => question);
-    for (const [id, question] of asked) {
-      const { state, said } = model.act(play.state(), id);
-      found.push([before, id, question.right, model.step(state, said)]);
-    }
-    const offered = play.offered(), due = model.due(play.state());
-    if (!offered.length) break;
-    const id = number % 7 < 4 && due ? due : offered[Math.floor(number / 7) % offered.length];
-    play.act(id, id.endsWith("writes") ? Math.floor(number / 1000) % size : -1);
-  }
-  return found;
 })"""
 
 
@@ -262,30 +235,15 @@ def repeat(done: list[dict[str, Any]], *, killable: bool) -> int:
     return len(done)
 
 
-def trouble(browser: Browser) -> list[str]:
-    """But for one: the address follows each step, and nobody clicks as fast as these tests."""
-    return [one for one in browser.trouble if "Throttling navigation" not in one]
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with opened() as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)
 def at_play(browser: Browser) -> None:
-    browser.trouble.clear()
-    browser.js("document.querySelector(`[data-chapter='${lesson.at.playChapter}']`).click()")
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    path = tmp_path_factory.mktemp("play") / "lesson.html"
-    path.write_text(web.page(record(CHAPTERS[:1], SHAPE.n_pages)), encoding="utf-8")
-    with started() as browser:
-        browser.screen(1366, 650)
-        browser.open(path, "#play/1")
-        yield browser
-
-
-def numbers_of(seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(1 << 30) for _ in range(rng.randint(5, ACTIONS))]
+    to_play(browser)
 
 
 def play_in(browser: Browser, seed: int) -> list[dict[str, Any]]:
@@ -298,108 +256,15 @@ def test_the_played_page_and_the_engine_agree_after_every_action_of_random_plays
     for seed in range(PLAYS):
         done = play_in(browser, seed)
         names = {action["id"] for action in done}
-        killable = "kill-in-flush" in names or (seed % 4 == 0 and "kill-svm" in names)
+        killable = "kill-in-flush" in names or (seed % 2 == 0 and "kill-svm" in names)
         try:
             compared += repeat(done, killable=killable)
         except AssertionError as error:
             raise AssertionError(f"play {seed}: {error}") from error
         ids |= names
         refused += sum(action["refused"] for action in done)
+    print(f"{PLAYS} plays: {compared} actions, {refused} of them refused by page and engine alike")  # see it with -s
     assert compared > 5 * PLAYS
     assert ids == set(browser.js("model.actions.map((one) => one.id)")), "every action was tried"
     assert refused, "the engine refused something, and the page with it"
-    assert trouble(browser) == []
-
-
-def test_acting_from_an_earlier_step_tries_another_way_from_there(browser: Browser) -> None:
-    browser.js("document.getElementById('ask-first').checked = false; play.restart()")
-    browser.js("""document.querySelector('[data-panel="pvm-memory"] [data-pfn="3"]').click()""")
-    for name in ("pause", "send", "take-log", "kill-svm"):
-        browser.js(f"""document.querySelector('[data-act="{name}"]').click()""")
-    assert browser.js("lesson.at.step") == 5
-    assert browser.js("document.getElementById('host-svm').classList.contains('gone')") is True
-    browser.key("p")
-    assert browser.js("document.querySelector('[data-act=\"attach\"]').disabled") is True
-    browser.js("document.querySelector('[data-act=\"device-state\"]').click()")
-    assert browser.js("[lesson.at.step, play.chapter.steps.length]") == [5, 6]
-    assert "registers" in browser.js("document.getElementById('step-title').textContent")
-
-
-@pytest.mark.parametrize("name", ["kill-pvm", "kill-svm", "seal", "flush"])
-def test_a_prediction_is_asked_for_before_it_is_shown(browser: Browser, name: str) -> None:
-    browser.js("document.getElementById('ask-first').checked = false; play.restart()")
-    browser.js("""document.querySelector('[data-panel="pvm-memory"] [data-pfn="3"]').click()""")
-    for before in ("pause", "send", "take-log", "device-state", *(["seal"] if name == "flush" else [])):
-        browser.js(f"""document.querySelector('[data-act="{before}"]').click()""")
-    browser.js("document.getElementById('ask-first').click()")
-    step = browser.js("lesson.at.step")
-    assert browser.js("getComputedStyle(document.getElementById('if-now')).display") == "none", "it would tell"
-    browser.js(f"""document.querySelector('[data-act="{name}"]').click()""")
-    assert browser.js("lesson.at.step") == step, "nothing has happened yet"
-    right = browser.js("predict.ask(play.state(), '" + name + "').right")
-    choices = browser.js("[...document.querySelectorAll('#controls .choices button')].map((one) => one.textContent)")
-    assert right in choices
-    assert len(choices) > 1
-    browser.js(f"document.querySelectorAll('#controls .choices button')[{choices.index(right)}].click()")
-    assert browser.js("lesson.at.step") == step + 1
-    assert browser.js("document.getElementById('step-text').textContent").startswith("✓ You were right.")
-    browser.js("document.getElementById('ask-first').click()")
-
-
-def test_predictions_are_what_then_happens(browser: Browser) -> None:
-    """In random plays: what predict.js calls right is what the next state says."""
-    asked = 0
-    for seed in range(PLAYS, 2 * PLAYS):
-        for before, name, right, after in browser.js(f"{PREDICTED}({numbers_of(seed)}, {SHAPE.n_pages})"):
-            asked += 1
-            if name == "kill-pvm":
-                told = {
-                    "It takes over at once": "take over at once",
-                    "It finishes": "finish epoch",
-                    "Nothing": "Nobody",
-                }
-                said = before["if_now"]["pvm"]
-                wrong_memory = "it is wrong" in said and right.startswith("It takes over")
-                assert wrong_memory or next(v for k, v in told.items() if right.startswith(k)) in said
-            elif name == "seal":
-                assert right == f"{after['bitmaps']['flush'].count('1')} page" + "s" * (
-                    after["bitmaps"]["flush"].count("1") != 1
-                )
-            elif name == "flush":
-                n_wrong = after["wrong"].count("1")
-                assert right.startswith("Exactly") if not n_wrong else f": {n_wrong} page" in right
-            else:
-                told = {"The flush is repeated": "replay", "The cache is still": "copy all", "Nothing": "nothing to"}
-                assert next(v for k, v in told.items() if right.startswith(k)) in before["if_now"]["svm"] or (
-                    before["if_now"]["svm"] == ""
-                )
-    assert asked > PLAYS
-
-
-def test_the_quiz_in_the_page_accepts_the_union_and_tells_what_is_missing_or_too_much(browser: Browser) -> None:
-    browser.js("document.querySelector(`[data-chapter='${lesson.at.quizChapter}']`).click()")
-    union = """[...document.querySelectorAll('[data-panel="pvm-bitmap"] [data-pfn]')].map((cell, pfn) =>
-        cell.textContent || document.querySelector(`[data-panel="svm-bitmap"] [data-pfn="${pfn}"]`).textContent)"""
-    button = "[...document.querySelectorAll('#quiz button')].find((one) => one.textContent === '%s').click()"
-    told = "document.getElementById('quiz').innerText"
-    click = """document.querySelector('[data-panel="flush-set"] [data-pfn="%d"]').click()"""
-    pages = [pfn for pfn, bit in enumerate(browser.js(union)) if bit]
-    for pfn in pages:
-        browser.js(click % pfn)
-    browser.js(button % "Check")
-    assert f"✓ Right: the engine flushes the same {len(pages)} pages" in browser.js(told)
-    browser.js("document.querySelector('#quiz .choices button').click()")
-    assert " of 2 right" in browser.js(told)
-    browser.js(button % "Next exercise")
-    pages = [pfn for pfn, bit in enumerate(browser.js(union)) if bit]
-    extra = next(pfn for pfn in range(SHAPE.n_pages) if pfn not in pages)
-    for pfn in (*pages[1:], extra):
-        browser.js(click % pfn)
-    browser.js(button % "Check")
-    assert "✕ 1 page missing" in browser.js(told)
-    assert "✕ 1 page too many" in browser.js(told)
-    marked = browser.js(
-        """[...document.querySelectorAll('[data-panel="flush-set"] .wrong')].map((one) => +one.dataset.pfn)"""
-    )
-    assert sorted(marked) == sorted([pages[0], extra])
     assert trouble(browser) == []
