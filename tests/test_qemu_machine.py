@@ -116,19 +116,43 @@ def test_the_secondarys_writes_never_reach_the_image(make_pair: MakePair, accel:
 def test_a_secondary_killed_at_any_moment_restarts_from_the_image(make_pair: MakePair, accel: str) -> None:
     pair = started(make_pair, accel)
     pair.checkpoint()
+    step = pair.secondary.steps
     run_on(pair.secondary)
-    pair.primary.pause()
-    state = pair.primary.save_device_state()
-    pair.primary.sync_dirty_log(pair.sender)
-    assert pair.secondary._process is not None
-    pair.secondary._process._process.kill()
+    pair.secondary._alive()._process.kill()
+    assert pair.checkpoint().wrong_pages == ()  # noticed or not
+    run_on(pair.primary)
+    pair.secondary._alive()._process.kill()
+    wait_until(pair.secondary._went_astray)
+    assert pair.secondary.failure is None  # its own branch harms nobody
+    pair.primary.close()
+    pair.secondary.promoted()
+    pair.secondary.resume()
+    run_on(pair.secondary)
+    pair.secondary.pause()
+    assert pair.secondary.verify().wrong == ()
+    assert pair.secondary.steps > step
+
+
+def test_a_machine_that_the_world_sees_is_never_set_back_to_an_epoch(make_pair: MakePair) -> None:
+    pair = started(make_pair)
+    pair.checkpoint()
+    pair.secondary.promoted()
+    pair.secondary._alive()._process.kill()
     wait_until(lambda: pair.secondary.failure is not None)
     with pytest.raises(MachineError, match="QEMU has ended"):
         pair.secondary.pause()
-    pair.secondary._running = False
-    pair.send()
-    pair.secondary.load_device_state(state)
-    assert pair.secondary.failure is None
+
+
+@pytest.mark.parametrize("event", ["SHUTDOWN", "GUEST_PANICKED"])
+def test_a_secondary_whose_own_branch_ended_takes_over_from_the_newest_epoch(make_pair: MakePair, event: str) -> None:
+    pair = started(make_pair)
+    pair.checkpoint()
+    run_on(pair.secondary)
+    branch = pair.secondary._alive()
+    branch._events.put({"event": event, "data": {}})
+    assert (pair.secondary.failure, pair.secondary.powered_off) == (None, False)
+    pair.secondary.promoted()
+    assert pair.secondary._alive() is not branch
     pair.secondary.resume()
     run_on(pair.secondary)
     pair.secondary.pause()

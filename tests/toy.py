@@ -97,6 +97,19 @@ class ToyMachine:
             for words in self._log:
                 words[:] = 0
 
+    @property
+    def powered_off(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def identity(self) -> str:
+        """Its kind says it all."""
+        return self.kind
+
+    def promoted(self) -> None:
+        """It is what it was."""
+
     def dirty_hint(self) -> int:
         return int(sum(int(word).bit_count() for words in self._log for word in words))
 

@@ -144,7 +144,7 @@ def primary(**given: Any) -> None:
                 machine=machine,
                 sender=sender,
                 blocks=hello_blocks(specs),
-                machine_name=kind,
+                machine_name=machine.identity,
                 options=options,
                 events=events,
                 stop=stop,

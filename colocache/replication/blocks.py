@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from colocache import Block, BlockSpec, RamImage
+from colocache import Block, BlockSpec, Images, RamImage
 from colocache.replication.hello import HelloBlock
 from colocache.vmm.machine import Ram
 
@@ -23,6 +23,7 @@ def rams_of_images(images: Iterable[RamImage]) -> tuple[Ram, ...]:
     )
 
 
-def rams_of_blocks(blocks: Iterable[Block]) -> tuple[Ram, ...]:
-    """A secondary's guest RAM, where the cache has mapped it."""
-    return tuple(Ram(b.name, b.index, b.page_size, b.n_pages, b.guest_addr) for b in blocks)
+def rams_of_blocks(blocks: Iterable[Block], images: Iterable[Images] = ()) -> tuple[Ram, ...]:
+    """A secondary's guest RAM, where the cache has mapped it; `images` are the files of these blocks."""
+    fds = {image.spec.name: image.guest_fd for image in images if image.guest_offset == 0}
+    return tuple(Ram(b.name, b.index, b.page_size, b.n_pages, b.guest_addr, fds.get(b.name, -1)) for b in blocks)

@@ -115,16 +115,15 @@ def _run(
     memory = Memory.from_manifest(config.manifest)
     listener = socket.socket(fileno=config.listener_fd)
     with listener, _open_cache(config, memory) as cache:
-        machine = make_machine(
-            config.guest, rams_of_blocks(cache.blocks.values()), GuestOptions(**config.guest_options), cache.mark_dirty
-        )
+        rams = rams_of_blocks(cache.blocks.values(), memory.images)
+        machine = make_machine(config.guest, rams, GuestOptions(**config.guest_options), cache.mark_dirty)
         try:
             secondary = Secondary(
                 cache=cache,
                 machine=machine,
                 listener=listener,
                 blocks=hello_blocks(image.spec for image in memory.images),
-                machine_name=config.guest,
+                machine_name=machine.identity,
                 options=options,
                 events=events,
                 stop=stop,

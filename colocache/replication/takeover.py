@@ -51,6 +51,7 @@ class Takeover:
         if not self._svm.can_run:
             raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
         self._check_leave()
+        self._svm.machine.promoted()
         self._svm.resume()
         promote_ns = time.monotonic_ns() - begin
         self._events.emit("promoted", epoch=status.sealed_epoch, promote_ms=ms(promote_ns))

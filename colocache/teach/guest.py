@@ -70,6 +70,19 @@ class ScriptedGuest:
         """Get, clear and throw away."""
         self.log = set()
 
+    @property
+    def powered_off(self) -> bool:
+        """Never."""
+        return False
+
+    @property
+    def identity(self) -> str:
+        """Its kind says it all."""
+        return self.kind
+
+    def promoted(self) -> None:
+        """It is what it was."""
+
     def dirty_hint(self) -> int:
         """Exactly."""
         return len(self.log)

@@ -137,6 +137,17 @@ class ReferenceMachine(ABC):
     def failure(self) -> str | None:
         return self._thread.failure
 
+    @property
+    def powered_off(self) -> bool:
+        return False
+
+    @property
+    def identity(self) -> str:
+        return self.kind
+
+    def promoted(self) -> None:  # noqa: B027 -- its own branch is as good as any
+        """See machine.Machine."""
+
     def dirty_hint(self) -> int:
         stores = int(self._mailbox.box.pages_stored) - self._synced_stores
         n_pages = self._work.n_pages

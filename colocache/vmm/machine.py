@@ -87,6 +87,14 @@ class Machine(Protocol):
         """Why the guest runs no more, or None; pause and resume raise MachineError with it. Any thread."""
 
     @property
+    def powered_off(self) -> bool:
+        """Whether the guest switched its machine off: it stands for good, and can still be saved. Any thread."""
+
+    @property
+    def identity(self) -> str:
+        """What both machines of a pair must have in common, as printable text of at most 256 bytes."""
+
+    @property
     def dirty_source(self) -> str:
         """Who keeps the dirty log: "kvm", "uffd" (the kernel) or "own" (the program itself)."""
 
@@ -119,6 +127,9 @@ class Machine(Protocol):
         compared first. Then the device shadow page in RAM is written, and mark_dirty called for it. Only while the
         guest stands; DeviceStateError, with nothing changed.
         """
+
+    def promoted(self) -> None:
+        """This machine, a secondary's, is the one that the world sees from now on. Before it is resumed for that."""
 
     def verify(self) -> VerifyReport:
         """Compare every page of every block with what the history says it must hold. Only while the guest stands."""

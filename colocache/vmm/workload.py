@@ -37,6 +37,7 @@ class GuestOptions:
     accel: str = "auto"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "command", tuple(self.command))  # JSON has lists
         if self.working_set_bytes < 0:
             raise ArgumentError(f"a working set of {self.working_set_bytes} bytes: give 0 (an eighth of RAM) or more")
         if not 0 <= self.steps_per_second < 1e12:

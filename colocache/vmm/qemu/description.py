@@ -62,6 +62,16 @@ class Description:
             "firmware": hashlib.sha256(self.firmware).hexdigest()[:16],
         }
 
+    def __str__(self) -> str:
+        """One line of at most 200 bytes that is the same only for the same machine."""
+        head = (
+            f"{self.version.split()[0]} {self.facts['accelerator']} {self.machine.removesuffix('-machine')} {self.cpu}"
+        )
+        rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "firmware")}
+        return head[:120] + "".join(
+            f", {name} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}" for name, value in rest.items()
+        )
+
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that are the same only for the same machine."""

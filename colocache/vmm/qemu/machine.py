@@ -4,7 +4,9 @@
 primary     one QEMU whose RAM is the image itself; its writes are logged by the kernel (userfaultfd)
 secondary   a QEMU over a *private* mapping of the image: what it writes dies with its process, so the image is the
             newest epoch whatever it does. At each checkpoint a fresh process, started ahead, loads the device state and
-            takes its place; the old one is killed and seen dead before the new one runs.
+            takes its place; the old one is killed and seen dead before the new one runs. One that ended, panicked
+            or powered off by itself went its own branch, which harms nobody: where a machine is needed, a fresh one
+            becomes the newest epoch again.
 
 Which of the two a machine is shows by what it is asked first: boot, or load_device_state.
 """
@@ -26,7 +28,7 @@ from colocache.vmm.history import Words
 from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
 from colocache.vmm.qemu import guest_oracle
 from colocache.vmm.qemu.description import Description, describe, write_firmware
-from colocache.vmm.qemu.errors import QemuError
+from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH
 from colocache.vmm.qemu.guests import PROGRAM, guest_of
 from colocache.vmm.qemu.pool import Pool
@@ -59,7 +61,9 @@ class QemuMachine:
         (self.ram,) = rams
         self._mark_dirty = mark_dirty
         self.on_output: OnOutput | None = None  # is given the console's bytes of the machine that runs
-        self.powered_off = False
+        self._powered_off = False
+        self._promoted = False
+        self._stream = b""  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
         self._log: ProcessDirtyLog | None = None
@@ -107,19 +111,19 @@ class QemuMachine:
     def resume(self) -> None:
         """See machine.Machine."""
         self._refuse_closed()
-        process = self._alive()
+        self._alive()
         if not self._running:
-            process.cont()
+            self._unless_it_died(QemuProcess.cont)
             self._running = True
 
     def pause(self) -> None:
         """Stop it. A secondary first waits for the process that shall take over its work."""
         self._refuse_closed()
-        process = self._alive()
         if self._running:
             if self._pool is not None:
                 self._pool.wait_ready()
-            process.stop()
+            if not self._went_astray():
+                self._unless_it_died(QemuProcess.stop)
             self._running = False
 
     @property
@@ -135,7 +139,45 @@ class QemuMachine:
 
     @property
     def failure(self) -> str | None:
-        return self._failure
+        """Of a secondary there is none before it is promoted: a fresh machine can always take its place."""
+        return None if self._went_astray() else self._failure
+
+    @property
+    def powered_off(self) -> bool:
+        """See machine.Machine."""
+        return self._powered_off and not self._went_astray()
+
+    @property
+    def identity(self) -> str:
+        """See machine.Machine."""
+        return f"qemu: {self.description}"
+
+    def promoted(self) -> None:
+        """See machine.Machine. A machine that went astray is no machine for the world: a fresh one takes its place."""
+        self._revive()
+        self._promoted = True
+
+    def _unless_it_died(self, order: Callable[[QemuProcess], None]) -> None:
+        """Give the process an order; a secondary's that died just now went astray."""
+        process = self._alive()
+        if self._powered_off:  # it stands for good, and QEMU refuses to let it run
+            return
+        try:
+            order(process)
+        except QemuDiedError:
+            self._failure = self._failure or ENDED[DEATH]
+            if not self._went_astray():
+                raise
+
+    def _went_astray(self) -> bool:
+        """Whether this is a secondary's machine that has ended, panicked or powered off on its own branch."""
+        return self._pool is not None and not self._promoted and (self._failure is not None or self._powered_off)
+
+    def _revive(self) -> None:
+        """Become the newest epoch again, which the image is, if the machine went astray. It stands."""
+        if self._went_astray() and self._stream:
+            self._become(self._stream)
+            self._running = False
 
     def _start(self, *, shared: bool, incoming: bool) -> QemuProcess:
         """A new process. What it says counts from when it is this machine's."""
@@ -162,11 +204,13 @@ class QemuMachine:
         """In the thread of driver.py."""
         name = event["event"]
         if name == "SHUTDOWN":
-            self.powered_off = True
+            self._powered_off = True
         elif name in ENDED and self._failure is None and not self._closed:
             self._failure = ENDED[name]
 
     def _alive(self) -> QemuProcess:
+        """The process that is this machine."""
+        self._revive()
         if self._process is None:
             raise OrderError("a machine that was neither booted nor given a device state can't run")
         if self._failure is not None:
@@ -242,13 +286,19 @@ class QemuMachine:
             raise OrderError("a primary takes no device state")
         parsed = parse(self.description.digest, bytes(state), self.ram.n_pages)
         report = self._compare(parsed.hashes)
+        self._stream = b""
+        self._become(parsed.stream)
+        self._stream = parsed.stream
+        return report
+
+    def _become(self, stream: bytes) -> None:
+        """The old process dies; a fresh one loads the state."""
         old, self._process = self._process, None
         if old is not None:
             old.kill()
         self._failure = None  # whatever the old one's was
-        self.powered_off = False
-        self._process = self._load(parsed.stream)
-        return report
+        self._powered_off = False
+        self._process = self._load(stream)
 
     def _waiting(self) -> Pool:
         if self._pool is None:
