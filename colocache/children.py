@@ -3,12 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import time
+from pathlib import Path
+
+from colocache.errors import ColocacheError
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+ORPHAN_SLICE_SECONDS = 0.01
 
 
 def python_command(module: str, function: str, *args: str) -> list[str]:
@@ -26,3 +33,33 @@ def die_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signum, 0, 0, 0)
     if os.getppid() != parent_pid:  # it died before we asked
         os.kill(os.getpid(), signum)
+
+
+def adopt_orphans() -> None:
+    """From now on the children of a child that dies become this process's, and their death can be seen."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def children() -> set[int]:
+    """Processes whose parent is this one, those that ended and were not waited for included."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):  # it ended meanwhile
+                # The name in parentheses may hold anything; after its end come state and parent.
+                if int((entry / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]) == os.getpid():
+                    found.add(int(entry.name))
+    return found
+
+
+def see_dead(orphans: set[int], timeout: float) -> None:
+    """Kill these children and wait until each has ended. ColocacheError if one does not within `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    for pid in orphans:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(pid, os.WNOHANG)[0] == 0:
+                if time.monotonic() > deadline:
+                    raise ColocacheError(f"process {pid}, which an earlier machine left, does not die")
+                time.sleep(ORPHAN_SLICE_SECONDS)

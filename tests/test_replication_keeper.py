@@ -143,3 +143,21 @@ def test_a_signal_for_a_machine_that_is_ending_does_not_make_it_look_killed(sign
         ended = subprocess.run([sys.executable, "-c", code], stdin=stdin, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr
     assert "not a manifest" in ended.stderr
+
+
+def test_no_new_child_starts_before_what_the_old_one_left_is_dead(
+    memory: Memory, listener: socket.socket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A QEMU is a process of its own: two machines must never run on the same memory."""
+    left = tmp_path / "left"
+    code = counting(
+        tmp_path / "n",
+        "import subprocess, time\n"
+        f"left = pathlib.Path({str(left)!r})\n"
+        "if n == 1:\n"
+        "    orphan = subprocess.Popen(['sleep', '600'], start_new_session=True)\n"
+        "    left.write_text(str(orphan.pid)); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.exit(3 if os.path.exists('/proc/' + left.read_text()) else 0)\n",
+    )
+    assert keeper_of(memory, listener, monkeypatch, code).run() == 0
+    assert (tmp_path / "n").read_text() == "xx"

@@ -19,7 +19,7 @@ import subprocess
 from collections.abc import Callable
 
 from colocache import Memory, Phase, inspect
-from colocache.children import python_command
+from colocache.children import adopt_orphans, children, python_command, see_dead
 from colocache.errors import ColocacheError
 from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfig
 from colocache.replication.events import Events
@@ -28,6 +28,7 @@ from colocache.replication.signals import Stop
 RESTARTS_MAX = 5  # without an epoch committed in between: then it is not bad luck
 STOP_SECONDS = 15.0  # for a child to end in order
 POLL_SECONDS = 0.05
+ORPHAN_SECONDS = 10.0  # for what a child left behind to die
 
 
 class Keeper:
@@ -135,6 +136,8 @@ class Keeper:
         if self._by_word:
             self._unheard.add(signal.SIGUSR2)
         config = self._config(self._memory, fd)
+        adopt_orphans()
+        others = children()
         command = python_command("colocache.replication.child", "main")
         # The child is born with the operator's signals blocked and takes them when it has its handlers
         # (stop_on_signals): one that comes before must wait, not kill it.
@@ -160,6 +163,9 @@ class Keeper:
                 self._child.kill()
                 self._child.wait()
             self._child = None
+            # A machine may be a process of its own (a QEMU). It dies with its child, and its death is seen before
+            # another machine starts on the same memory.
+            see_dead(children() - others, ORPHAN_SECONDS)
 
     def _end_child(self, child: subprocess.Popen[bytes]) -> int:
         """The keeper was stopped: the child is told and gets some time."""

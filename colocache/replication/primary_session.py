@@ -75,7 +75,10 @@ class PrimarySession:
                     if self._stop.is_set():
                         break
                 now = False
-                self._checkpoint()
+                last = self._pvm.machine.powered_off
+                if self._checkpoint() and last:
+                    self._end("its guest powered off")
+                    return
             if self._observer.stays():
                 self._stay()
         except (PeerLostError, TimedOutError) as error:
@@ -84,7 +87,11 @@ class PrimarySession:
             self._channel.abort(AbortKind.SESSION, str(error))
             self._channel.linger()
             raise
-        self._channel.abort(AbortKind.END, "the primary was ended by its operator")
+        self._end("the primary was ended by its operator")
+
+    def _end(self, reason: str) -> None:
+        """Both sides end in order."""
+        self._channel.abort(AbortKind.END, reason)
         self._channel.linger()
 
     def close(self) -> None:
@@ -129,7 +136,7 @@ class PrimarySession:
             self._inbox.check_idle()
             self._check_machine()
             wanted = self._inbox.checkpoint_wanted.is_set() or self._checkpoint_wanted.is_set()
-            if now >= due or wanted or self._above_dirty_limit():
+            if now >= due or wanted or self._above_dirty_limit() or self._pvm.machine.powered_off:
                 return
             if now >= next_round:
                 if self._options.background:
@@ -161,7 +168,8 @@ class PrimarySession:
 
     # ---- the checkpoint ----
 
-    def _checkpoint(self) -> None:
+    def _checkpoint(self) -> bool:
+        """Take one; False: it was given up."""
         epoch = self._pvm.epoch
         self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
@@ -172,10 +180,11 @@ class PrimarySession:
             self._pvm.resume()
             reason = f"the secondary gave up epoch {epoch}: {error}"
             self._events.emit("aborted", reason, epoch=epoch, reason=reason)
-            return
+            return False
         self._save_failures = 0
         self._pvm.loaded()
         self._done(result)
+        return True
 
     def _converse(self, epoch: int) -> SentCheckpoint:
         pvm, channel, timeout = self._pvm, self._channel, self._timing.checkpoint_timeout
@@ -186,15 +195,15 @@ class PrimarySession:
 
         pvm.pause()
         stopped = time.monotonic_ns()
-        pvm.sync()
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
-        self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
-        self._send()
         try:
             saved = self._observer.save(pvm.machine, number)
         except ColocacheError as error:
             self._take_back(epoch, error)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
+        pvm.sync()  # after the device state: saving it may itself write guest RAM
+        self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
+        self._send()
         sent = pvm.sent
         low, high = split_u64(sent.n_pages)
         pvm.in_flight()
