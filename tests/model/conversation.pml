@@ -261,6 +261,7 @@ end:do
         :: msg == ABORT && p_open && epoch == p_epoch ->
             if :: p == P_IDLE -> HAPPENED(P_IDLE_hears_ABORT) :: p == P_REQUESTED -> HAPPENED(P_REQUESTED_hears_ABORT)
                :: p == P_SENDING -> HAPPENED(P_SENDING_hears_ABORT) :: p == P_SENT -> HAPPENED(P_SENT_hears_ABORT)
+               :: else
             fi;
             p_gives_up_epoch(); p = P_IDLE; at_pause = 0
         /* ABORT(N, "load"): the secondary is lost, not the epoch; the connection ends, the PVM carries on */
