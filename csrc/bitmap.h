@@ -68,6 +68,8 @@ bool cc_bitmap_take_next(struct cc_bitmap *bitmap, uint64_t *word, uint64_t end_
 void cc_bitmap_union_into(struct cc_bitmap *flush_set, const struct cc_bitmap *pvm, const struct cc_bitmap *svm,
                           struct cc_union_counts *counts);
 void cc_bitmap_clear_all(struct cc_bitmap *bitmap);
+/* bitmap &= other.  Summary bits stay, over words that may be zero now. */
+void cc_bitmap_keep(struct cc_bitmap *bitmap, const struct cc_bitmap *other);
 
 /* bitmap.c again: looking */
 uint64_t cc_bitmap_count(const struct cc_bitmap *bitmap);

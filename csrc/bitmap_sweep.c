@@ -156,3 +156,13 @@ void cc_bitmap_clear_all(struct cc_bitmap *bitmap)
         bitmap->top_summary[c] = 0;
     }
 }
+
+void cc_bitmap_keep(struct cc_bitmap *bitmap, const struct cc_bitmap *other)
+{
+    for (uint64_t s = cc_bitmap_next_summary(bitmap, 0); s < bitmap->n_summary_words; s = cc_bitmap_next_summary(bitmap, s + 1)) {
+        for (uint64_t in_use = bitmap->summary[s]; in_use; in_use &= in_use - 1) {
+            uint64_t w = s * 64 + (uint64_t)__builtin_ctzll(in_use);
+            bitmap->words[w] &= other->words[w];
+        }
+    }
+}

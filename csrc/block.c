@@ -17,6 +17,7 @@
 #include "fault.h"
 #include "image.h"
 #include "map.h"
+#include "staging.h"
 #include "version.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
@@ -33,6 +34,28 @@ int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_
 }
 
 /* ---- checking what the caller gives ----------------------------------------------------------------------------- */
+
+/* check_bounded -- what bounded memory needs: a file that a VM can map privately, in pages that are cheap to copy */
+static int check_bounded(const struct colocache_images *images, const struct cc_block_entry *entry, uint64_t guest_granule,
+                         uint64_t cache_granule)
+{
+    const char *name = images->name;
+    if (images->guest_fd < 0)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED, "block %s is given by address: bounded memory needs descriptors of both images", name);
+    if (images->flags & COLOCACHE_IMAGES_SHARED_ELSEWHERE)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED,
+                       "block %s is mapped by another process or device: with bounded memory that would write the epoch "
+                       "itself, use memory mode mirror",
+                       name);
+    if (guest_granule != CC_PAGE || cache_granule != CC_PAGE)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED,
+                       "block %s is on hugetlb: a private copy of a page would take %llu bytes, use 4 KiB or transparent "
+                       "huge pages for bounded memory",
+                       name, (unsigned long long)(guest_granule > cache_granule ? guest_granule : cache_granule));
+    if (entry->guest.device == entry->cache.device && entry->guest.inode == entry->cache.inode)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: with bounded memory the cache needs a file of its own", name);
+    return 0;
+}
 
 static int check_images(const struct colocache_images *images)
 {
@@ -92,17 +115,17 @@ int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes
 /* ---- from an entry and the caller's images to a block ------------------------------------------------------------------ */
 
 /* check_mappings -- of the caller: the VM's writes must reach the file, and nothing that the library touches may be missing */
-static int check_mappings(const struct colocache_images *images)
+static int check_mappings(const struct colocache_images *images, bool bounded)
 {
     char what[COLOCACHE_NAME_BYTES + 32];
     int rc = 0;
     if (images->guest_addr) {
         snprintf(what, sizeof what, "block %s: guest_addr", images->name);
-        rc = cc_map_check(what, images->guest_addr, images->len_bytes, images->guest_fd, images->guest_offset);
+        rc = cc_map_check(what, images->guest_addr, images->len_bytes, images->guest_fd, images->guest_offset, !bounded);
     }
     if (rc == 0 && images->cache_addr) {
         snprintf(what, sizeof what, "block %s: cache_addr", images->name);
-        rc = cc_map_check(what, images->cache_addr, images->len_bytes, images->cache_fd, images->cache_offset);
+        rc = cc_map_check(what, images->cache_addr, images->len_bytes, images->cache_fd, images->cache_offset, true);
     }
     return rc;
 }
@@ -120,17 +143,21 @@ static int build(struct colocache *cc, struct cc_block *block, const struct colo
     block->n_pages = entry->len_bytes / entry->page_size;
     block->sparse = entry->sparse;
 
-    int rc = check_mappings(images);
+    int rc = check_mappings(images, cc->bounded);
     if (rc)
         return rc;
-    rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, guest_granule, images->guest_addr);
+    rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, guest_granule, images->guest_addr,
+                       cc->bounded);
     if (rc == 0)
-        rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, cache_granule, images->cache_addr);
+        rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, cache_granule, images->cache_addr,
+                           false);
     if (rc == 0 && block->sparse) {
         block->allocated = calloc(cc_words_for(block->n_pages), 8);
         if (!block->allocated)
             rc = cc_fail(-ENOMEM, "no memory for the page table of sparse block %s", block->name);
     }
+    if (rc == 0 && cc->bounded)
+        rc = cc_staging_open(block);
     if (rc == 0)
         rc = cc_map_file(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, true, &block->bitmap_map);
     if (rc) {
@@ -148,6 +175,7 @@ void cc_block_release(struct cc_block *block)
     cc_image_close(&block->guest);
     cc_image_close(&block->cache);
     free(block->allocated);
+    cc_staging_close(block);
     memset(block, 0, sizeof *block);
     block->guest.fd = block->cache.fd = -1;
 }
@@ -205,9 +233,11 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     rc = identify_both(images, &entry, &guest_granule, &cache_granule);
     if (rc == 0)
         rc = check_disjoint(cc, &entry);
+    if (rc == 0 && cc->bounded)
+        rc = check_bounded(images, &entry, guest_granule, cache_granule);
     if (rc == 0 && !entry.sparse)
         rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
-    if (rc == 0 && !entry.sparse)
+    if (rc == 0 && !entry.sparse && !cc->bounded)
         rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
     if (rc)
         return rc;
@@ -220,6 +250,11 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     rc = cc_map_reserve(cc->region.fd, entry.bitmap_offset, entry.bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0)
         rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
+    if (rc == 0 && cc->bounded) {
+        rc = cc_staging_empty_one(&cc->blocks[cc->n_blocks]); /* what was allocated, perhaps: memory comes with the pages */
+        if (rc)
+            cc_block_release(&cc->blocks[cc->n_blocks]);
+    }
     if (rc) { /* as before the call */
         if (ftruncate(cc->region.fd, (off_t)entry.bitmap_offset) != 0)
             cc_log(cc, COLOCACHE_LOG_WARN, "could not shrink the control region after an error");
@@ -259,6 +294,9 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
     if (!same_guest || memcmp(&found.cache, &entry->cache, sizeof found.cache) != 0)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s: the %s image is not the one this control region was made with", entry->name,
                        same_guest ? "cache" : "guest RAM");
+    rc = cc->bounded ? check_bounded(images, entry, guest_granule, cache_granule) : 0;
+    if (rc)
+        return rc;
     rc = build(cc, &cc->blocks[index], images, entry, guest_granule, cache_granule);
     return rc;
 }
@@ -266,7 +304,7 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
 int colocache_add_block(struct colocache *cc, const struct colocache_images *images, uint32_t *block_out)
 {
     struct colocache_images given;
-    int rc = cc_take_struct(&given, sizeof given, images, sizeof given, "images");
+    int rc = cc_take_struct(&given, sizeof given, images, COLOCACHE_IMAGES_LEAST, "images");
     if (rc)
         return rc;
     if (!cc)

@@ -3,7 +3,11 @@
 #ifndef CC_BLOCK_H
 #define CC_BLOCK_H
 
+#include <stddef.h>
+
 #include "internal.h"
+
+#define COLOCACHE_IMAGES_LEAST offsetof(struct colocache_images, flags) /* what the first callers gave */
 
 /* A new block: its bitmaps at the end of the region, then its entry, then the count that publishes it. */
 int cc_block_add(struct colocache *cc, const struct colocache_images *images);

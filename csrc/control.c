@@ -96,7 +96,7 @@ static void empty_again(int fd)
 }
 
 /* format -- lay out an empty region: sizes first, then the head; magic last, so that a half-made one is none */
-static int format(int fd, uint64_t device_max, uint64_t *head_bytes)
+static int format(int fd, uint64_t device_max, bool bounded, uint64_t *head_bytes)
 {
     uint64_t area = cc_round_to_page(device_max);
     *head_bytes = CC_DEVICES_OFFSET + 2 * area;
@@ -111,6 +111,7 @@ static int format(int fd, uint64_t device_max, uint64_t *head_bytes)
             struct cc_control *control = head;
             control->layout_version = CC_LAYOUT_VERSION;
             control->stamp = cc_layout_stamp();
+            control->memory_mode = bounded ? CC_MEMORY_BOUNDED : CC_MEMORY_MIRROR;
             control->device_area_bytes = area;
             control->device_state_max_bytes = device_max;
             control->bitmap_end = *head_bytes;
@@ -144,18 +145,31 @@ int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
     if (!sizes_fit)
         return cc_fail(COLOCACHE_E_CORRUPT, "control region of %llu bytes does not fit what its head says (%llu blocks, %llu bytes)",
                        (unsigned long long)file_bytes, (unsigned long long)control->n_blocks, (unsigned long long)control->bitmap_end);
-    uint64_t reserved = control->reserved0;
+    uint64_t reserved = control->memory_mode != CC_MEMORY_MIRROR && control->memory_mode != CC_MEMORY_BOUNDED;
     for (size_t i = 0; i < 6; i++)
         reserved |= control->reserved1[i] | control->reserved2[i];
     for (size_t i = 0; i < 7; i++)
         reserved |= control->reserved3[i];
     if (reserved || control->taken_over > 1)
-        return cc_fail(COLOCACHE_E_CORRUPT, "the head of the control region has reserved bytes that are not zero");
+        return cc_fail(COLOCACHE_E_CORRUPT,
+                       "the head of the control region has reserved bytes that are not zero, or a memory mode that is none");
     return 0;
 }
 
+/* check_mode -- whoever attaches says in which mode it maps guest RAM: a VM on a shared mapping of a bounded region would write the only
+ * copy of the epoch, and one on a private mapping of a mirrored region would run on memory that nobody flushes */
+static int check_mode(const struct cc_control *control, bool bounded)
+{
+    static const char *const names[] = {"mirror", "bounded"};
+    bool made_bounded = control->memory_mode == CC_MEMORY_BOUNDED;
+    if (made_bounded == bounded)
+        return 0;
+    return cc_fail(COLOCACHE_E_MEMORY_MODE, "the control region was made with memory mode %s, %s was asked for: attach with %s",
+                   names[made_bounded], names[bounded], names[made_bounded]);
+}
+
 /* cc_control_open -- open, lock and map an existing or a fresh region; whatever came of it, cc_control_close */
-int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max)
+int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max, bool bounded)
 {
     int rc = own_description(control_fd, lock_fd);
     if (rc < 0)
@@ -171,7 +185,7 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
         if (st.st_size != 0)
             return cc_fail(COLOCACHE_E_EXISTS, "the control region has %lld bytes already: attach to it, or remove it",
                            (long long)st.st_size);
-        rc = format(region->fd, device_max, &region->head_bytes);
+        rc = format(region->fd, device_max, bounded, &region->head_bytes);
         if (rc)
             return rc;
     } else {
@@ -184,6 +198,8 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
         if (rc)
             return rc;
         rc = cc_control_check(page, (uint64_t)st.st_size);
+        if (rc == 0)
+            rc = check_mode(page, bounded);
         region->head_bytes = CC_DEVICES_OFFSET + 2 * ((struct cc_control *)page)->device_area_bytes;
         cc_unmap(page, CC_PAGE);
         if (rc)

@@ -16,7 +16,7 @@ struct cc_region {
     uint64_t head_bytes; /* mapped from offset 0: head, table, device areas */
 };
 
-int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max);
+int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool create, uint64_t device_max, bool bounded);
 void cc_control_close(struct cc_region *region);
 void cc_control_unlock(struct cc_region *region); /* somebody else may own it; the mapping stays */
 /* Magic, version, stamp, sizes, reserved bytes of a region whose file has file_bytes. */

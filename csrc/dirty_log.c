@@ -29,6 +29,8 @@ static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64
     if (words && !cc_bitmap_tail_ok(words, n_pages))
         return cc_fail(COLOCACHE_E_TAIL, "words for %llu pages of block %s have bits set past the last page", (unsigned long long)n_pages,
                        block->name);
+    if (cc->bounded)
+        return 0; /* what the VM writes is private to it and forgotten: nothing to restore */
     cc_gate_enter(&cc->mark_gate);
     CC_CRASH_POINT("sync: before the SVM bits");
     if (words)

@@ -35,7 +35,9 @@
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
+#include "flush_set.h"
 #include "gate.h"
+#include "staging.h"
 
 enum event { CLAIM, RELEASE, SEAL, LOADED, LOADED_UNCOMMITTED, LOADED_BADLY, COMMITTED, FAILOVER, TOLD, RECOVERED, EVENTS };
 
@@ -141,6 +143,17 @@ static int refuse(enum cc_state state, uint64_t epoch, const char *what_for)
 
 /* ---- receiving -------------------------------------------------------------------------------------------------------- */
 
+/* empty_stale -- of a bounded cache, what an epoch left that is committed or given up; `opening` held */
+static int empty_stale(struct colocache *cc)
+{
+    if (!cc->epoch.stale)
+        return 0;
+    int rc = cc_staging_empty(cc);
+    if (rc == 0)
+        cc->epoch.stale = false;
+    return rc;
+}
+
 /* open_epoch -- the first page (or device state) of a new epoch */
 static int open_epoch(struct colocache *cc, uint64_t epoch)
 {
@@ -154,7 +167,7 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
             rc = cc_fail(COLOCACHE_E_EPOCH,
                          "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
                          (unsigned long long)epoch, (unsigned long long)newest);
-        } else {
+        } else if ((rc = empty_stale(cc)) == 0) { /* before a page of this epoch is let in: nothing may show under its bits */
             cc_add(&mine->received_before, cc_peek(&mine->received_pages));
             cc_poke(&mine->received_pages, 0);
             CC_CRASH_POINT("receive: before the receiving word");
@@ -252,12 +265,33 @@ void cc_epoch_open_gate(struct colocache *cc)
     cc_gate_open(&cc->epoch.gate);
 }
 
+/* What can't be freed now is freed before the next epoch opens. */
+void cc_epoch_empty_cache(struct colocache *cc)
+{
+    pthread_mutex_lock(&cc->epoch.opening);
+    cc->epoch.stale = true;
+    (void)empty_stale(cc);
+    pthread_mutex_unlock(&cc->epoch.opening);
+}
+
+/* discard -- what came of an epoch that is given up: the primary has no RECEIVED for it and sends it again.  Bits first: a hole under a
+ * bit would be a page of zeros. */
+static void discard(struct colocache *cc)
+{
+    CC_CRASH_POINT("abort: before the bits");
+    cc_flush_set_drop(cc);
+    CC_CRASH_POINT("abort: the bits are gone");
+    cc_epoch_empty_cache(cc);
+}
+
 /* The VM's own state is intact, so a failover that was asked for meanwhile is granted. */
 int cc_epoch_release(struct colocache *cc, bool give_up)
 {
     enum cc_state from;
-    if (give_up) { /* bits and cache stay until an epoch that contains them is sealed */
+    if (give_up) { /* bits and cache stay until an epoch that contains them is sealed; a bounded cache gives its memory back */
         cc_gate_close(&cc->epoch.gate);
+        if (cc->bounded)
+            discard(cc);
         cc->epoch.staged.epoch = 0;
         cc_publish(&cc->epoch.open, 0);
         cc_gate_open(&cc->epoch.gate);
@@ -280,6 +314,9 @@ void cc_epoch_sealed(struct colocache *cc)
 void cc_epoch_committed(struct colocache *cc)
 {
     enum cc_state from;
+    pthread_mutex_lock(&cc->epoch.opening);
+    cc->epoch.stale = cc->bounded;
+    pthread_mutex_unlock(&cc->epoch.opening);
     move(cc, COMMITTED, &from);
 }
 
@@ -320,6 +357,16 @@ int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason)
         return 1; /* whichever epoch was meant: this machine takes over now */
     if (mine)
         cc_log(cc, COLOCACHE_LOG_WARN, "epoch %llu aborted: %s", (unsigned long long)epoch, reason ? reason : "no reason given");
+    return rc;
+}
+
+int colocache_free_staged(struct colocache *cc)
+{
+    if (!cc)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
+    pthread_mutex_lock(&cc->epoch.opening); /* an epoch that opens meanwhile waits, or has freed them itself */
+    int rc = empty_stale(cc);
+    pthread_mutex_unlock(&cc->epoch.opening);
     return rc;
 }
 

@@ -51,6 +51,8 @@ void cc_epoch_sealed(struct colocache *cc);
 void cc_epoch_committed(struct colocache *cc);
 /* The load of the device state ended.  0, 1: taken over, E_NOT_SEALED. */
 int cc_epoch_loaded(struct colocache *cc, bool ok, bool committed);
+/* Bounded: nothing in the cache is wanted any more, and no bit is set for it. */
+void cc_epoch_empty_cache(struct colocache *cc);
 /* Attach: guest RAM and device state are an epoch. */
 void cc_epoch_recovered(struct colocache *cc);
 

@@ -15,6 +15,7 @@
 #include "bitmap.h"
 #include "block.h"
 #include "fault.h"
+#include "flush_copy.h"
 #include "flush_set.h"
 #include "pool.h"
 #include "strategy.h"
@@ -28,6 +29,7 @@
 
 struct copy_job {
     struct colocache *cc;
+    cc_copy_set_fn *set;
     uint32_t n_threads;
     pthread_mutex_t cursor; /* over everything below */
     uint32_t block;         /* what lies before page `pfn` of this block is taken */
@@ -36,7 +38,7 @@ struct copy_job {
     uint64_t n_pages, n_runs, n_bytes; /* taken; n_runs of the threads that are done */
 };
 
-/* The pages of the flush set in [from, end). */
+/* The pages to copy in [from, end). */
 struct piece {
     const struct cc_block *block;
     uint64_t from, end;
@@ -64,7 +66,7 @@ static bool take_piece(struct copy_job *job, struct piece *piece)
         const struct cc_block *block = &job->cc->blocks[job->block];
         uint64_t wanted = piece_bytes(job) >> block->page_shift;
         *piece = (struct piece){.block = block, .from = job->pfn};
-        n_pages = cc_bitmap_advance(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &job->pfn, wanted ? wanted : 1);
+        n_pages = cc_bitmap_advance(job->set(block), &job->pfn, wanted ? wanted : 1);
         if (n_pages) {
             uint64_t n_bytes = n_pages << block->page_shift;
             piece->end = job->pfn;
@@ -100,13 +102,14 @@ static void add_waiting(struct colocache *cc, struct waiting *waiting, const str
 }
 
 /* copy_piece -- its pages, but for the last few, which wait for what comes next; how many runs begin in it */
-static uint64_t copy_piece(struct colocache *cc, const struct piece *piece, struct waiting *waiting)
+static uint64_t copy_piece(const struct copy_job *job, const struct piece *piece, struct waiting *waiting)
 {
     const struct cc_block *block = piece->block;
-    const struct cc_bitmap *flush_set = &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
+    const struct cc_bitmap *set = job->set(block);
+    struct colocache *cc = job->cc;
     struct cc_bit_run runs[RUNS_AT_ONCE];
     /* the other part of a run that was cut is counted where it begins */
-    const bool goes_on = piece->from > 0 && cc_bitmap_has(flush_set, piece->from - 1) && cc_bitmap_has(flush_set, piece->from);
+    const bool goes_on = piece->from > 0 && cc_bitmap_has(set, piece->from - 1) && cc_bitmap_has(set, piece->from);
     uint64_t from = piece->from, n_runs = 0;
     uint32_t n;
     if (waiting->block != block) {
@@ -114,7 +117,7 @@ static uint64_t copy_piece(struct colocache *cc, const struct piece *piece, stru
             copy_waiting(cc, waiting, 0);
         waiting->block = block;
     }
-    while ((n = cc_bitmap_runs(flush_set, &from, piece->end, runs, RUNS_AT_ONCE)) != 0) {
+    while ((n = cc_bitmap_runs(set, &from, piece->end, runs, RUNS_AT_ONCE)) != 0) {
         n_runs += n;
         for (uint32_t i = 0; i < n; i++)
             add_waiting(cc, waiting, block, runs[i]);
@@ -129,7 +132,7 @@ static void copy_worker(void *context)
     struct piece piece;
     uint64_t n_runs = 0;
     while (take_piece(job, &piece))
-        n_runs += copy_piece(job->cc, &piece, &waiting);
+        n_runs += copy_piece(job, &piece, &waiting);
     if (waiting.n)
         copy_waiting(job->cc, &waiting, 0);
     job->cc->copy.fence(); /* before anybody can believe this thread is done */
@@ -138,13 +141,11 @@ static void copy_worker(void *context)
     pthread_mutex_unlock(&job->cursor);
 }
 
-/* begin -- copy the flush set of every block; all stores are visible when it returns */
-static int begin(struct colocache *cc, struct colocache_flush_result *out)
+void cc_copy_pages_of(struct colocache *cc, cc_copy_set_fn *set, struct colocache_flush_result *out)
 {
-    CC_CRASH_POINT("flush: before the first page");
-    struct copy_job job = {.cc = cc, .n_threads = 1};
+    struct copy_job job = {.cc = cc, .set = set, .n_threads = 1};
     for (uint32_t i = 0; i < cc->n_blocks; i++)
-        job.left_bytes += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]) << cc->blocks[i].page_shift;
+        job.left_bytes += cc_bitmap_count(set(&cc->blocks[i])) << cc->blocks[i].page_shift;
     if (job.left_bytes >= 2 * THREAD_BYTES) {
         uint64_t wanted = job.left_bytes / THREAD_BYTES;
         job.n_threads = wanted < cc_pool_size(cc->pool) ? (uint32_t)wanted : cc_pool_size(cc->pool);
@@ -156,6 +157,17 @@ static int begin(struct colocache *cc, struct colocache_flush_result *out)
     out->n_pages = job.n_pages;
     out->n_runs = job.n_runs;
     out->n_bytes = job.n_bytes;
+}
+
+static const struct cc_bitmap *flush_set_of(const struct cc_block *block)
+{
+    return &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
+}
+
+static int begin(struct colocache *cc, struct colocache_flush_result *out)
+{
+    CC_CRASH_POINT("flush: before the first page");
+    cc_copy_pages_of(cc, flush_set_of, out);
     CC_CRASH_POINT("flush: after the last page");
     return 0;
 }

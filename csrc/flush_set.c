@@ -75,6 +75,12 @@ int cc_flush_set_allocate(struct colocache *cc)
     return 0;
 }
 
+void cc_flush_set_drop(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++)
+        cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
+}
+
 void cc_flush_set_moved(struct colocache *cc)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {

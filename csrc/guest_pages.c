@@ -52,6 +52,7 @@ int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
     if (cc_observe(&cc->region.control->commit_word) || cc_epoch_state(cc) != CC_EMPTY)
         return cc_fail(COLOCACHE_E_ORDER, "preflush is only for the initial copy, before anything is sealed");
+    /* in bounded memory no bit is set: the pages are where they belong already */
     uint64_t n_pages = 0;
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         struct cc_block *block = &cc->blocks[i];

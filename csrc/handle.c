@@ -50,6 +50,9 @@ static int check_options(const struct colocache_options *options, struct colocac
     if (out->n_threads > CC_THREADS_MAX)
         return cc_fail(COLOCACHE_E_ARGUMENT, "n_threads is %u, the most is %u: 0 takes as many as there are cores", out->n_threads,
                        CC_THREADS_MAX);
+    if (out->memory_mode > COLOCACHE_MEMORY_BOUNDED)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "memory_mode is %u: there are %d (mirror) and %d (bounded)", out->memory_mode,
+                       COLOCACHE_MEMORY_MIRROR, COLOCACHE_MEMORY_BOUNDED);
     return cc_fault_refuse();
 }
 
@@ -76,14 +79,15 @@ int cc_handle_open(int control_fd, bool create, const struct colocache_options *
     cc->copy = copy;
     cc->log = opts.log;
     cc->log_context = opts.log_context;
-    cc->strategy = cc_strategy_default();
+    cc->bounded = opts.memory_mode == COLOCACHE_MEMORY_BOUNDED;
+    cc->strategy = cc_strategy_default(cc->bounded);
     cc_epoch_init(cc);
     cc->blocks = calloc(COLOCACHE_BLOCKS_MAX, sizeof *cc->blocks);
     rc = cc->blocks ? cc_pool_create(opts.n_threads, opts.thread_start, opts.thread_context, &cc->pool) : -ENOMEM;
     if (rc)
         (void)cc_fail(rc, "no memory or threads for a handle with %u threads: %s", opts.n_threads, colocache_strerror(rc));
     else
-        rc = cc_control_open(&cc->region, control_fd, opts.lock_fd, create, opts.device_state_max_bytes);
+        rc = cc_control_open(&cc->region, control_fd, opts.lock_fd, create, opts.device_state_max_bytes, cc->bounded);
     if (rc) {
         cc_handle_free(cc);
         return rc;

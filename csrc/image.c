@@ -36,7 +36,7 @@ int cc_image_identify(const char *name, int fd, uint64_t offset, uint64_t len_by
     return 0;
 }
 
-int cc_image_open(struct cc_image *image, int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, void *vm_addr)
+int cc_image_open(struct cc_image *image, int fd, uint64_t offset, uint64_t len_bytes, uint64_t granule, void *vm_addr, bool private_vm)
 {
     *image = (struct cc_image){.addr = vm_addr, .vm_addr = vm_addr, .fd = -1, .offset = offset, .granule = granule};
     if (fd < 0)
@@ -52,13 +52,22 @@ int cc_image_open(struct cc_image *image, int fd, uint64_t offset, uint64_t len_
         return rc;
     image->addr = mapped;
     image->map_bytes = map_bytes;
-    if (!vm_addr)
-        image->vm_addr = mapped;
+    if (vm_addr)
+        return 0;
+    image->vm_addr = mapped;
+    if (!private_vm)
+        return 0;
+    rc = cc_map_private(image->fd, offset, map_bytes, &mapped);
+    if (rc)
+        return rc;
+    image->vm_addr = mapped;
+    image->vm_map_bytes = map_bytes;
     return 0;
 }
 
 void cc_image_close(struct cc_image *image)
 {
+    cc_unmap(image->vm_addr, image->vm_map_bytes);
     cc_unmap(image->addr, image->map_bytes);
     if (image->fd >= 0)
         close(image->fd);

@@ -29,6 +29,7 @@ int cc_inspect_head(const struct cc_control *control, struct colocache_status *o
     out->device_state_max_bytes = control->device_state_max_bytes;
     out->control_bytes = control->bitmap_end;
     out->owner_pid = control->owner_pid;
+    out->memory_mode = control->memory_mode == CC_MEMORY_BOUNDED ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR;
     return 0;
 }
 

@@ -4,6 +4,7 @@
  *
  *   what                                   its only writer     readers
  *   cache bytes, PVM bits                  receive.c           flush_set.c, flush_copy.c, guest_pages.c, validate.c
+ *   holes in a bounded cache               staging.c           flush_staged.c, sparse.c
  *   SVM bits                               dirty_log.c         flush_set.c
  *   flush set; clearing of any bit         flush_set.c         flush_copy.c, recover.c, validate.c
  *   guest RAM                              flush_copy.c (the strategy), guest_pages.c (preflush, restart); the VM
@@ -48,7 +49,9 @@ struct cc_block {
     struct cc_bitmap bitmaps[CC_BITMAPS]; /* enum colocache_bitmap_kind */
     void *bitmap_map;
     uint64_t bitmap_map_bytes;
-    uint64_t *allocated; /* sparse: pages whose both images are allocated (this process's knowledge) */
+    uint64_t *allocated;      /* sparse: pages whose both images are allocated (this process's knowledge) */
+    struct cc_bitmap *staged; /* bounded: pages whose range of the cache may hold data (staging.h); else NULL */
+    uint64_t *staged_words;
 };
 
 /* The device state being written for an epoch that is not sealed. */
@@ -67,6 +70,7 @@ struct cc_epoch {
     uint64_t received_before;         /* of all epochs before it */
     uint64_t n_given_up;
     struct cc_staged staged;
+    bool stale;              /* bounded: the cache holds pages of an epoch that is committed or given up; over it: `opening` */
     pthread_mutex_t opening; /* over `open` while it is 0, and the two counts together */
 };
 
@@ -79,6 +83,7 @@ struct cc_stats {
 
 struct colocache {
     struct cc_region region;
+    bool bounded; /* memory mode of the region */
 
     uint32_t n_blocks;
     struct cc_block *blocks; /* COLOCACHE_BLOCKS_MAX, so that their addresses stay */

@@ -19,7 +19,7 @@
 #include "colocache.h"
 
 #define CC_MAGIC 0x4548434143434f4cull /* bytes "LOCCACHE" */
-#define CC_LAYOUT_VERSION 1u
+#define CC_LAYOUT_VERSION 2u
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
@@ -48,11 +48,14 @@ struct cc_record {
     uint64_t checksum; /* of everything before it */
 };
 
+/* Numbers far apart: no turned bit makes one of them the other. */
+enum cc_memory_mode { CC_MEMORY_MIRROR = 0x5a0f1e33, CC_MEMORY_BOUNDED = 0x25f0e14c };
+
 struct cc_control {
     uint64_t magic;
     uint32_t layout_version;
-    uint32_t reserved0;
-    uint64_t stamp; /* cc_layout_stamp(): sizes and offsets of these structs */
+    uint32_t memory_mode; /* enum cc_memory_mode */
+    uint64_t stamp;       /* cc_layout_stamp(): sizes and offsets of these structs */
     uint8_t history_id[16];
     uint64_t device_area_bytes; /* room of each area, a multiple of a page */
     uint64_t device_state_max_bytes;

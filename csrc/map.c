@@ -19,9 +19,9 @@
 #include "colocache.h"
 #include "error.h"
 
-int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void **out)
+static int map(int fd, uint64_t offset, uint64_t n_bytes, int access, int flags, void **out)
 {
-    void *addr = mmap(NULL, n_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, fd, (off_t)offset);
+    void *addr = mmap(NULL, n_bytes, access, flags, fd, (off_t)offset);
     if (addr == MAP_FAILED) {
         if (errno == ENOMEM)
             return cc_fail(COLOCACHE_E_NO_MEMORY, "mmap of %llu bytes failed: too little memory, address space or huge pages",
@@ -30,6 +30,16 @@ int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void *
     }
     *out = addr;
     return 0;
+}
+
+int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void **out)
+{
+    return map(fd, offset, n_bytes, writable ? PROT_READ | PROT_WRITE : PROT_READ, MAP_SHARED, out);
+}
+
+int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out)
+{
+    return map(fd, offset, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, out);
 }
 
 void cc_unmap(void *addr, uint64_t n_bytes)
@@ -73,12 +83,13 @@ static bool next_mapping(FILE *list, struct mapping *out)
                   &out->inode) == 5;
 }
 
-static int check_one(const char *what, const struct mapping *one, uint64_t at, const struct stat *file, uint64_t offset)
+static int check_one(const char *what, const struct mapping *one, uint64_t at, const struct stat *file, uint64_t offset, bool shared)
 {
     if (one->access[0] != 'r' || one->access[1] != 'w')
         return cc_fail(COLOCACHE_E_ARGUMENT, "%s is mapped %s at %#" PRIx64 ": it must be readable and writable", what, one->access, at);
-    if (file && one->access[3] != 's')
-        return cc_fail(COLOCACHE_E_ARGUMENT, "%s is mapped privately at %#" PRIx64 ": map it with MAP_SHARED", what, at);
+    if (file && (one->access[3] == 's') != shared)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "%s is mapped %s at %#" PRIx64 ": map it with MAP_%s", what, shared ? "privately" : "shared",
+                       at, shared ? "SHARED" : "PRIVATE");
     if (file && (one->inode != (uint64_t)file->st_ino || one->offset + (at - one->begin) != offset))
         return cc_fail(COLOCACHE_E_ARGUMENT,
                        "%s is no mapping of its descriptor at offset %" PRIu64 ": inode %" PRIu64 ", offset %" PRIu64 " is mapped there",
@@ -86,7 +97,7 @@ static int check_one(const char *what, const struct mapping *one, uint64_t at, c
     return 0;
 }
 
-int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, uint64_t offset)
+int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, uint64_t offset, bool shared)
 {
     const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + n_bytes;
     struct stat file;
@@ -104,7 +115,7 @@ int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, u
     while (rc == 0 && at < end && next_mapping(list, &one) && one.begin <= at) {
         if (one.end <= at)
             continue;
-        rc = check_one(what, &one, at, fd >= 0 ? &file : NULL, offset + (at - begin));
+        rc = check_one(what, &one, at, fd >= 0 ? &file : NULL, offset + (at - begin), shared);
         at = one.end;
     }
     fclose(list);

@@ -6,13 +6,15 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-/* Shared.  0, E_NO_MEMORY, -errno. */
+/* MAP_SHARED.  0, E_NO_MEMORY, -errno. */
 int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void **out);
+/* MAP_PRIVATE, writable, without a reservation: for a VM over bounded memory.  0, E_NO_MEMORY, -errno. */
+int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out);
 void cc_unmap(void *addr, uint64_t n_bytes); /* NULL or no bytes: nothing */
 /* Allocate a range of a file now, so that touching it later can't be a SIGBUS.  0, E_NO_MEMORY, -errno. */
 int cc_map_reserve(int fd, uint64_t offset, uint64_t n_bytes, const char *what);
-/* Is all of [addr, addr + n_bytes) mapped for reading and writing; and, with fd >= 0, a MAP_SHARED mapping of that file at `offset`?
- * Touches none of it.  0, E_ARGUMENT with a sentence that begins with `what`, -errno. */
-int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, uint64_t offset);
+/* Is all of [addr, addr + n_bytes) mapped for reading and writing; and, with fd >= 0, a mapping of that file at `offset`, MAP_SHARED or
+ * MAP_PRIVATE as `shared` says?  Touches none of it.  0, E_ARGUMENT with a sentence that begins with `what`, -errno. */
+int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, uint64_t offset, bool shared);
 
 #endif

@@ -5,10 +5,15 @@
  * Order, for each page: `receiving` >= its epoch, then its bytes, then its bit.  The first makes an attach know that the
  * cache may no longer be the sealed epoch; the last makes a set bit mean a complete page.
  * It is the only writer of both, whoever brings the bytes (a caller, or a socket: stream.c).
+ *
+ * In bounded memory the bytes are staged (staging.h), and a page of zeros becomes a hole before its bit is set: else bytes that
+ * were staged before would show under it.  Until the first seal they go straight to guest RAM, without a bit: there is nothing to protect
+ * yet, a death begins the initial copy anew, and so the first epoch needs no second copy of all of memory.
  * Many threads receive at once; they meet only in the gate's counter and in bitmap words they share.
  */
 #include "internal.h"
 
+#include <errno.h>
 #include <string.h>
 
 #include "bitmap.h"
@@ -18,14 +23,49 @@
 #include "fault.h"
 #include "receive.h"
 #include "sparse.h"
+#include "staging.h"
 
-/* done -- the bytes of these pages are in the cache */
-static void done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+/* Where the bytes of an arriving page go. */
+enum place { TO_CACHE, TO_STAGING, TO_GUEST };
+
+/* place_of -- inside the gate */
+static enum place place_of(const struct colocache *cc)
+{
+    if (!cc->bounded)
+        return TO_CACHE;
+    return cc_observe(&cc->region.control->commit_word) ? TO_STAGING : TO_GUEST;
+}
+
+/* done -- the bytes of these pages are there */
+static void done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
 {
     CC_CRASH_POINT("receive: bytes, before their bits");
-    cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], first_pfn, n_pages);
+    if (place != TO_GUEST)
+        cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], first_pfn, n_pages);
     CC_CRASH_POINT("receive: after the bits");
     cc_epoch_received(cc, n_pages);
+}
+
+static uint8_t *address(const struct cc_block *block, uint64_t pfn, enum place place)
+{
+    return place == TO_GUEST ? cc_guest_page(block, pfn) : cc_cache_page(block, pfn);
+}
+
+static int zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
+{
+    if (place == TO_STAGING)
+        return cc_staging_zero(block, first_pfn, n_pages);
+    memset(address(block, first_pfn, place), 0, n_pages << block->page_shift);
+    return 0;
+}
+
+static int bring_page(struct cc_block *block, uint64_t pfn, const void *data, enum place place)
+{
+    CC_HALF(address(block, pfn, place), data, block->page_size, "receive: half a page");
+    if (place == TO_STAGING)
+        return cc_staging_write(block, pfn, data);
+    memcpy(address(block, pfn, place), data, block->page_size);
+    return 0;
 }
 
 int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs,
@@ -38,23 +78,29 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
         rc = cc_epoch_enter(cc, epoch);
     if (rc)
         return rc;
+    const enum place place = place_of(cc);
     uint32_t n_iov = 0;
-    for (uint32_t i = 0; i < n_runs; i++) {
-        uint8_t *to = cc_cache_page(block, runs[i].first_pfn);
-        uint64_t n_bytes = (uint64_t)runs[i].n_pages << block->page_shift;
-        if (runs[i].flags & CC_RUN_ZERO)
-            memset(to, 0, n_bytes);
-        else
-            iov[n_iov++] = (struct iovec){.iov_base = to, .iov_len = n_bytes};
+    for (uint32_t i = 0; rc == 0 && i < n_runs; i++) {
+        const uint64_t first_pfn = runs[i].first_pfn, n = runs[i].n_pages;
+        if (runs[i].flags & CC_RUN_ZERO) {
+            rc = zero(block, first_pfn, n, place);
+        } else {
+            if (place == TO_STAGING)
+                cc_staging_expect(block, first_pfn, n);
+            iov[n_iov++] = (struct iovec){.iov_base = address(block, first_pfn, place), .iov_len = n << block->page_shift};
+        }
     }
-    rc = bring(context, iov, n_iov);
+    if (rc == 0)
+        rc = bring(context, iov, n_iov);
+    if (rc == -EFAULT && place == TO_STAGING)
+        rc = cc_staging_no_room(block);
     CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
     for (uint32_t i = 0; i < n_runs; i++) {
-        if (rc) { /* touched, perhaps torn: the bit, but not the count */
-            cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], runs[i].first_pfn, runs[i].n_pages);
-        } else {
-            done(cc, block, runs[i].first_pfn, runs[i].n_pages);
+        if (rc == 0) {
+            done(cc, block, runs[i].first_pfn, runs[i].n_pages, place);
             *n_pages += runs[i].n_pages;
+        } else if (place == TO_CACHE) { /* touched, perhaps torn: the bit, but not the count */
+            cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], runs[i].first_pfn, runs[i].n_pages);
         }
     }
     cc_epoch_leave(cc);
@@ -84,13 +130,14 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
     if (rc)
         return rc;
     const uint8_t *from = data;
-    for (uint64_t i = 0; i < n_pages; i++) {
-        CC_HALF(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size, "receive: half a page");
-        memcpy(cc_cache_page(block, pfns[i]), from + i * block->page_size, block->page_size);
-        done(cc, block, pfns[i], 1);
+    const enum place place = place_of(cc);
+    for (uint64_t i = 0; rc == 0 && i < n_pages; i++) {
+        rc = bring_page(block, pfns[i], from + i * block->page_size, place);
+        if (rc == 0)
+            done(cc, block, pfns[i], 1, place);
     }
     cc_epoch_leave(cc);
-    return 0;
+    return rc;
 }
 
 int colocache_receive_page(struct colocache *cc, uint64_t epoch, uint32_t block, uint64_t pfn, const void *data, uint64_t len_bytes)
@@ -110,8 +157,10 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_
         rc = cc_epoch_enter(cc, epoch);
     if (rc)
         return rc;
-    memset(cc_cache_page(block, first_pfn), 0, n_pages << block->page_shift);
-    done(cc, block, first_pfn, n_pages);
+    const enum place place = place_of(cc);
+    rc = zero(block, first_pfn, n_pages, place);
+    if (rc == 0)
+        done(cc, block, first_pfn, n_pages, place);
     cc_epoch_leave(cc);
-    return 0;
+    return rc;
 }

@@ -9,6 +9,14 @@
  *   committed(N)  > N                the dead VM's own    nothing to restart from; the SVM's log     NO_RESTART
  *                                                         is unknown: every page counts as written
  *
+ * In bounded memory guest RAM is epoch N whenever N is committed, whatever had come of a newer one, and the dead VM's writes died with it:
+ *
+ *   none          any                partial              the initial copy starts again              NOTHING
+ *   sealed(N)     = N                half old, half new   flush set from the cache, committed        REPLAYED
+ *   committed(N)  any                exactly N            nothing                                    RESTART
+ *
+ * and after each of them first the bits are cleared, then the cache is emptied: in that order, as a hole under a bit is a page of zeros.
+ *
  * Every one of these can be killed at any point and repeated: copying again is idempotent, `receiving` is never lowered, and a
  * record is only replaced by publishing the next.  The bitmaps' summaries are rebuilt; the commit record's checksum, the flush
  * set's and the device state's are verified before anything is written.
@@ -54,7 +62,7 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
         struct colocache_images given = {0};
         for (uint32_t i = 0; i < n_images && !found; i++) {
             const struct colocache_images *one = nth_images(images, i);
-            rc = cc_take_struct(&given, sizeof given, one, sizeof given, "images");
+            rc = cc_take_struct(&given, sizeof given, one, COLOCACHE_IMAGES_LEAST, "images");
             if (rc)
                 return rc;
             if (given.name && strncmp(given.name, cc->region.table[b].name, COLOCACHE_NAME_BYTES) == 0)
@@ -131,6 +139,24 @@ static int no_restart(struct colocache *cc, const struct cc_record *record, stru
     return rc;
 }
 
+/* forget_private -- bounded: where the VM is mapped already (firmware, a test), what it has written is of no epoch */
+static int forget_private(struct colocache *cc)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
+        rc = colocache_private_forget(cc->blocks[i].guest.vm_addr, cc->blocks[i].len_bytes);
+    return rc;
+}
+
+static int restart_bounded(const struct cc_record *record, struct colocache_recovery *report)
+{
+    report->action = COLOCACHE_RECOVERED_RESTART;
+    snprintf(report->sentence, sizeof report->sentence,
+             "epoch %llu is committed and guest RAM is exactly that: restarted from epoch %llu%s", (unsigned long long)record->epoch,
+             (unsigned long long)record->epoch, report->receiving_epoch > record->epoch ? "; what had come since is sent again" : "");
+    return 0;
+}
+
 /* recover -- by the table above */
 static int recover(struct colocache *cc, struct colocache_recovery *report)
 {
@@ -140,10 +166,17 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
         return rc;
     report->receiving_epoch = cc_observe(&cc->region.control->receiving);
     report->epoch = record.epoch;
+    if (cc->bounded) {
+        int forgotten = forget_private(cc);
+        if (forgotten)
+            return forgotten;
+    }
     if (rc == 0) {
         start_again(cc);
         report->action = COLOCACHE_RECOVERED_NOTHING;
         snprintf(report->sentence, sizeof report->sentence, "no epoch was sealed yet: the initial copy starts again");
+        if (cc->bounded)
+            cc_epoch_empty_cache(cc);
         return 0;
     }
     const struct cc_strategy *strategy = cc_strategy_find(record.strategy);
@@ -151,6 +184,9 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
         return cc_fail(COLOCACHE_E_STRATEGY,
                        "epoch %llu was sealed for flush strategy %u, which this build does not have: attach with the "
                        "build that sealed it",
+                       (unsigned long long)record.epoch, record.strategy);
+    if (strategy->bounded != cc->bounded)
+        return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu was sealed for flush strategy %u, which is not for this region's memory mode",
                        (unsigned long long)record.epoch, record.strategy);
     if (report->receiving_epoch < record.epoch)
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed but only epoch %llu was ever received", (unsigned long long)record.epoch,
@@ -167,10 +203,16 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     CC_CRASH_POINT("attach: all is verified");
     if (!record.committed)
         rc = replay(cc, strategy, &record, report);
+    else if (cc->bounded)
+        rc = restart_bounded(&record, report);
     else if (report->receiving_epoch == record.epoch)
         rc = restart(cc, &record, report);
     else
         return no_restart(cc, &record, report);
+    if (rc == 0 && cc->bounded) {
+        cc_flush_set_forget(cc);
+        cc_epoch_empty_cache(cc);
+    }
     if (rc == 0)
         cc_epoch_recovered(cc);
     return rc;

@@ -15,7 +15,7 @@ int cc_sparse_allocate(struct cc_block *block, uint64_t first_pfn, uint64_t n_pa
         uint64_t bit = 1ull << (pfn % 64);
         if (cc_observe(&block->allocated[pfn / 64]) & bit)
             continue;
-        for (int i = 0; i < 2; i++) {
+        for (int i = 0; i < (block->staged ? 1 : 2); i++) { /* a staged page gets its memory with its bytes */
             const struct cc_image *image = i ? &block->cache : &block->guest;
             uint64_t begin = (pfn << block->page_shift) / image->granule * image->granule;
             uint64_t bytes = block->page_size > image->granule ? block->page_size : image->granule;
@@ -63,5 +63,16 @@ bool cc_sparse_next_data(const struct cc_block *block, uint64_t from, uint64_t *
     }
     *first = start;
     *n_bytes = end - start < window ? end - start : window;
+    return true;
+}
+
+bool cc_sparse_next_staged(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes)
+{
+    uint64_t start = from < block->len_bytes ? next_data(&block->cache, from, block->len_bytes) : block->len_bytes;
+    if (start >= block->len_bytes)
+        return false;
+    uint64_t end = next_hole(&block->cache, start, block->len_bytes);
+    *first = start - start % block->page_size;
+    *n_bytes = (end + block->page_size - 1) / block->page_size * block->page_size - *first;
     return true;
 }

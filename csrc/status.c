@@ -10,6 +10,7 @@
 #include "error.h"
 #include "inspect.h"
 #include "pool.h"
+#include "staging.h"
 #include "version.h"
 
 int colocache_get_status(struct colocache *cc, struct colocache_status *out)
@@ -28,6 +29,9 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     status.open_epoch = cc_observe(&cc->epoch.open);
     status.n_threads = cc_pool_size(cc->pool);
     status.copy_variant = (uint32_t)cc->copy.variant;
+    rc = cc_staging_bytes(cc, &status.staged_bytes);
+    if (rc)
+        return rc;
     return cc_give_struct(out, &status, sizeof status, "status");
 }
 

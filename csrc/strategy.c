@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* strategy.c -- the strategies there are, each in a file of its own.  The first is the one that new epochs are sealed with. */
+/* strategy.c -- the strategies there are, each in a file of its own.  The first of a memory mode is the one that its new epochs are sealed with. */
 #include "strategy.h"
 
-#define STRATEGIES(each) each(cc_flush_copy)
+#define STRATEGIES(each) each(cc_flush_copy) each(cc_flush_staged)
 
 #define DECLARE(name) extern const struct cc_strategy name;
 STRATEGIES(DECLARE)
@@ -19,7 +19,11 @@ const struct cc_strategy *cc_strategy_find(uint32_t number)
     return NULL;
 }
 
-const struct cc_strategy *cc_strategy_default(void)
+const struct cc_strategy *cc_strategy_default(bool bounded)
 {
-    return strategies[0];
+    for (unsigned i = 0; i < sizeof strategies / sizeof *strategies; i++) {
+        if (strategies[i]->bounded == bounded)
+            return strategies[i];
+    }
+    return NULL;
 }

@@ -16,6 +16,7 @@
 
 struct cc_strategy {
     uint32_t number;                                                         /* in commit records; never given to another strategy */
+    bool bounded;                                                            /* the memory mode it is for */
     int (*begin)(struct colocache *cc, struct colocache_flush_result *out);  /* 0, or an error and begin may be called again */
     int (*finish)(struct colocache *cc, struct colocache_flush_result *out); /* adds to *out */
     int (*replay)(struct colocache *cc, struct colocache_flush_result *out);
@@ -23,6 +24,6 @@ struct cc_strategy {
 
 /* The one whose number a record has; NULL: this build has none. */
 const struct cc_strategy *cc_strategy_find(uint32_t number);
-const struct cc_strategy *cc_strategy_default(void);
+const struct cc_strategy *cc_strategy_default(bool bounded);
 
 #endif

@@ -98,6 +98,17 @@ static int same_page(const struct cc_block *block, uint64_t pfn)
     return 1;
 }
 
+/* check_no_svm_bits -- bounded: what the VM writes is private, so its bitmap stays empty */
+static int check_no_svm_bits(const struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM]))
+            return cc_fail(COLOCACHE_E_CORRUPT, "block %s has pages in the SVM bitmap, which bounded memory does not use",
+                           cc->blocks[i].name);
+    }
+    return 0;
+}
+
 /* compare_pages -- a page that nobody wrote since the last seal is the same in guest RAM and cache; a page that is sealed
  * and not flushed yet may differ */
 static int compare_pages(struct colocache *cc)
@@ -142,6 +153,8 @@ int colocache_validate(struct colocache *cc, int with_pages)
         rc = cc_validate_bitmaps(cc, true);
     if (rc == 0)
         rc = validate_record(cc);
+    if (rc == 0 && cc->bounded)
+        return check_no_svm_bits(cc); /* there is no second copy of a page to compare it with */
     if (rc == 0 && with_pages)
         rc = compare_pages(cc);
     return rc;

@@ -55,15 +55,18 @@ def summed(results: list[dict[str, int]]) -> dict[str, int]:
     return {key: sum(result[key] for result in results) for key in results[0]}
 
 
-def test_no_death_at_any_point_leaves_a_mix_or_no_state(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    crash = str(programs / "crash")
-    total = summed(run_together([crash, "--cases", "0:2"], [crash, "--cases", "1:2"]))
+@pytest.mark.parametrize("memory", ["mirror", "bounded"])
+def test_no_death_at_any_point_leaves_a_mix_or_no_state(
+    programs: Path, memory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crash = [str(programs / "crash"), "--memory", memory]
+    total = summed(run_together([*crash, "--cases", "0:2"], [*crash, "--cases", "1:2"]))
     assert total["cases"] == 256
     assert total["kills"] == total["points"] > 256 * 100
     assert total["attach_kills"] > 256 * 4 * 10
     with capsys.disabled():
         print(
-            f"\ncrash points: {total['cases']} pairs of bitmaps, {total['kills']} deaths (each at a point of its own), "
+            f"\ncrash points, {memory}: {total['cases']} pairs of bitmaps, {total['kills']} deaths (each at a point of its own), "
             f"{total['attach_kills']} deaths inside attach, {total['recoveries']} recoveries compared with the model"
         )
 
@@ -90,7 +93,7 @@ def test_damage_is_refused_and_nothing_is_written(programs: Path, capsys: pytest
 
 def test_deaths_and_recoveries_are_clean_under_sanitizers(sanitized: Path, capsys: pytest.CaptureFixture[str]) -> None:
     crash = ["setarch", "-R", str(sanitized / "crash")]
-    total = summed(run_together([*crash, "--cases", "9:256"], [*crash, "--cases", "214:256"]))
+    total = summed(run_together([*crash, "--cases", "9:256"], [*crash, "--memory", "bounded", "--cases", "214:256"]))
     assert total["cases"] == 2
     with capsys.disabled():
         print(f"\nunder address and undefined-behaviour sanitizers: {total['kills'] + total['attach_kills']} deaths")

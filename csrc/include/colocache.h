@@ -9,9 +9,9 @@
  * Then every page that either machine wrote is copied from the cache over guest RAM: the flush.
  * After a crash between the two the next process that attaches repeats the flush.
  *
- * Contents: the life of a secondary, the life of a primary, memory you bring, what you must hold
- * still, KVM, threads, processes and signals, errors, ownership, structs and versions, limits,
- * after a death, the promise.
+ * Contents: the life of a secondary, the life of a primary, memory you bring, bounded memory, what
+ * you must hold still, KVM, threads, processes and signals, errors, ownership, structs and
+ * versions, limits, after a death, the promise.
  * A whole VMM that uses all this in 400 lines is tests/c/vmm_secondary.c; csrc/README.md tells how
  * the inside works.
  *
@@ -92,6 +92,39 @@
  *  you give guest_addr, your own MAP_SHARED mapping of guest_fd at guest_offset (checked when the
  *  block is added, by the kernel's list of mappings; the library writes through one of its own).
  *  A block by address alone (both descriptors -1) can be private memory; it dies with the process.
+ *
+ * ---- Bounded memory ----
+ *
+ *  With options.memory_mode BOUNDED a secondary needs one image and a little, not two.
+ *   - The guest image is the newest committed epoch, whole.  The VM maps it MAP_PRIVATE: its first
+ *     write to a page makes a copy of its own, and the image stays what it is.  The library makes
+ *     that mapping (colocache_get_block tells where) and another one for itself; or you give
+ *     guest_addr, your own MAP_PRIVATE mapping of guest_fd (what kind it is, the kernel is asked,
+ *     it is never tried with a store); or the VM is another process that maps the file by itself.
+ *   - The cache holds only the pages of the open epoch.  Give an empty file of full size
+ *     (ftruncate, no posix_fallocate) on 4 KiB pages, and no other block's guest RAM in it: memory
+ *     comes with the pages and goes when their epoch is committed or given up; colocache_add_block
+ *     gives back what was allocated.  status.staged_bytes is what it takes now.
+ *   - There is no dirty log of the SVM.  What it wrote is its private pages, which colocache_flush
+ *     forgets in the library's or your mapping; a VM in another process calls
+ *     colocache_private_forget itself, or its process ends, after the flush and before the next
+ *     device state is loaded.  colocache_mark_dirty and the sync calls check their arguments and
+ *     do nothing, the SVM bitmap stays empty.  The vCPUs stand from before the seal until after
+ *     colocache_loaded, as ever.
+ *   - The initial copy goes straight to guest RAM: no private mapping of it may have been written
+ *     before the first colocache_loaded.
+ *   - After a death every attach finds guest RAM exactly the newest sealed epoch: RESTART (or
+ *     REPLAYED), never NO_RESTART. What had come of a newer epoch is thrown away; the primary
+ *     sends it again (colocache_sender_resend).  So is what had come of an epoch that is aborted,
+ *     or that a failing seal gave up.
+ *   - A machine without room for a further page: the receiving call says COLOCACHE_E_NO_MEMORY;
+ *     abort the epoch.
+ *   - How much memory the secondary takes beside the one image: status.staged_bytes,
+ *     colocache_private_bytes of the VM's mappings, the control region.  Near a limit ask for a
+ *     checkpoint: both go down to nothing with it.
+ *   - Refused: hugetlb (a private copy is a whole huge page), blocks by address, SHARED_ELSEWHERE.
+ *     Nobody may punch holes into the guest image (a balloon, free page reporting): that changes
+ *     the image under a private mapping too.
  *
  * ---- What you must hold still, and when ----
  *
@@ -302,8 +335,9 @@ enum colocache_error {
     COLOCACHE_E_LOG_LOST = -20026,     /* a dirty log is lost: call colocache_dirty_log_lost (on
                                           a primary colocache_sender_mark_all) */
     COLOCACHE_E_ORDER = -20027,        /* a call that the object's state does not allow now */
-    COLOCACHE_E_STRATEGY = -20028      /* attach: sealed for a flush strategy that this build
+    COLOCACHE_E_STRATEGY = -20028,     /* attach: sealed for a flush strategy that this build
                                           does not have; nothing was changed */
+    COLOCACHE_E_MEMORY_MODE = -20029   /* attach: the region was made with the other memory mode */
 };
 
 enum colocache_copy {                  /* how pages are copied; AUTO picks the best the CPU has */
@@ -378,7 +412,13 @@ struct colocache_options {
                                           second open() of it, for reading and writing, that nobody
                                           else has: its lock is held until the handle is closed.
                                           Close yours after the call */
-    uint32_t reserved;                 /* 0 */
+    uint32_t memory_mode;              /* enum colocache_memory_mode; at attach the region's */
+};
+
+enum colocache_memory_mode {           /* see "Bounded memory" above */
+    COLOCACHE_MEMORY_MIRROR = 0,       /* the VM runs on guest RAM itself; two whole images */
+    COLOCACHE_MEMORY_BOUNDED = 1       /* the VM runs on a private mapping of it; the cache holds
+                                          the open epoch only */
 };
 
 struct colocache_images {
@@ -397,6 +437,14 @@ struct colocache_images {
     void *guest_addr;                  /* where the VMM maps guest RAM already, or NULL: the
                                           library maps it */
     void *cache_addr;                  /* only for a block by address alone */
+    uint32_t flags;                    /* enum colocache_images_flags, ORed */
+    uint32_t reserved;                 /* 0 */
+};
+
+enum colocache_images_flags {
+    /* Another process or a device maps this guest RAM too (vhost-user, VFIO, anything with DMA):
+     * bounded memory refuses it, as such writes would not be private. */
+    COLOCACHE_IMAGES_SHARED_ELSEWHERE = 1
 };
 
 struct colocache_recovery {            /* what attach found and did */
@@ -476,6 +524,10 @@ struct colocache_status {
     uint32_t reserved;
     uint64_t open_epoch;               /* the epoch that is arriving now, 0 = none (inspect: 0);
                                           what colocache_abort gives up */
+    uint64_t staged_bytes;             /* bounded: memory that the caches take now, as their file
+                                          system counts it (inspect: 0) */
+    uint32_t memory_mode;              /* enum colocache_memory_mode */
+    uint32_t reserved2;
 };
 
 struct colocache_block_info {
@@ -673,11 +725,11 @@ int colocache_source_close(struct colocache_source *source);
 
 /* ---- private memory of a mapping ------------------------------------------------------------- */
 
-/* A MAP_PRIVATE mapping of guest RAM shows the file until it is written; a page's first write
- * makes a private copy.  How many bytes of [addr, addr+len_bytes) are such copies, in memory or
- * swapped, as the kernel counts them (PAGEMAP_SCAN, or /proc/PID/pagemap before Linux 6.7).  pid
- * 0 is this process; another one takes the permission to trace it.  Page aligned.  Any thread; a
- * snapshot, if somebody writes meanwhile. */
+/* A MAP_PRIVATE mapping of guest RAM shows the file until it is written; a page's first write makes
+ * a private copy.  How many bytes of [addr, addr+len_bytes) are such copies, in memory or swapped,
+ * as the kernel counts them (PAGEMAP_SCAN, or /proc/PID/pagemap before Linux 6.7).  pid 0 is this
+ * process; another one takes the permission to trace it.  Page aligned.  Any thread; a snapshot,
+ * if somebody writes meanwhile. */
 int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint64_t *n_bytes_out);
 /* Drop them, in this process: every page of the range shows the file again.  Whoever uses the
  * mapping stands still meanwhile.  Memory that is locked (mlock) can't be forgotten: -EINVAL,
@@ -711,9 +763,10 @@ struct colocache_flush_result {
     uint64_t struct_size;
     uint64_t epoch;
     uint64_t n_pages, n_runs, n_bytes;
-    uint64_t copy_ns, commit_ns;
+    uint64_t copy_ns, commit_ns;       /* copy_ns includes forget_ns */
     uint32_t n_threads;
     uint32_t reserved;
+    uint64_t forget_ns;                /* bounded: dropping the VM's private pages */
 };
 
 /* The commit point.  vCPUs stopped, log synced, all pages and the device state of args->epoch
@@ -742,10 +795,15 @@ int colocache_loaded(struct colocache *cc, int ok);
  * is copied).  *n_pages_out pages.  E_ORDER once anything is sealed. */
 int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
 
-/* Give up the open epoch.  Its number is not used again; bits and cache stay.  Waits for
- * receives under way.  Returns 0, or 1 if failover was asked for at the same moment: this
- * machine takes over now.  E_EPOCH if it is not the open one, E_SEALED if too late.  Any thread;
- * shut down the sockets of receives that wait for a peer first. */
+/* Bounded: give back the memory of the pages that were staged for an epoch which is committed or
+ * given up.  Call it when the VM runs again; else it is done before the first page of the next
+ * epoch is let in.  Any thread.  0, -errno. */
+int colocache_free_staged(struct colocache *cc);
+
+/* Give up the open epoch.  Its number is not used again; bits and cache stay (in bounded memory
+ * both are dropped).  Waits for receives under way.  Returns 0, or 1 if failover was asked for at
+ * the same moment: this machine takes over now.  E_EPOCH if it is not the open one, E_SEALED if
+ * too late.  Any thread; shut down the sockets of receives that wait for a peer first. */
 int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason);
 
 /* May this machine take over?  0: now, from its live state; the handle takes no more epochs.  1:

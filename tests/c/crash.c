@@ -3,7 +3,7 @@
  * crash.c -- die everywhere: for each of 256 pairs of bitmaps a child is killed at each crash point of a history, then a fresh
  * process attaches and everything is compared with the model; attach itself is killed at each of its points in turn.
  *
- *     crash [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]
+ *     crash [--memory mirror|bounded] [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]
  *
  * Prints one line of JSON; exit 0 if the promise held everywhere, 1 with the first breach on stderr.
  */
@@ -73,7 +73,7 @@ static void kill_attach(const struct history *history, const struct model *model
         totals.attach_kills += (unsigned)killed;
         struct model after = *model;
         model_attach_death(&after, history, memory.progress);
-        bool restarting = after.sealed && after.committed == after.sealed && after.receiving == after.sealed;
+        bool restarting = !bounded && after.sealed && after.committed == after.sealed && after.receiving == after.sealed;
         if (!restarting && !check_dead(&memory, &after)) /* a restart copies over whatever the dead one left */
             breach(history, "guest RAM after a killed attach", point, at);
         if (killed && depth > 1) {
@@ -170,7 +170,9 @@ int main(int argc, char **argv)
     struct plan plan = {0, 1, 64, 16, 32};
     for (int i = 1; i < argc; i++) {
         bool ok = false;
-        if (strcmp(argv[i], "--cases") == 0 && i + 1 < argc)
+        if (strcmp(argv[i], "--memory") == 0 && i + 1 < argc)
+            ok = (bounded = strcmp(argv[++i], "bounded") == 0) || strcmp(argv[i], "mirror") == 0;
+        else if (strcmp(argv[i], "--cases") == 0 && i + 1 < argc)
             ok = sscanf(argv[++i], "%u:%u", &plan.first, &plan.step) == 2 && plan.step > 0;
         else if (strcmp(argv[i], "--attach-every") == 0 && i + 1 < argc)
             ok = (plan.attach_every = (unsigned)atoi(argv[++i])) > 0;
@@ -179,7 +181,9 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--double-every") == 0 && i + 1 < argc)
             ok = (plan.double_every = (unsigned)atoi(argv[++i])) > 0;
         if (!ok) {
-            fprintf(stderr, "usage: crash [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]\n");
+            fprintf(
+                stderr,
+                "usage: crash [--memory mirror|bounded] [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]\n");
             return 2;
         }
     }

@@ -80,6 +80,17 @@ static bool receive(struct colocache *cc, unsigned epoch, unsigned page, uint64_
               tag ? colocache_receive_page(cc, epoch, block, pfn, content, PAGE) : colocache_receive_zero(cc, epoch, block, pfn, 1), 0);
 }
 
+static bool vm_sees(struct colocache *cc, const uint64_t tags[PAGES])
+{
+    for (unsigned page = 0; page < PAGES; page++) {
+        if (!page_is(vm_page(cc, page), tags[page])) {
+            complain("the VM sees another page %u than is in guest RAM: %s", page, name_page(vm_page(cc, page)));
+            return false;
+        }
+    }
+    return true;
+}
+
 /* go_on -- a further epoch: the PVM sends only what the secondary can't have (all of it before the first seal); the SVM, if
  * it runs, has written too.  Afterwards the secondary is whole. */
 static bool go_on(const struct memory *memory, struct colocache *cc, const struct history *history, const struct model *model,
@@ -95,7 +106,7 @@ static bool go_on(const struct memory *memory, struct colocache *cc, const struc
     }
     for (unsigned page = 0; svm_runs && page < PAGES; page++) {
         if (svm_writes >> page & 1) {
-            fill_page(memory_page(memory, page), tag_of(epoch, 4, page));
+            fill_page(vm_page(cc, page), tag_of(epoch, 4, page));
             colocache_mark_dirty(cc, page >= PAGES_0, page < PAGES_0 ? page : page - PAGES_0, 1);
         }
     }
@@ -114,11 +125,14 @@ static bool go_on(const struct memory *memory, struct colocache *cc, const struc
         ((unsigned char *)state)[i] = state_byte(epoch, i);
     struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = epoch, .n_pages = n};
     struct colocache_status status = {.struct_size = sizeof status};
-    return is("seal of the next epoch", colocache_seal(cc, &args, NULL), 0) &&
-           is("flush of the next epoch", colocache_flush(cc, NULL), 0) && guest_is(memory, now, now, "after the next epoch") &&
-           state_is(cc, epoch, len) && is("loaded", colocache_loaded(cc, 1), 0) && is("validate", colocache_validate(cc, 1), 0) &&
-           is("get_status", colocache_get_status(cc, &status), 0) && is("committed epoch", (long long)status.committed_epoch, epoch) &&
-           is("phase", status.phase, COLOCACHE_PHASE_LIVE);
+    bool ok = is("seal of the next epoch", colocache_seal(cc, &args, NULL), 0) &&
+              is("flush of the next epoch", colocache_flush(cc, NULL), 0) && guest_is(memory, now, now, "after the next epoch") &&
+              vm_sees(cc, now) && state_is(cc, epoch, len) && is("loaded", colocache_loaded(cc, 1), 0) &&
+              is("validate", colocache_validate(cc, 1), 0) && is("get_status", colocache_get_status(cc, &status), 0) &&
+              is("committed epoch", (long long)status.committed_epoch, epoch) && is("phase", status.phase, COLOCACHE_PHASE_LIVE);
+    if (ok && bounded)
+        ok = is("free_staged", colocache_free_staged(cc), 0) && is("nothing staged", cache_is_empty(memory), 1);
+    return ok;
 }
 
 /* begin_again -- no region to attach to: it is emptied and made anew, and the initial copy runs */
@@ -126,7 +140,7 @@ static bool begin_again(const struct memory *memory, const struct history *histo
 {
     struct colocache *cc;
     struct colocache_images images[2];
-    struct colocache_options options = {.struct_size = sizeof options, .n_threads = 1, .device_state_max_bytes = STATE_MAX};
+    const struct colocache_options options = memory_options();
     if (refused != COLOCACHE_E_BLOCK && (model->created || refused != COLOCACHE_E_NOT_COLOCACHE)) {
         complain("attach to a half-made region gave %d (%s)", refused, colocache_last_error());
         return false;
@@ -151,7 +165,7 @@ static bool check_report(const struct model *model, const struct colocache_recov
     if (!is("epoch of the recovery", (long long)report->epoch, whole ? model->sealed : 0) ||
         !is("newest epoch in the cache", (long long)report->receiving_epoch, model->receiving))
         return false;
-    uint64_t pages = action == COLOCACHE_RECOVERED_RESTART    ? PAGES
+    uint64_t pages = action == COLOCACHE_RECOVERED_RESTART    ? (bounded ? 0 : PAGES)
                      : action == COLOCACHE_RECOVERED_REPLAYED ? (uint64_t)__builtin_popcount(model->flush_bits)
                                                               : 0;
     return is("pages copied by attach", (long long)report->n_pages, (long long)pages) &&
@@ -161,10 +175,10 @@ static bool check_report(const struct model *model, const struct colocache_recov
 static bool check_attached(const struct memory *memory, const struct history *history, const struct model *model,
                            const struct colocache_recovery *report, struct colocache *cc, const uint8_t before[PAGES][PAGE])
 {
-    uint32_t action = model->sealed == 0                  ? COLOCACHE_RECOVERED_NOTHING
-                      : model->committed != model->sealed ? COLOCACHE_RECOVERED_REPLAYED
-                      : model->receiving == model->sealed ? COLOCACHE_RECOVERED_RESTART
-                                                          : COLOCACHE_RECOVERED_NO_RESTART;
+    uint32_t action = model->sealed == 0                             ? COLOCACHE_RECOVERED_NOTHING
+                      : model->committed != model->sealed            ? COLOCACHE_RECOVERED_REPLAYED
+                      : model->receiving == model->sealed || bounded ? COLOCACHE_RECOVERED_RESTART
+                                                                     : COLOCACHE_RECOVERED_NO_RESTART;
     bool whole = action == COLOCACHE_RECOVERED_REPLAYED || action == COLOCACHE_RECOVERED_RESTART;
     if (!check_report(model, report, action))
         return false;
@@ -179,13 +193,18 @@ static bool check_attached(const struct memory *memory, const struct history *hi
     if (action != COLOCACHE_RECOVERED_NOTHING) {
         unsigned pvm = bits_of(cc, COLOCACHE_BITMAP_PVM), svm = bits_of(cc, COLOCACHE_BITMAP_SVM);
         unsigned must = whole ? model->svm_bits : ALL;
-        if (model->pvm_bits & ~pvm || must & ~svm) {
-            complain("attach lost bits: PVM %02x of %02x, SVM %02x of %02x", pvm, model->pvm_bits, svm, must);
+        bool lost = bounded ? pvm || svm : model->pvm_bits & ~pvm || must & ~svm; /* bounded: a bit left would be a page of zeros */
+        if (lost) {
+            complain("attach left wrong bits: PVM %02x of %02x, SVM %02x of %02x", pvm, model->pvm_bits, svm, must);
             return false;
         }
         if (!state_is(cc, model->sealed, history->state_len[model->sealed]))
             return false;
     }
+    if (bounded && !is("the cache takes no memory after attach", cache_is_empty(memory), 1))
+        return false;
+    if (bounded && whole && !vm_sees(cc, history->pvm_at[model->sealed]))
+        return false;
     uint64_t epoch = 0;
     if (!whole && !is("failover without a state", colocache_failover(cc, &epoch), COLOCACHE_E_NO_STATE))
         return false;

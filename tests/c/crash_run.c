@@ -12,6 +12,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -34,11 +35,11 @@ static uint64_t block_bytes(unsigned block)
     return (block ? PAGES_1 : PAGES_0) * (uint64_t)PAGE;
 }
 
-static int image(const char *name, uint64_t bytes, uint8_t **at)
+static int image(const char *name, uint64_t bytes, bool reserve, uint8_t **at)
 {
     int fd = memfd_create(name, MFD_CLOEXEC);
     must(fd >= 0 && ftruncate(fd, (off_t)bytes) == 0, "memfd_create");
-    must(posix_fallocate(fd, 0, (off_t)bytes) == 0, "posix_fallocate");
+    must(!reserve || posix_fallocate(fd, 0, (off_t)bytes) == 0, "posix_fallocate");
     void *map = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     must(map != MAP_FAILED, "mmap");
     *at = map;
@@ -49,8 +50,8 @@ void memory_make(struct memory *memory)
 {
     mallopt(M_MMAP_THRESHOLD, 128 << 10); /* fixed: else the second handle's table is cleared by hand and copied at each fork */
     for (unsigned block = 0; block < 2; block++) {
-        memory->guest[block] = image("guest", block_bytes(block), &memory->guest_at[block]);
-        memory->cache[block] = image("cache", block_bytes(block), &memory->cache_at[block]);
+        memory->guest[block] = image("guest", block_bytes(block), true, &memory->guest_at[block]);
+        memory->cache[block] = image("cache", block_bytes(block), !bounded, &memory->cache_at[block]);
     }
     memory->control = memfd_create("control", MFD_CLOEXEC);
     must(memory->control >= 0, "memfd_create");
@@ -67,7 +68,11 @@ void memory_reset(struct memory *memory)
 {
     for (unsigned block = 0; block < 2; block++) {
         memset(memory->guest_at[block], 0, block_bytes(block));
-        memset(memory->cache_at[block], 0, block_bytes(block));
+        if (bounded)
+            must(fallocate(memory->cache[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)block_bytes(block)) == 0,
+                 "fallocate");
+        else
+            memset(memory->cache_at[block], 0, block_bytes(block));
     }
     must(ftruncate(memory->control, 0) == 0, "ftruncate");
     memset(memory->progress, 0, sizeof *memory->progress);
@@ -76,6 +81,20 @@ void memory_reset(struct memory *memory)
 uint8_t *memory_page(const struct memory *memory, unsigned page)
 {
     return page < PAGES_0 ? memory->guest_at[0] + page * PAGE : memory->guest_at[1] + (page - PAGES_0) * PAGE;
+}
+
+uint8_t *vm_page(struct colocache *cc, unsigned page)
+{
+    struct colocache_block_info info;
+    must(colocache_get_block(cc, page >= PAGES_0, &info) == 0, "get_block");
+    return (uint8_t *)info.guest_addr + (page < PAGES_0 ? page : page - PAGES_0) * PAGE;
+}
+
+bool cache_is_empty(const struct memory *memory)
+{
+    struct stat st[2];
+    must(fstat(memory->cache[0], &st[0]) == 0 && fstat(memory->cache[1], &st[1]) == 0, "fstat");
+    return st[0].st_blocks == 0 && st[1].st_blocks == 0;
 }
 
 void memory_images(const struct memory *memory, struct colocache_images images[2])
@@ -110,6 +129,20 @@ static void move(void *picture, void *live, uint64_t bytes, bool back)
     memcpy(back ? live : picture, back ? picture : live, bytes);
 }
 
+/* move_staged -- a sparse cache by its descriptors: reading a hole through a mapping would fill it */
+static void move_staged(struct picture *picture, const struct memory *memory, bool back)
+{
+    for (unsigned page = 0; page < PAGES; page++) {
+        const int fd = memory->cache[page >= PAGES_0];
+        const off_t at = (page < PAGES_0 ? page : page - PAGES_0) * (off_t)PAGE;
+        uint8_t *bytes = picture->cache + page * PAGE;
+        if (!back)
+            picture->staged[page] = lseek(fd, at, SEEK_DATA) == at;
+        must(!back || fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, PAGE) == 0, "fallocate");
+        must(!picture->staged[page] || (back ? pwrite(fd, bytes, PAGE, at) : pread(fd, bytes, PAGE, at)) == PAGE, "a staged page");
+    }
+}
+
 void picture_move(struct picture *picture, const struct memory *memory, bool back)
 {
     if (back)
@@ -119,8 +152,12 @@ void picture_move(struct picture *picture, const struct memory *memory, bool bac
     move(picture->control, memory->control_at, picture->control_bytes, back);
     move(picture->guest, memory->guest_at[0], PAGES_0 * PAGE, back);
     move(picture->guest + PAGES_0 * PAGE, memory->guest_at[1], PAGES_1 * PAGE, back);
-    move(picture->cache, memory->cache_at[0], PAGES_0 * PAGE, back);
-    move(picture->cache + PAGES_0 * PAGE, memory->cache_at[1], PAGES_1 * PAGE, back);
+    if (bounded) {
+        move_staged(picture, memory, back);
+    } else {
+        move(picture->cache, memory->cache_at[0], PAGES_0 * PAGE, back);
+        move(picture->cache + PAGES_0 * PAGE, memory->cache_at[1], PAGES_1 * PAGE, back);
+    }
     move(&picture->progress, memory->progress, sizeof picture->progress, back);
 }
 
@@ -144,11 +181,18 @@ int in_child(void (*work)(void *context), void *context, uint64_t crash_at)
     return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : -1;
 }
 
-static const struct colocache_options options = {.struct_size = sizeof options, .n_threads = 1, .device_state_max_bytes = STATE_MAX};
+struct colocache_options memory_options(void)
+{
+    return (struct colocache_options){.struct_size = sizeof(struct colocache_options),
+                                      .n_threads = 1,
+                                      .device_state_max_bytes = STATE_MAX,
+                                      .memory_mode = bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR};
+}
 
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out)
 {
     struct colocache_images images[2];
+    const struct colocache_options options = memory_options();
     memory_images(memory, images);
     return colocache_attach(memory->control, &options, images, 2, report, out);
 }
@@ -198,13 +242,13 @@ static unsigned pfn_of(unsigned page)
 }
 
 /* guest_write -- what a vCPU does: bytes, half a page at a time; its dirty log is kept until SYNC */
-static void guest_write(const struct memory *memory, unsigned page, uint64_t tag)
+static void guest_write(struct colocache *cc, unsigned page, uint64_t tag)
 {
     uint8_t content[PAGE];
     fill_page(content, tag);
-    memcpy(memory_page(memory, page), content, PAGE / 2);
+    memcpy(vm_page(cc, page), content, PAGE / 2);
     CC_CRASH_POINT("guest: half a write");
-    memcpy(memory_page(memory, page), content, PAGE);
+    memcpy(vm_page(cc, page), content, PAGE);
     CC_CRASH_POINT("guest: a write");
 }
 
@@ -298,9 +342,11 @@ void run_step(const struct memory *memory, const struct history *history, const 
     uint8_t content[PAGE];
     struct colocache_images images[2];
     switch (step->kind) {
-    case CREATE:
+    case CREATE: {
+        const struct colocache_options options = memory_options();
         expect(memory, step, colocache_create(memory->control, &options, cc), 0);
         break;
+    }
     case ADD_BLOCK:
         memory_images(memory, images);
         expect(memory, step, colocache_add_block(*cc, &images[step->page], NULL), 0);
@@ -321,7 +367,7 @@ void run_step(const struct memory *memory, const struct history *history, const 
         expect(memory, step, colocache_preflush(*cc, NULL), 0);
         break;
     case WRITE:
-        guest_write(memory, step->page, step->tag);
+        guest_write(*cc, step->page, step->tag);
         break;
     case SYNC: {
         const uint64_t words[2] = {step->page & (ALL >> PAGES_1), step->page >> PAGES_0};
@@ -341,6 +387,10 @@ void run_step(const struct memory *memory, const struct history *history, const 
         break;
     case FLUSH:
         expect(memory, step, colocache_flush(*cc, NULL), 0);
+        for (unsigned page = 0; page < PAGES; page++) {
+            if (!page_is(vm_page(*cc, page), history->pvm_at[step->epoch][page]))
+                give_up(memory, "after the flush of epoch %u the VM sees another page %u", step->epoch, page);
+        }
         break;
     case LOADED:
         expect(memory, step, colocache_loaded(*cc, 1), 0);

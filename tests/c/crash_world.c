@@ -5,6 +5,8 @@
 #include <stdio.h>
 #include <string.h>
 
+bool bounded;
+
 /* ---- contents ------------------------------------------------------------------------------------------------ */
 
 uint64_t tag_of(unsigned epoch, unsigned writer, unsigned page)
@@ -177,6 +179,10 @@ void make_history(struct history *history, unsigned pvm, unsigned svm)
         if (pvm >> page & 1)
             add(history, (struct step){RECEIVE, 3, page, history->pvm_at[3][page], 0});
     }
+    if (pvm & 2) { /* it came, and then it came as zeros */
+        history->pvm_at[3][1] = 0;
+        add(history, (struct step){ZERO, 3, 1, 0, 0});
+    }
     add_state(history, 3, STATE_MAX);
     add(history, (struct step){SYNC, 3, svm, 0, 0});
     add_commit(history, 3, (pvm + svm) % (PAGES + 1));
@@ -191,6 +197,8 @@ void make_history(struct history *history, unsigned pvm, unsigned svm)
 
     begin_epoch(history, 5);
     pvm_writes(history, 5, pvm2 & ~2u);
+    if (pvm2 & 8)
+        history->pvm_at[5][3] = 0; /* zeros in a stream */
     add_each(history, WRITE, 5, svm2 & 6, 2);
     add(history, (struct step){STREAM, 5, pvm2, 0, 0});
     add_state(history, 5, 4097);
@@ -233,6 +241,14 @@ static void is_committed(struct model *model, const struct history *history)
     guest_is(model, history->pvm_at[model->sealed]);
 }
 
+/* is_received -- whole pages of an epoch */
+static void is_received(struct model *model, unsigned epoch, unsigned pages)
+{
+    model->receiving = epoch;
+    if (!bounded || model->sealed) /* else they went straight to guest RAM */
+        model->pvm_bits |= pages;
+}
+
 void model_step(struct model *model, const struct history *history, const struct step *step)
 {
     switch (step->kind) {
@@ -244,27 +260,28 @@ void model_step(struct model *model, const struct history *history, const struct
         break;
     case RECEIVE:
     case ZERO:
-        model->receiving = step->epoch;
-        model->pvm_bits |= 1u << step->page;
+        is_received(model, step->epoch, 1u << step->page);
         break;
     case STREAM:
+        if (step->page)
+            is_received(model, step->epoch, step->page);
+        break;
     case TORN:
-        if (step->page) {
-            model->receiving = step->epoch;
-            model->pvm_bits |= step->page;
-        }
+        if (step->page) /* a packet a block, the last of them torn; what is staged of that is no page */
+            is_received(model, step->epoch, !bounded ? step->page : step->page >> PAGES_0 ? step->page & (ALL >> PAGES_1) : 0);
         break;
     case PREFLUSH:
         model->pvm_bits = 0;
         break;
     case WRITE:
-        model->guest[step->page] = model->or_else[step->page] = step->tag;
+        if (!bounded)
+            model->guest[step->page] = model->or_else[step->page] = step->tag;
         break;
     case SYNC:
-        model->svm_bits |= step->page;
+        model->svm_bits |= bounded ? 0 : step->page;
         break;
     case LATE_MARK:
-        model->svm_bits |= 1u << step->page;
+        model->svm_bits |= bounded ? 0 : 1u << step->page;
         break;
     case STATE:
         model->receiving = step->epoch;
@@ -276,8 +293,11 @@ void model_step(struct model *model, const struct history *history, const struct
         is_committed(model, history);
         break;
     case VETO:
-    case LOADED:
     case ABORT:
+        if (bounded)
+            model->pvm_bits = 0;
+        break;
+    case LOADED:
     case END:
         break;
     }
@@ -291,7 +311,8 @@ void model_death(struct model *model, const struct history *history, const struc
         model->receiving = step->epoch;
     switch (step->kind) {
     case WRITE:
-        model->or_else[step->page] = step->tag;
+        if (!bounded)
+            model->or_else[step->page] = step->tag;
         break;
     case SEAL:
         if (progress->word_stored)
@@ -319,7 +340,7 @@ void model_attach_death(struct model *model, const struct history *history, cons
     bool replaying = model->committed != model->sealed;
     if (replaying && progress->word_stored) {
         is_committed(model, history);
-    } else if (replaying || model->receiving == model->sealed) {
+    } else if (replaying || (!bounded && model->receiving == model->sealed)) {
         for (unsigned page = 0; page < PAGES; page++) { /* a page torn before may stay so until it is copied */
             if (model->guest[page] == model->or_else[page])
                 model->or_else[page] = history->pvm_at[model->sealed][page];

@@ -7,6 +7,9 @@
  * its n-th crash point.  The *model* here runs the same steps on a few integers; it never looks at a bitmap, a record or a
  * cache of the library.  It learns two facts from the dead child: which step it was in, and whether one of the two words that
  * decide (commit word, receiving word) had been stored in that step.
+ *
+ * Both memory modes run the same histories.  With bounded memory guest RAM is what the VM's private writes never reach, the SVM has no
+ * bits, and pages of an epoch that is given up are gone.
  */
 #ifndef CRASH_WORLD_H
 #define CRASH_WORLD_H
@@ -56,6 +59,8 @@ struct step {
     uint64_t tag;  /* RECEIVE, WRITE */
     uint64_t len;  /* STATE */
 };
+
+extern bool bounded; /* the memory mode of this run */
 
 struct history {
     unsigned pvm, svm; /* the case: sets of pages */
@@ -110,6 +115,7 @@ struct memory {
 
 struct picture { /* all of it, as it was at one moment */
     uint8_t guest[PAGES * PAGE], cache[PAGES * PAGE];
+    bool staged[PAGES]; /* bounded: no hole in the cache, which must stay one */
     uint8_t *control;
     uint64_t control_bytes;
     struct progress progress;
@@ -121,9 +127,12 @@ void picture_move(struct picture *picture, const struct memory *memory, bool bac
 void picture_free(struct picture *picture);
 void memory_reset(struct memory *memory); /* as new: zeros, control region empty */
 void memory_images(const struct memory *memory, struct colocache_images images[2]);
+struct colocache_options memory_options(void);
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out);
 int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
-uint8_t *memory_page(const struct memory *memory, unsigned page);
+uint8_t *memory_page(const struct memory *memory, unsigned page); /* of guest RAM */
+uint8_t *vm_page(struct colocache *cc, unsigned page);            /* the same where the VM has it */
+bool cache_is_empty(const struct memory *memory);                 /* takes no memory */
 void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
               const struct model *before);
 void run_steps(const struct memory *memory, const struct history *history, bool check_bits);

@@ -21,14 +21,14 @@
 
 int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
 
-static bool give_up;
+static bool give_up, bounded;
 
 void breach(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
-    fprintf(stderr, "%s number %lu fails with %s, then %s: ", call_names[failure.call], failure.index, error_name(failure.error),
-            give_up ? "the process is gone" : "it goes on");
+    fprintf(stderr, "memory mode %s, %s number %lu fails with %s, then %s: ", bounded ? "bounded" : "mirror", call_names[failure.call],
+            failure.index, error_name(failure.error), give_up ? "the process is gone" : "it goes on");
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
@@ -60,7 +60,7 @@ static unsigned test_mappings(void)
 static void run(bool uffd)
 {
     static struct world world;
-    world = (struct world){.give_up = give_up, .uffd = uffd};
+    world = (struct world){.give_up = give_up, .bounded = bounded, .uffd = uffd};
     memset(call_counts, 0, sizeof call_counts);
     call_moves = 0;
     failure_happened = false;
@@ -84,27 +84,20 @@ static void run(bool uffd)
         breach("memory is left");
 }
 
-int main(int argc, char **argv)
+/* fail_each -- every call of a history of this memory mode; how often each was called is added to `counts` */
+static unsigned long long fail_each(bool uffd, const char *only, unsigned long long counts[N_CALLS])
 {
-    unsigned long long calls = 0, runs = 0;
-    struct colocache_source *probe = NULL;
-    static uint8_t page[4096] __attribute__((aligned(4096)));
-    struct colocache_uffd_range range = {.n_pages = 1, .addr = page};
-    bool uffd = colocache_source_uffd(&range, 1, &probe) == 0;
-    colocache_source_close(probe);
-
-    unsigned long counts[N_CALLS];
+    unsigned long long runs = 0;
+    unsigned long mine[N_CALLS];
+    failure = (struct failure){0};
+    give_up = false;
     run(uffd);
-    memcpy(counts, call_counts, sizeof counts);
+    memcpy(mine, call_counts, sizeof mine);
     for (unsigned call = 0; call < N_CALLS; call++) {
-        if (!counts[call] && !(call == SYSCALL && !uffd)) {
-            fprintf(stderr, "the history never calls %s\n", call_names[call]);
-            return 1;
-        }
-        calls += counts[call];
-        if (argc > 1 && strcmp(argv[1], call_names[call]) != 0)
+        counts[call] += mine[call];
+        if (only && strcmp(only, call_names[call]) != 0)
             continue;
-        for (unsigned long index = 1; index <= counts[call]; index++) {
+        for (unsigned long index = 1; index <= mine[call]; index++) {
             for (const int *error = errors_of((enum call)call); *error; error++) {
                 for (int way = 0; way < 2; way++) {
                     failure = (struct failure){(enum call)call, index, *error};
@@ -114,6 +107,28 @@ int main(int argc, char **argv)
                 }
             }
         }
+    }
+    return runs;
+}
+
+int main(int argc, char **argv)
+{
+    unsigned long long counts[N_CALLS] = {0}, calls = 0, runs = 0;
+    struct colocache_source *probe = NULL;
+    static uint8_t page[4096] __attribute__((aligned(4096)));
+    struct colocache_uffd_range range = {.n_pages = 1, .addr = page};
+    bool uffd = colocache_source_uffd(&range, 1, &probe) == 0;
+    colocache_source_close(probe);
+    for (int mode = 0; mode < 2; mode++) {
+        bounded = mode;
+        runs += fail_each(uffd, argc > 1 ? argv[1] : NULL, counts);
+    }
+    for (unsigned call = 0; call < N_CALLS; call++) {
+        if (!counts[call] && !(call == SYSCALL && !uffd)) {
+            fprintf(stderr, "the histories never call %s\n", call_names[call]);
+            return 1;
+        }
+        calls += counts[call];
     }
     printf("{\"functions\": %d, \"calls\": %llu, \"failures\": %llu, \"uffd\": %s}\n", N_CALLS, calls, runs, uffd ? "true" : "false");
     return 0;

@@ -30,12 +30,12 @@ const char *const call_names[N_CALLS] = {
     "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",  "fcntl",   "fstat",
     "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",  "ioctl",   "pthread_create",
     "calloc",  "posix_memalign", "fopen",     "pread",           "lseek", "syscall", "sched_getaffinity",
-    "madvise"};
+    "madvise", "fallocate",      "pwrite"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
-bool failure_happened, counting;
-static bool owner_unnamed, counted_otherwise;
+bool failure_happened, counting, attaching;
+static bool owner_unnamed, counted_otherwise, punched_later;
 uint64_t kvm_log_words;
 struct kvm_ring_entry kvm_ring[256];
 
@@ -62,6 +62,8 @@ static const int errors[N_CALLS][8] = {
     [SYSCALL] = {ENOSYS, EPERM, EMFILE},
     [SCHED_GETAFFINITY] = {EINVAL, EPERM},
     [MADVISE] = {EAGAIN, EINVAL, ENOMEM},
+    [FALLOCATE] = {EINTR, EIO, ENOSPC},
+    [PWRITE] = {EINTR, EIO, ENOSPC, SHORT},
 };
 
 const int *errors_of(enum call call)
@@ -72,7 +74,9 @@ const int *errors_of(enum call call)
 bool is_absorbed(enum call call, int error)
 {
     if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || (call == PREAD && owner_unnamed))
-        return true;                                           /* nothing to undo; other entropy; one thread; all counts as data */
+        return true;                        /* nothing to undo; other entropy; one thread; all counts as data */
+    if (call == FALLOCATE && punched_later) /* attach leaves it to the next epoch */
+        return true;
     if (call == IOCTL && error == ENOTTY && counted_otherwise) /* private pages, on a kernel without PAGEMAP_SCAN */
         return true;
     return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG || call == MADVISE));
@@ -129,6 +133,26 @@ ssize_t __wrap_pread(int fd, void *buffer, size_t n, off_t offset)
         return __real_pread(fd, buffer, n, offset);
     owner_unnamed = n == sizeof(int64_t);
     return -1;
+}
+
+int __real_fallocate(int fd, int mode, off_t offset, off_t n);
+int __wrap_fallocate(int fd, int mode, off_t offset, off_t n);
+int __wrap_fallocate(int fd, int mode, off_t offset, off_t n)
+{
+    if (!happens(FALLOCATE))
+        return __real_fallocate(fd, mode, offset, n);
+    punched_later = attaching;
+    return -1;
+}
+
+/* a short write is no error */
+ssize_t __real_pwrite(int fd, const void *buffer, size_t n, off_t offset);
+ssize_t __wrap_pwrite(int fd, const void *buffer, size_t n, off_t offset);
+ssize_t __wrap_pwrite(int fd, const void *buffer, size_t n, off_t offset)
+{
+    if (!happens(PWRITE))
+        return __real_pwrite(fd, buffer, n, offset);
+    return failure.error == SHORT ? __real_pwrite(fd, buffer, n / 2, offset) : -1;
 }
 
 /* munmap fails for want of a map entry; what was mapped stays: nothing the library could do, so the test takes it back */

@@ -29,6 +29,8 @@ enum call {
     SYSCALL,
     SCHED_GETAFFINITY,
     MADVISE,
+    FALLOCATE,
+    PWRITE,
     N_CALLS
 };
 
@@ -46,7 +48,8 @@ extern unsigned long call_counts[N_CALLS];
 extern unsigned call_moves;    /* of bytes over a socket: every fifth would block once, so that poll is called */
 extern struct failure failure; /* the one to happen */
 extern bool failure_happened;
-extern bool counting; /* only calls made inside the library count */
+extern bool attaching; /* inside an attach */
+extern bool counting;  /* only calls made inside the library count */
 
 const int *errors_of(enum call call);        /* plausible ones, ended by 0 */
 bool is_absorbed(enum call call, int error); /* the library goes on without an error */

@@ -65,13 +65,13 @@ void world_open(struct world *world)
     for (int block = 0; block < 2; block++) {
         uint64_t bytes = n_pages[block] * PAGE;
         world->guest[block] = image(bytes, block == 0);
-        world->cache[block] = image(bytes, block == 0);
+        world->cache[block] = image(bytes, block == 0 && !world->bounded);
         world->ram[block] = aligned_alloc(PAGE, bytes);
         world->sealed_ram[block] = aligned_alloc(PAGE, bytes);
         must(world->ram[block] && world->sealed_ram[block], "malloc");
         memset(world->ram[block], 0, bytes);
     }
-    world->given = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, world->guest[0], 0);
+    world->given = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, world->bounded ? MAP_PRIVATE : MAP_SHARED, world->guest[0], 0);
     must(world->given != MAP_FAILED, "mmap");
     world->control = image(0, false);
     world->vm = eventfd(0, EFD_CLOEXEC);
@@ -81,6 +81,7 @@ void world_open(struct world *world)
 
 static void drop_handles(struct world *world)
 {
+    attaching = false;
     for (int i = 0; i < SOURCES; i++) {
         (void)INSIDE(colocache_source_close(world->sources[i]));
         world->sources[i] = NULL;
@@ -118,9 +119,13 @@ static void images_of(const struct world *world, struct colocache_images images[
     images[0].guest_addr = world->given;
 }
 
-static const struct colocache_options two_threads = {
-    .struct_size = sizeof two_threads, .n_threads = 2, .device_state_max_bytes = STATE_MAX};
-static const struct colocache_options any_threads = {.struct_size = sizeof any_threads, .device_state_max_bytes = STATE_MAX};
+static struct colocache_options with_threads(const struct world *world, uint32_t n_threads)
+{
+    return (struct colocache_options){.struct_size = sizeof(struct colocache_options),
+                                      .n_threads = n_threads,
+                                      .device_state_max_bytes = STATE_MAX,
+                                      .memory_mode = world->bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR};
+}
 
 static void find_guest(struct world *world)
 {
@@ -138,6 +143,8 @@ static int open_logs(struct world *world)
     struct colocache_kvm_slot slots[2] = {{.slot = 1, .block = 1, .first_pfn = 0, .n_pages = 4},
                                           {.slot = 2, .block = 1, .first_pfn = 4, .n_pages = 4}};
     struct colocache_kvm_ring ring = {.vcpu_fd = -1, .addr = kvm_ring};
+    if (world->bounded)
+        return 0; /* nobody asks what the VM wrote */
     world->ring_next = 0;
     memset(kvm_ring, 0, 256 * sizeof kvm_ring[0]);
     if (world->uffd)
@@ -150,6 +157,7 @@ static int open_logs(struct world *world)
 static int start(struct world *world)
 {
     struct colocache_images images[2];
+    const struct colocache_options two_threads = with_threads(world, 2);
     images_of(world, images);
     STEP("create", colocache_create(world->control, &two_threads, &world->cc));
     for (world->n_blocks = 0; world->n_blocks < 2; world->n_blocks++)
@@ -297,6 +305,7 @@ static int flush_epoch(struct world *world)
     check_whole(world, "after the flush");
     STEP("loaded", colocache_loaded(world->cc, 1));
     world->committed = world->sealed;
+    STEP("free_staged", colocache_free_staged(world->cc));
     STEP("validate", colocache_validate(world->cc, 1));
     return 0;
 }
@@ -312,10 +321,13 @@ static int whole_epoch(struct world *world, bool svm_runs)
 static int attach_again(struct world *world, uint32_t action)
 {
     struct colocache_images images[2];
+    const struct colocache_options any_threads = with_threads(world, 0);
     struct colocache_recovery report;
     images_of(world, images);
     drop_handles(world);
+    attaching = true;
     STEP("attach", colocache_attach(world->control, &any_threads, images, 2, &report, &world->cc));
+    attaching = false;
     if (report.action != action)
         breach("attach says %s, expected action %u", report.sentence, action);
     find_guest(world);
@@ -353,6 +365,7 @@ static int private_pages(struct world *world)
 int world_history(struct world *world)
 {
     struct colocache_images images[2];
+    const struct colocache_options any_threads = with_threads(world, 0);
     struct colocache_status status = {.struct_size = sizeof status};
     struct colocache *second;
     uint64_t epoch;
@@ -376,10 +389,11 @@ int world_history(struct world *world)
     memset(world->ram[1] + 7 * PAGE, (int)world->epoch, PAGE);
     must(colocache_sender_mark_dirty(world->sender, 1, 7, 1) == 0, "sender_mark_dirty");
     STEP("receive_page", colocache_receive_page(world->cc, world->epoch, 1, 7, world->ram[1] + 7 * PAGE, PAGE));
-    if (attach_again(world, COLOCACHE_RECOVERED_NO_RESTART) != 0)
+    if (attach_again(world, world->bounded ? COLOCACHE_RECOVERED_RESTART : COLOCACHE_RECOVERED_NO_RESTART) != 0)
         return -1;
     STEP("receive_zero", colocache_receive_zero(world->cc, world->epoch + 1, 1, 6, 1));
     memset(world->ram[1] + 6 * PAGE, 0, PAGE);
+    must(colocache_sender_mark_dirty(world->sender, 1, 6, 1) == 0, "sender_mark_dirty"); /* if its epoch is given up */
     if (whole_epoch(world, false) != 0)
         return -1;
     STEP("inspect", colocache_inspect(world->control, &status, NULL, NULL));
@@ -401,10 +415,10 @@ void world_recover(struct world *world)
         must(ftruncate(world->control, 0) == 0, "ftruncate");
         must(start(world) == 0, "start");
     } else {
-        uint32_t action = world->sealed == 0                        ? COLOCACHE_RECOVERED_NOTHING
-                          : world->committed != world->sealed       ? COLOCACHE_RECOVERED_REPLAYED
-                          : status.receiving_epoch == world->sealed ? COLOCACHE_RECOVERED_RESTART
-                                                                    : COLOCACHE_RECOVERED_NO_RESTART;
+        uint32_t action = world->sealed == 0                                          ? COLOCACHE_RECOVERED_NOTHING
+                          : world->committed != world->sealed                         ? COLOCACHE_RECOVERED_REPLAYED
+                          : status.receiving_epoch == world->sealed || world->bounded ? COLOCACHE_RECOVERED_RESTART
+                                                                                      : COLOCACHE_RECOVERED_NO_RESTART;
         must(attach_again(world, action) == 0, "attach");
         must(colocache_sender_create(&world->sender) == 0, "sender_create"); /* the peer's memory lives on; it sends all of it */
         must(colocache_sender_add_block(world->sender, "dense", world->ram[0], DENSE * PAGE, PAGE, NULL) == 0, "add_block");

@@ -12,6 +12,7 @@ enum { PAGE = 4096, DENSE = 5, SPARSE = 8, SOURCES = 3, STATE_MAX = 5000 };
 
 struct world {
     bool give_up; /* after a failure stop, as if the process had died; else go on */
+    bool bounded; /* memory mode */
     bool uffd;    /* this kernel has the log */
     int control, guest[2], cache[2], vm;
     uint8_t *ram[2];        /* the PVM's memory */

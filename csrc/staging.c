@@ -1,0 +1,148 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* staging.c -- the sparse cache of a bounded region.  What holds is in staging.h. */
+#include "internal.h"
+#include "staging.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "bitmap.h"
+#include "error.h"
+#include "fault.h"
+#include "sparse.h"
+
+int cc_staging_open(struct cc_block *block)
+{
+    const uint64_t n_words = cc_words_for(block->n_pages);
+    block->staged = calloc(1, sizeof *block->staged);
+    block->staged_words = calloc(n_words + cc_words_for(n_words), 8);
+    if (!block->staged || !block->staged_words)
+        return cc_fail(-ENOMEM, "no memory for the bitmap of staged pages of block %s", block->name);
+    cc_bitmap_init(block->staged, block->staged_words, block->staged_words + n_words, block->n_pages);
+    return 0;
+}
+
+void cc_staging_close(struct cc_block *block)
+{
+    free(block->staged);
+    free(block->staged_words);
+}
+
+int cc_staging_no_room(const struct cc_block *block)
+{
+    return cc_fail(COLOCACHE_E_NO_MEMORY,
+                   "there is no room for a further page of block %s in its cache: abort the epoch, and enlarge the file "
+                   "system that the cache is in, or free some of it",
+                   block->name);
+}
+
+void cc_staging_expect(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    cc_bitmap_set(block->staged, first_pfn, n_pages);
+}
+
+int cc_staging_write(struct cc_block *block, uint64_t pfn, const void *data)
+{
+    const uint8_t *from = data;
+    uint64_t left = block->page_size;
+    off_t at = (off_t)(block->cache.offset + (pfn << block->page_shift));
+    cc_staging_expect(block, pfn, 1);
+    while (left) {
+        ssize_t n = pwrite(block->cache.fd, from, left, at);
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return errno == ENOSPC || errno == ENOMEM ? cc_staging_no_room(block) : cc_fail_errno("writing a page into the cache");
+        from += n;
+        at += n;
+        left -= (uint64_t)n;
+    }
+    return 0;
+}
+
+static int punch(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    int rc;
+    do {
+        rc = fallocate(block->cache.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                       (off_t)(block->cache.offset + (first_pfn << block->page_shift)), (off_t)(n_pages << block->page_shift));
+    } while (rc != 0 && errno == EINTR);
+    return rc == 0 ? 0 : cc_fail_errno("punching a hole into the cache");
+}
+
+int cc_staging_zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    const uint64_t end = first_pfn + n_pages;
+    for (uint64_t at = first_pfn, n; at < end; at += n) {
+        n = 64 - at % 64 < end - at ? 64 - at % 64 : end - at;
+        uint64_t *word = &block->staged->words[at / 64], mine = cc_word_mask(at % 64, n);
+        if (!(cc_observe(word) & mine))
+            continue; /* holes already */
+        CC_CRASH_POINT("receive: before the hole");
+        int rc = punch(block, at, n);
+        if (rc)
+            return rc;
+        CC_CRASH_POINT("receive: the hole is there");
+        cc_drop_bits(word, mine);
+    }
+    return 0;
+}
+
+void cc_staging_find(struct cc_block *block)
+{
+    uint64_t at = 0, first, n_bytes;
+    cc_bitmap_clear_all(block->staged);
+    while (cc_sparse_next_staged(block, at, &first, &n_bytes)) {
+        cc_bitmap_set(block->staged, first >> block->page_shift, n_bytes >> block->page_shift);
+        at = first + n_bytes;
+    }
+}
+
+int cc_staging_empty_one(struct cc_block *block)
+{
+    CC_CRASH_POINT("staging: before a cache is emptied");
+    int rc = punch(block, 0, block->n_pages);
+    if (rc)
+        return rc;
+    CC_CRASH_POINT("staging: a cache is empty");
+    cc_bitmap_clear_all(block->staged);
+    return 0;
+}
+
+int cc_staging_empty(struct colocache *cc)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
+        rc = cc_staging_empty_one(&cc->blocks[i]);
+    return rc;
+}
+
+/* counted_before -- several blocks may have their caches in one file */
+static bool counted_before(const struct colocache *cc, uint32_t index)
+{
+    const struct cc_image_identity *one = &cc->region.table[index].cache;
+    for (uint32_t i = 0; i < index; i++) {
+        const struct cc_image_identity *other = &cc->region.table[i].cache;
+        if (other->device == one->device && other->inode == one->inode)
+            return true;
+    }
+    return false;
+}
+
+int cc_staging_bytes(const struct colocache *cc, uint64_t *n_bytes_out)
+{
+    uint64_t n_bytes = 0;
+    for (uint32_t i = 0; cc->bounded && i < cc->n_blocks; i++) {
+        struct stat st;
+        if (counted_before(cc, i))
+            continue;
+        if (fstat(cc->blocks[i].cache.fd, &st) != 0)
+            return cc_fail_errno("looking at a cache");
+        n_bytes += (uint64_t)st.st_blocks * 512;
+    }
+    *n_bytes_out = n_bytes;
+    return 0;
+}
