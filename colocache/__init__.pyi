@@ -27,6 +27,7 @@ from colocache.errors import LayoutError as LayoutError
 from colocache.errors import LengthError as LengthError
 from colocache.errors import LoadFailedError as LoadFailedError
 from colocache.errors import LogLostError as LogLostError
+from colocache.errors import MemoryModeError as MemoryModeError
 from colocache.errors import MemoryShortError as MemoryShortError
 from colocache.errors import NoMemoryError as NoMemoryError
 from colocache.errors import NoStateError as NoStateError

@@ -205,6 +205,12 @@ class StrategyError(ColocacheError):
     hint = "attach with the build that sealed it"
 
 
+class MemoryModeError(ColocacheError):
+    """The region was made with the other memory mode (mirror, bounded)."""
+
+    code = -20029
+
+
 class ClosedError(ColocacheError, ValueError):
     """The object was closed, or belongs to the process this one was forked from."""
 

@@ -231,6 +231,7 @@ static void zeros_and_bytes_of_one_page_in_any_order(void)
     CHECK_RC(0, colocache_receive_zero(cc, 2, 0, 9, 3));
     receive(2, 11, 6);
     CHECK_EQ(3, checkpoint(2));
+    CHECK_EQ(1, staged()); /* no hole was filled by reading it */
     holds(9, 0);
     holds(10, 0);
     holds(11, 6);

@@ -187,7 +187,7 @@ static void damaged_heads_are_refused_and_nothing_is_touched(void)
     const struct damage damages[] = {
         {"magic", AT(magic), 0x1234, COLOCACHE_E_NOT_COLOCACHE},
         {"no magic", AT(magic), 0, COLOCACHE_E_NOT_COLOCACHE},
-        {"version", AT(layout_version), 2, COLOCACHE_E_LAYOUT},
+        {"version", AT(layout_version), CC_LAYOUT_VERSION + 1, COLOCACHE_E_LAYOUT},
         {"stamp", AT(stamp), 1, COLOCACHE_E_LAYOUT},
         {"too many blocks", AT(n_blocks), 257, COLOCACHE_E_CORRUPT},
         {"area of no whole page", AT(device_area_bytes), 12289, COLOCACHE_E_CORRUPT},

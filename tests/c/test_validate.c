@@ -137,9 +137,9 @@ static void reserved_and_impossible_heads_are_found(void)
         finds("reserved", COLOCACHE_E_CORRUPT);
         *words[i] = 0;
     }
-    rig.control->memory_mode = 1;
-    finds("reserved", COLOCACHE_E_CORRUPT);
-    rig.control->memory_mode = 0;
+    rig.control->memory_mode ^= 1;
+    finds("memory mode", COLOCACHE_E_CORRUPT);
+    rig.control->memory_mode ^= 1;
     uint64_t receiving = rig.control->receiving;
     rig.control->receiving = 0;
     finds("receiving behind the record", COLOCACHE_E_CORRUPT);
@@ -306,9 +306,9 @@ static void inspect_still_tells_damage(void)
 {
     struct colocache_status status = {.struct_size = sizeof status};
     begin();
-    rig.control->memory_mode = 1;
+    rig.control->memory_mode ^= 1;
     CHECK_RC(COLOCACHE_E_CORRUPT, colocache_inspect(rig.control_fd, &status, NULL, NULL));
-    rig.control->memory_mode = 0;
+    rig.control->memory_mode ^= 1;
     rig_close(&rig);
 }
 
