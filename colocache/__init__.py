@@ -18,8 +18,8 @@ _PUBLIC = {
     "dirty_log": "DirtyLog KvmDirtyLog KvmDirtyRing KvmRing KvmSlot ProcessDirtyLog UffdDirtyLog UffdRange",
     "errors": "ArgumentError BlockError BusyError ClosedError ColocacheError CorruptError EpochError ExistsError "
     "FailedOverError ForeignImageError IncompleteError LayoutError LengthError LoadFailedError "
-    "LogLostError MemoryModeError MemoryShortError NoMemoryError NoStateError NotColocacheError NotSealedError OrderError "
-    "PacketError PeerLostError RangeError SealedError StrategyError SystemCallError TailError "
+    "LogLostError MemoryModeError MemoryShortError NoMemoryError NoStateError NotColocacheError NotSealedError "
+    "OrderError PacketError PeerLostError RangeError SealedError StrategyError SystemCallError TailError "
     "TimedOutError TooLargeError UnsupportedError VetoError",
     "inspection": "inspect",
     "memory": "Memory",
