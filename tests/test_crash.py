@@ -67,7 +67,8 @@ def test_no_death_at_any_point_leaves_a_mix_or_no_state(
     with capsys.disabled():
         print(
             f"\ncrash points, {memory}: {total['cases']} pairs of bitmaps, {total['kills']} deaths (each at a point of "
-            f"its own), {total['attach_kills']} deaths inside attach, {total['recoveries']} recoveries compared with the model"
+            f"its own), {total['attach_kills']} deaths inside attach, {total['recoveries']} recoveries "
+            "compared with the model"
         )
 
 
