@@ -12,6 +12,7 @@ GUESTS = {
 GUEST_KINDS = ("auto", *GUESTS)
 
 BACKINGS = ("auto", "hugetlb", "thp", "shm")  # of an image; see backing.py
+MEMORY_MODES = ("mirror", "bounded")  # a secondary with two images, or one and the pages of the open epoch
 COPIES = ("auto", "libc", "avx2", "avx512", "neon")  # how the flush copies pages
 VERIFY = ("all", "last", "none")  # the checkpoints whose every page is compared with the primary's hash of it
 KILL_POINTS = ("running", "receiving", "sealed", "random")  # where the demo's primary dies

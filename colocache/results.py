@@ -8,7 +8,7 @@ from enum import IntEnum
 from typing import Any
 
 from colocache._native import ffi, lib
-from colocache.choices import COPIES
+from colocache.choices import COPIES, MEMORY_MODES
 
 
 class Phase(IntEnum):
@@ -78,6 +78,8 @@ class Status:
     n_threads: int
     copy: str
     open_epoch: int = 0
+    memory_mode: str = "mirror"
+    staged_bytes: int = 0  # bounded: memory that the caches take now; 0 from `inspect`
 
     @classmethod
     def of(cls, c: Any) -> Status:
@@ -100,12 +102,15 @@ class Status:
             n_threads=c.n_threads,
             copy={number: name for name, number in COPY_NAMES.items()}.get(c.copy_variant, "unknown"),
             open_epoch=c.open_epoch,
+            memory_mode=MEMORY_MODES[c.memory_mode],
+            staged_bytes=c.staged_bytes,
         )
 
     def __str__(self) -> str:
         return (
             f"{self.phase.name.lower()}: epoch {self.sealed_epoch} sealed, {self.committed_epoch} committed, "
             f"{self.receiving_epoch} receiving ({self.received_pages} pages), owner {self.owner_pid}"
+            + (", bounded memory" if self.memory_mode == "bounded" else "")
         )
 
 
@@ -220,6 +225,7 @@ class FlushResult:
     copy_ns: int
     commit_ns: int
     n_threads: int
+    forget_ns: int = 0  # bounded memory: dropping the VM's private pages
 
     @classmethod
     def of(cls, c: Any) -> FlushResult:

@@ -145,7 +145,7 @@ int colocache_flush(struct colocache *cc, struct colocache_flush_result *out)
     uint64_t t1 = cc_now_ns();
     cc_commit_flushed(cc->region.control, &record);
     cc_epoch_committed(cc);
-    result.copy_ns = t1 - t0;
+    result.copy_ns = t1 - t0 - result.forget_ns;
     result.commit_ns = cc_now_ns() - t1;
     cc_stats_flushed(cc, &result);
     return cc_give_struct(out, &result, sizeof result, "flush result");

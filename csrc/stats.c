@@ -34,8 +34,8 @@ void cc_stats_flushed(struct colocache *cc, const struct colocache_flush_result 
     struct cc_stats *stats = &cc->stats;
     cc_add(&stats->flushed_pages, result->n_pages);
     cc_add(&stats->flushed_bytes, result->n_bytes);
-    cc_add(&stats->flush_total_ns, result->copy_ns + result->commit_ns);
-    cc_poke(&stats->flush_ns, result->copy_ns + result->commit_ns);
+    cc_add(&stats->flush_total_ns, result->copy_ns + result->forget_ns + result->commit_ns);
+    cc_poke(&stats->flush_ns, result->copy_ns + result->forget_ns + result->commit_ns);
     cc_poke(&stats->flushed_at_ns, cc_now_ns());
 }
 

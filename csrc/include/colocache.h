@@ -197,8 +197,9 @@
  *  there: lock_fd then, and no guest_addr.  From then until close, these system calls and no
  *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
  *  state, sparse pages), lseek (sparse images), fstat and pread64 (validate), clock_gettime (where
- *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what the C
- *  library does to end a thread.  tests/c/test_jail.c runs under exactly this list.
+ *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what the
+ *  C library does to end a thread.  tests/c/test_jail.c runs under exactly this list.  Bounded
+ *  memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
  *
  * ---- Errors ----
  *
@@ -763,7 +764,7 @@ struct colocache_flush_result {
     uint64_t struct_size;
     uint64_t epoch;
     uint64_t n_pages, n_runs, n_bytes;
-    uint64_t copy_ns, commit_ns;       /* copy_ns includes forget_ns */
+    uint64_t copy_ns, commit_ns;       /* copy_ns without forget_ns */
     uint32_t n_threads;
     uint32_t reserved;
     uint64_t forget_ns;                /* bounded: dropping the VM's private pages */

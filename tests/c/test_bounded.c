@@ -149,6 +149,7 @@ static uint64_t checkpoint(uint64_t epoch)
     CHECK_EQ(sealed.flush_pages, flushed.n_pages);
     CHECK_EQ(sealed.flush_pages * PAGE, flushed.n_bytes);
     CHECK_EQ(0, sealed.svm_pages + sealed.both_pages);
+    CHECK(flushed.forget_ns > 0);
     CHECK_RC(0, colocache_validate(cc, 1));
     CHECK_RC(0, colocache_loaded(cc, 1));
     CHECK_EQ(0, private_pages());
