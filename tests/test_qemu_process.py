@@ -240,13 +240,13 @@ def preloaded(command: list[str], image: int, parent: int) -> subprocess.Complet
     """Run a program as QEMU is run, told that `parent` is its parent."""
     file = os.fstat(image)
     ours, theirs = socket.socketpair()
-    with ours, theirs:
+    with ours, theirs, process_module.PRELOAD.open("rb") as preload:  # by descriptor: its path may have spaces
         environment = {
             **os.environ,
-            "LD_PRELOAD": str(process_module.PRELOAD),
+            "LD_PRELOAD": f"/proc/self/fd/{preload.fileno()}",
             "COLOCACHE_QEMU": f"{theirs.fileno()} {parent} {file.st_dev} {file.st_ino}",
         }
-        fds = [image, theirs.fileno()]
+        fds = [image, theirs.fileno(), preload.fileno()]
         return subprocess.run(command, env=environment, pass_fds=fds, check=False, stdout=subprocess.PIPE, text=True)
 
 
