@@ -95,8 +95,12 @@ class Bench:
         check: Callable[[Pattern], object] | None = None,
         *,
         n_bytes: int | None = None,
+        part: str = "",
     ) -> None:
-        """`prepare` gives the arguments of `timed`; only that is timed. `check` sees each round's result."""
+        """`prepare` gives the arguments of `timed`; only that is timed. `check` sees each round's result.
+
+        `part`: what the group compares, if that is not the whole cell.
+        """
         rig, cell = self.rig, self.cell
         patterns: list[Pattern] = []
 
@@ -112,7 +116,8 @@ class Bench:
                 rig.cool()
             return arguments, {}
 
-        self.benchmark.group = f"{cell} on {rig.backing}, {rig.ram_bytes >> 20} MiB, threads {rig.pool.n_threads}"
+        title = f"{part}, {cell}" if part else str(cell)
+        self.benchmark.group = f"{title} on {rig.backing}, {rig.ram_bytes >> 20} MiB, threads {rig.pool.n_threads}"
         gc.collect()
         self.benchmark.pedantic(timed, setup=setup, rounds=self.rounds)
         finish()

@@ -179,6 +179,12 @@ def test_plots_are_drawn_as_png_and_svg(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "p").iterdir())
     assert names == [f"{name}.{kind}" for name in ("pause", "scaling", "throughput") for kind in ("png", "svg")]
     assert (tmp_path / "p" / "throughput.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("pause", "scaling", "throughput"):
+        text = (tmp_path / "p" / f"{name}.svg").read_text()
+        assert "16 MiB guest" in text, "text stays text, and says what the figures are of"
+        assert "3 rounds" in text
+        assert "thread" in text
+        assert "QEMU 10.2" in text
 
 
 def test_plots_without_matplotlib_say_what_to_install_before_anything_is_measured(tmp_path: Path) -> None:

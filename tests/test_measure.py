@@ -280,6 +280,28 @@ def test_fewer_than_three_rounds_give_neither_a_spread_nor_a_verdict() -> None:
     assert "Slower" not in said
 
 
+def test_a_cell_above_the_peak_is_drawn_as_an_error_and_run_lengths_keep_their_colours(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from colocache.measure import plots
+
+    rows = [
+        dataclasses.replace(row_of(sample(2000), sample(1000), sample(4000)), run_pages=float(run), case=case)
+        for run in (1, 64)
+        for case in ("flush", "pause")
+    ]
+    peaks = {("shm", 2): [1.0, 1.1, 1.2]}
+    texts = []
+    for number, bad in enumerate((None, "measuring error: 1.3 of the peak")):
+        folder = tmp_path / str(number)
+        result = Result(examine(), Plan(), rows=[*rows[:-1], dataclasses.replace(rows[-1], error=bad)], peaks=peaks)
+        plots.draw(result, folder)
+        texts.append([(folder / f"{name}.svg").read_text() for name in ("throughput", "pause")])
+    for text in texts[0] + texts[1]:
+        assert all(plots.LOOKS[run][0] in text for run in (1, 64))
+    assert ["measuring error" in text for text in texts[0]] == [False, False]
+    assert ["measuring error" in text for text in texts[1]] == [False, True]
+
+
 # ---- plans ----
 
 

@@ -12,6 +12,14 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
+from colocache.fitted_table import Column, fitted
+
+# Where the terminal is narrow, what can be told from the rest goes first.
+COLUMNS = (
+    Column("epoch"), Column("PVM\nonly"), Column("SVM\nonly"), Column("both", 4), Column("flushed", 2),
+    Column("MB", 5), Column("flush\nGB/s", 3), Column("SVM\npause ms"), Column("SVM\nstop ms", 1),
+    Column("PVM\npause ms"), Column("wrong"),
+)  # fmt: skip
 ROWS = 12  # newest checkpoints shown
 REFRESH_PER_SECOND = 8
 
@@ -62,31 +70,28 @@ class DemoTable:
         if self._live is not None:
             self._live.update(self._draw())
 
+    def _cells(self, row: dict[str, Any]) -> list[str]:
+        """The texts of one checkpoint, one per column."""
+        pause = self._primary_pause.get(row["epoch"])
+        return [
+            str(row["epoch"]),
+            f"{row['pvm_pages']:,}",
+            f"{row['svm_pages']:,}",
+            f"{row['both_pages']:,}",
+            f"{row['flushed_pages']:,}",
+            f"{row['bytes'] / 1e6:.1f}",
+            f"{row['flush_gb_per_s']:.1f}",
+            f"{row['pause_ms']:.2f}",
+            f"{row['stop_ms']:.2f}",
+            "?" if pause is None else f"{pause:.2f}",  # not told yet
+            (f"[red]{row['wrong_pages']}[/]" if row["wrong_pages"] else "0") if row["verified_pages"] else "–",
+        ]
+
     def _draw(self) -> Table:
         frame = Table.grid(padding=(0, 0))
-        table = Table(title=self._title, title_justify="left")
-        for column in (
-            "epoch", "PVM only", "SVM only", "both", "flushed", "MB", "flush GB/s", "SVM pause ms", "SVM stop ms",
-            "PVM pause ms", "wrong",
-        ):  # fmt: skip
-            table.add_column(column, justify="right")
-        for row in self._rows:
-            pause = self._primary_pause.get(row["epoch"])
-            table.add_row(
-                str(row["epoch"]),
-                f"{row['pvm_pages']:,}",
-                f"{row['svm_pages']:,}",
-                f"{row['both_pages']:,}",
-                f"{row['flushed_pages']:,}",
-                f"{row['bytes'] / 1e6:.1f}",
-                f"{row['flush_gb_per_s']:.1f}",
-                f"{row['pause_ms']:.2f}",
-                f"{row['stop_ms']:.2f}",
-                "…" if pause is None else f"{pause:.2f}",
-                (f"[red]{row['wrong_pages']}[/]" if row["wrong_pages"] else "0") if row["verified_pages"] else "–",
-            )
+        table = fitted(self._title, COLUMNS, [self._cells(row) for row in self._rows], self._console.width)
         frame.add_row(table)
-        frame.add_row(ProgressBar(total=max(1, self._wanted), completed=self._done, width=60))
+        frame.add_row(ProgressBar(total=max(1, self._wanted), completed=self._done, width=min(60, self._console.width)))
         for note in self._notes[-8:]:
             frame.add_row(note)
         return frame

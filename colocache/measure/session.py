@@ -104,9 +104,9 @@ def cells_for(plan: Plan, n_pages: int, n_threads: int, most: int) -> list[Cell]
     else:
         wanted = [Cell("flush", share, run) for share in shares for run in runs]
         some = (0.1,) if plan.quick else shares
-        wanted += [Cell("pause", share, 8) for share in shares]
+        wanted += [Cell("pause", share, run) for share in shares for run in runs]
         wanted += [Cell(case, share, 1) for case in ("union", "receive") for share in some]
-        wanted += [Cell(case, 1.0, max(RUNS)) for case in ("pause", "union", "receive") if 1.0 in some]
+        wanted += [Cell(case, 1.0, max(RUNS)) for case in ("union", "receive") if 1.0 in some]
         wanted += [Cell("checkpoint", share, 8) for share in some if share < 1]
     if n_threads == most or plan.full:
         wanted += [Cell("pause", PAUSE_BYTES / PAGE / n_pages, run) for run in (1, 8)]
