@@ -41,7 +41,12 @@ def open_shm(file: str, *, create: bool = False) -> int:
     """Descriptor of a POSIX shared-memory object, new and empty if `create`."""
     try:
         flags = posix_ipc.O_CREX if create else 0
-        return int(posix_ipc.SharedMemory(f"/{file}", flags, mode=0o600, size=0).fd)
+        fd = int(posix_ipc.SharedMemory(f"/{file}", flags, mode=0o600, size=0).fd)
+        if create:
+            os.fchmod(fd, 0o600)  # whatever the umask says: another process of this user opens it by name
+        return fd
+    except ValueError as error:  # what posix_ipc makes of a folder
+        raise SystemCallError(f"/{file} is no POSIX shared memory", errno=errno.EINVAL) from error
     except posix_ipc.ExistentialError as error:
         if create:
             raise ExistsError(f"POSIX shared memory /{file} exists already") from error
@@ -58,8 +63,11 @@ def open_file(folder: Path, file: str, *, create: bool = False) -> int:
     if folder == bk.SHM_DIR:
         return open_shm(file, create=create)
     try:
-        flags = os.O_RDWR | os.O_CLOEXEC | ((os.O_CREAT | os.O_EXCL) if create else 0)
-        return os.open(folder / file, flags, 0o600)
+        flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | ((os.O_CREAT | os.O_EXCL) if create else 0)
+        fd = os.open(folder / file, flags, 0o600)
+        if create:
+            os.fchmod(fd, 0o600)
+        return fd
     except FileExistsError as error:
         raise ExistsError(f"{folder / file} exists already") from error
     except OSError as error:

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import re
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def list_regions() -> list[RegionName]:
             if not match:
                 continue
             try:
-                held = path.stat().st_blocks * 512
+                held = path.lstat().st_blocks * 512
             except OSError:
                 continue  # removed while we looked
             found.setdefault(match["name"], []).append((match["part"] == "control", path, held))
@@ -99,8 +100,13 @@ def remove_region(name: str) -> RegionName:
 def _locked(name: str) -> Iterator[None]:
     """The locks of owner and holders, on an open file description of our own; none where there is no control object.
 
-    Images are made after the control object and removed before it, so images without one belong to nobody.
+    Images are made after the control object and removed before it, so images without one belong to nobody. The same
+    holds for what is no regular file: somebody planted it there.
     """
+    with contextlib.suppress(OSError):
+        if not stat.S_ISREG((bk.SHM_DIR / file_name(name, "control")).lstat().st_mode):
+            yield
+            return
     try:
         fd = open_shm(file_name(name, "control"))
     except NotColocacheError:

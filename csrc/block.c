@@ -85,13 +85,17 @@ static uint64_t bitmap_bytes_for(uint64_t n_pages)
     return CC_BITMAPS * (cc_round_to_page(n_words * 8) + cc_round_to_page(cc_words_for(n_words) * 8));
 }
 
+uint64_t cc_block_words_offset(uint64_t n_pages, uint32_t kind)
+{
+    return kind * cc_round_to_page(cc_words_for(n_pages) * 8);
+}
+
 void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages)
 {
-    uint64_t word_bytes = cc_round_to_page(cc_words_for(n_pages) * 8);
     uint64_t summary_bytes = cc_round_to_page(cc_words_for(cc_words_for(n_pages)) * 8);
-    uint8_t *words = map, *summaries = words + CC_BITMAPS * word_bytes;
+    uint8_t *words = map, *summaries = words + cc_block_words_offset(n_pages, CC_BITMAPS);
     for (uint32_t kind = 0; kind < CC_BITMAPS; kind++)
-        cc_bitmap_init(&bitmaps[kind], (uint64_t *)(void *)(words + kind * word_bytes),
+        cc_bitmap_init(&bitmaps[kind], (uint64_t *)(void *)(words + cc_block_words_offset(n_pages, kind)),
                        (uint64_t *)(void *)(summaries + kind * summary_bytes), n_pages);
 }
 
@@ -295,10 +299,16 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s: the %s image is not the one this control region was made with", entry->name,
                        same_guest ? "cache" : "guest RAM");
     rc = cc->bounded ? check_bounded(images, entry, guest_granule, cache_granule) : 0;
+    /* Nothing is touched through a mapping that has a hole: on a file system that is full meanwhile it is SIGBUS. */
+    if (rc == 0)
+        rc = cc_map_reserve(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, "the bitmaps in the control region");
+    if (rc == 0 && !entry->sparse)
+        rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
+    if (rc == 0 && !entry->sparse && !cc->bounded)
+        rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
     if (rc)
         return rc;
-    rc = build(cc, &cc->blocks[index], images, entry, guest_granule, cache_granule);
-    return rc;
+    return build(cc, &cc->blocks[index], images, entry, guest_granule, cache_granule);
 }
 
 int colocache_add_block(struct colocache *cc, const struct colocache_images *images, uint32_t *block_out)

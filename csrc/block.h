@@ -16,6 +16,8 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
 void cc_block_release(struct cc_block *block);
 /* Does a table entry make sense by itself and in a region of file_bytes?  0 or E_CORRUPT. */
 int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes);
+/* Where the words of one bitmap lie in a block's bitmaps of the region. */
+uint64_t cc_block_words_offset(uint64_t n_pages, uint32_t kind);
 void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages);
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out);          /* E_BLOCK */
 int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages); /* E_RANGE */

@@ -128,6 +128,21 @@ static int format(int fd, uint64_t device_max, bool bounded, uint64_t *head_byte
     return rc;
 }
 
+int cc_control_read(int fd, void *to, uint64_t n_bytes, uint64_t offset)
+{
+    for (uint64_t have = 0; have < n_bytes;) {
+        ssize_t n = pread(fd, (uint8_t *)to + have, n_bytes - have, (off_t)(offset + have));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return cc_fail_errno("reading the control region");
+        if (n == 0)
+            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region ends after %llu bytes", (unsigned long long)(offset + have));
+        have += (uint64_t)n;
+    }
+    return 0;
+}
+
 /* cc_control_check -- is this a region of ours that fits its file?  Reads only what `file_bytes` is long enough for. */
 int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
 {
@@ -193,17 +208,17 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
             return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region is empty: create it, there is nothing to attach to");
         if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
             return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
-        void *page = NULL;
-        rc = cc_map_file(region->fd, 0, CC_PAGE, false, &page);
-        if (rc)
-            return rc;
-        rc = cc_control_check(page, (uint64_t)st.st_size);
+        struct cc_control found;
+        rc = cc_control_read(region->fd, &found, sizeof found, 0);
         if (rc == 0)
-            rc = check_mode(page, bounded);
-        region->head_bytes = CC_DEVICES_OFFSET + 2 * ((struct cc_control *)page)->device_area_bytes;
-        cc_unmap(page, CC_PAGE);
+            rc = cc_control_check(&found, (uint64_t)st.st_size);
+        if (rc == 0)
+            rc = check_mode(&found, bounded);
+        if (rc == 0) /* a hole in it could be filled by nobody while the file system is full */
+            rc = cc_map_reserve(region->fd, 0, CC_DEVICES_OFFSET, "the control region");
         if (rc)
             return rc;
+        region->head_bytes = CC_DEVICES_OFFSET + 2 * found.device_area_bytes;
     }
     void *head = NULL;
     rc = cc_map_file(region->fd, 0, region->head_bytes, true, &head);

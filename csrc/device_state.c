@@ -18,8 +18,18 @@ uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
     return cc->region.devices + area * cc->region.control->device_area_bytes;
 }
 
+static uint64_t area_offset(struct colocache *cc, uint32_t area)
+{
+    return CC_DEVICES_OFFSET + area * cc->region.control->device_area_bytes;
+}
+
 int cc_device_state_check(struct colocache *cc, const struct cc_record *record)
 {
+    if (record->device_bytes) {
+        int rc = cc_map_reserve(cc->region.fd, area_offset(cc, record->device_area), record->device_bytes, "the device-state area");
+        if (rc)
+            return rc;
+    }
     uint64_t found = cc_checksum(cc_device_area(cc, record->device_area), record->device_bytes);
     if (found != record->device_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT, "device state of epoch %llu (%llu bytes) has checksum %016llx, its record says %016llx",
@@ -40,8 +50,7 @@ int colocache_device_state_begin(struct colocache *cc, uint64_t epoch, uint64_t 
     if (rc < 0)
         return rc;
     uint32_t area = rc == 0 ? 0 : 1 - current.device_area;
-    uint64_t offset = CC_DEVICES_OFFSET + area * cc->region.control->device_area_bytes;
-    rc = len_bytes ? cc_map_reserve(cc->region.fd, offset, len_bytes, "the device-state area") : 0;
+    rc = len_bytes ? cc_map_reserve(cc->region.fd, area_offset(cc, area), len_bytes, "the device-state area") : 0;
     CC_CRASH_POINT("device state: room is there");
     if (rc == 0)
         rc = cc_epoch_enter(cc, epoch);

@@ -1,16 +1,20 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* inspect.c -- looking at a region that somebody else owns: no lock, nothing written, nothing believed. */
+#define _GNU_SOURCE /* SEEK_DATA */
 #include "internal.h"
 
+#include <errno.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
+#include "bitmap.h"
 #include "block.h"
 #include "commit.h"
 #include "control.h"
 #include "error.h"
 #include "inspect.h"
-#include "map.h"
 #include "version.h"
 
 #define TRIES_MAX 1000 /* at a region that changes under our eyes */
@@ -33,6 +37,29 @@ int cc_inspect_head(const struct cc_control *control, struct colocache_status *o
     return 0;
 }
 
+/* count_bits -- of the words in [begin, end) of the file.  Holes are skipped: the file may be a stranger's, as long as it likes. */
+static int count_bits(int fd, uint64_t begin, uint64_t end, uint64_t *count)
+{
+    uint64_t words[512];
+    while (begin < end) {
+        off_t data = lseek(fd, (off_t)begin, SEEK_DATA);
+        if (data < 0 && errno == ENXIO) /* a hole up to the end */
+            return 0;
+        if (data >= 0 && (uint64_t)data > begin)
+            begin = (uint64_t)data / 8 * 8;
+        if (begin >= end)
+            return 0;
+        uint64_t n_bytes = end - begin < sizeof words ? end - begin : sizeof words;
+        int rc = cc_control_read(fd, words, n_bytes, begin);
+        if (rc)
+            return rc;
+        for (uint64_t w = 0; w < n_bytes / 8; w++)
+            *count += (uint64_t)__builtin_popcountll(words[w]);
+        begin += n_bytes;
+    }
+    return 0;
+}
+
 /* inspect_block -- counts straight from the words: the owner may be at work on the summaries, or dead in the middle of it */
 static int inspect_block(int fd, const struct cc_block_entry *entry, struct colocache_block_info *out)
 {
@@ -42,18 +69,13 @@ static int inspect_block(int fd, const struct cc_block_entry *entry, struct colo
     out->page_size = entry->page_size;
     out->sparse = entry->sparse;
     out->n_pages = entry->len_bytes / entry->page_size;
-    void *map;
-    int rc = cc_map_file(fd, entry->bitmap_offset, entry->bitmap_bytes, false, &map);
-    if (rc)
-        return rc;
-    struct cc_bitmap bitmaps[CC_BITMAPS];
-    cc_block_bind_bitmaps(bitmaps, map, out->n_pages);
     uint64_t *counts[CC_BITMAPS] = {&out->pvm_pages, &out->svm_pages, &out->flush_pages};
     for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
-        for (uint64_t w = 0; w < bitmaps[kind].n_words; w++)
-            *counts[kind] += (uint64_t)__builtin_popcountll(cc_peek(&bitmaps[kind].words[w]));
+        uint64_t begin = entry->bitmap_offset + cc_block_words_offset(out->n_pages, kind);
+        int rc = count_bits(fd, begin, begin + cc_words_for(out->n_pages) * 8, counts[kind]);
+        if (rc)
+            return rc;
     }
-    cc_unmap(map, entry->bitmap_bytes);
     return 0;
 }
 
@@ -81,15 +103,18 @@ struct changing {
     uint64_t file_bytes, n_blocks, bitmap_end, commit_word;
 };
 
-static int read_changing(int control_fd, const struct cc_control *control, struct changing *out)
+/* read_head -- a copy of the head and, if wanted, of the table behind it, and what of it may have changed a moment later */
+static int read_head(int control_fd, void *head, uint64_t n_bytes, struct changing *out)
 {
+    const struct cc_control *control = head;
     struct stat st;
+    int rc = cc_control_read(control_fd, head, n_bytes, 0);
+    if (rc)
+        return rc;
     memset(out, 0, sizeof *out); /* compared as bytes */
-    if (control) {
-        out->commit_word = cc_observe(&control->commit_word);
-        out->n_blocks = cc_observe(&control->n_blocks);
-        out->bitmap_end = cc_observe(&control->bitmap_end);
-    }
+    out->commit_word = control->commit_word;
+    out->n_blocks = control->n_blocks;
+    out->bitmap_end = control->bitmap_end;
     if (fstat(control_fd, &st) != 0) /* last: at least what the three need */
         return cc_fail_errno("fstat of the control region");
     out->file_bytes = (uint64_t)st.st_size;
@@ -118,30 +143,32 @@ int colocache_inspect(int control_fd, struct colocache_status *out, struct coloc
 {
     struct colocache_status status;
     struct changing before, after;
+    struct cc_control now;
+    struct stat st;
     if (!out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "out is NULL");
-    int rc = read_changing(control_fd, NULL, &before);
-    if (rc)
-        return rc;
-    if (before.file_bytes < CC_DEVICES_OFFSET)
-        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%llu bytes are too few for a control region", (unsigned long long)before.file_bytes);
-    void *control;
-    rc = cc_map_file(control_fd, 0, CC_DEVICES_OFFSET, false, &control);
-    if (rc)
-        return rc;
-    rc = read_changing(control_fd, control, &before);
+    if (fstat(control_fd, &st) != 0)
+        return cc_fail_errno("fstat of the control region");
+    if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
+        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%llu bytes are too few for a control region", (unsigned long long)st.st_size);
+    struct cc_control *control = calloc(1, CC_DEVICES_OFFSET);
+    if (!control)
+        return cc_fail(-ENOMEM, "no memory for a copy of the control region's head");
+    int rc = 0;
     for (int tries = 0; rc == 0; tries++) {
+        rc = read_head(control_fd, control, CC_DEVICES_OFFSET, &before);
+        if (rc)
+            break;
         int found = inspect_once(control_fd, control, before.file_bytes, &status, blocks, n_blocks ? *n_blocks : 0);
-        rc = read_changing(control_fd, control, &after);
+        rc = read_head(control_fd, &now, sizeof now, &after);
         /* What does not fit while an owner is at work is no damage: it is what changed under our eyes.  Damage stays. */
         bool moved = memcmp(&before, &after, sizeof before) != 0;
         if (rc == 0 && (found != COLOCACHE_E_CORRUPT || !moved || tries == TRIES_MAX)) {
             rc = found;
             break;
         }
-        before = after;
     }
-    cc_unmap(control, CC_DEVICES_OFFSET);
+    free(control);
     if (rc)
         return rc;
     if (n_blocks)
