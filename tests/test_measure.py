@@ -350,7 +350,7 @@ def test_a_quick_run_does_the_same_work_however_large_the_l3_is_and_says_why(
     small, large = (dataclasses.replace(examine(), l3_bytes=size << 20) for size in (32, 480))
     for host, reason in ((small, ""), (large, "the L3 has 480 MiB")):
         cooling = Cooling.of(Plan(quick=True), host)
-        assert cooling.ram_bytes == 128 << 20
+        assert cooling.ram_bytes == 64 << 20
         assert cooling.touch_bytes <= 256 << 20
         assert reason in cooling.reason
         assert bool(reason) == bool(cooling.reason)

@@ -130,7 +130,7 @@ class Rate(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     type=RamSize(),
     multiple=True,
     help="Size of guest RAM; may be given several times.",
-    show_default="256M, or four times the L3 caches; 128M with --quick",
+    show_default="256M, or four times the L3 caches; 64M with --quick",
 )
 @click.option(
     "--rounds",

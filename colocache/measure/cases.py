@@ -40,7 +40,7 @@ def peak(rig: Rig, pool: Pool | None = None) -> int:
     took = []
     for variant, side_by_side in peak_passes():
         if rig.by_lines:  # then the images may be smaller than the caches, and the pass before has filled these
-            rig.cool()
+            rig.cool_images()
         start = perf_counter_ns()
         pool.sequential(rig.guest_addr, rig.cache_addr, rig.ram_bytes, variant, side_by_side)
         took.append(perf_counter_ns() - start)

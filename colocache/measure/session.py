@@ -15,7 +15,7 @@ from colocache.measure.baseline import Eviction, can_evict
 from colocache.measure.cases import RECEIVE_BYTES, measure, peak
 from colocache.measure.cells import CASES, RUNS, SHARES, Cell, Sample, fits
 from colocache.measure.clock import MIN_ROUNDS, Spread
-from colocache.measure.host import TOUCH_MIN, Host
+from colocache.measure.host import Host
 from colocache.measure.huge import borrowed, command_for
 from colocache.measure.patterns import WORKLOADS
 from colocache.measure.rig import PAGE, Rig, WrongResultError
@@ -23,8 +23,9 @@ from colocache.measure.rows import Row
 
 RAM_MIN = 16 << 20
 QUICK_SECONDS = 22.0
-QUICK_RAM = 128 << 20
+QUICK_RAM = 64 << 20  # three rounds on two backings within the time
 QUICK_TOUCH = 256 << 20
+QUICK_LINES_TOUCH = 16 << 20  # for bitmaps, where the images are pushed out line by line
 PAUSE_BYTES = 100_000_000
 WARM_UP_PASSES = 3
 
@@ -104,7 +105,7 @@ def cells_for(plan: Plan, n_pages: int, n_threads: int, most: int) -> list[Cell]
     else:
         wanted = [Cell("flush", share, run) for share in shares for run in runs]
         some = (0.1,) if plan.quick else shares
-        wanted += [Cell("pause", share, run) for share in shares for run in runs]
+        wanted += [Cell("pause", share, run) for share in shares for run in ((8,) if plan.quick else runs)]
         wanted += [Cell(case, share, 1) for case in ("union", "receive") for share in some]
         wanted += [Cell(case, 1.0, max(RUNS)) for case in ("union", "receive") if 1.0 in some]
         wanted += [Cell("checkpoint", share, 8) for share in some if share < 1]
@@ -140,7 +141,7 @@ class Cooling:
         l3 = f"--quick, and the L3 has {host.l3_bytes >> 20} MiB: "
         if can_evict():
             how = f"guest RAM is {QUICK_RAM >> 20} MiB unless given, and what is timed was pushed out of the caches"
-            return cls(TOUCH_MIN, True, QUICK_RAM, f"{l3}{how} line by line" if less else "")
+            return cls(QUICK_LINES_TOUCH, True, QUICK_RAM, f"{l3}{how} line by line" if less else "")
         touch = min(host.touch_bytes, QUICK_TOUCH)
         how = f"only {touch >> 20} MiB of other memory were touched before each timed call, so its data may be cached"
         return cls(touch, False, QUICK_RAM, l3 + how if less else "")
