@@ -281,12 +281,14 @@ bool cc_bitmap_has(const struct cc_bitmap *bitmap, uint64_t at)
     return bitmap->words[at / 64] >> (at % 64) & 1;
 }
 
-/* cc_bitmap_checksum -- over the words that are not zero (checksum.h) */
+/* cc_bitmap_checksum -- over the words that are not zero (checksum.h); of an attach, whose summary is not to be trusted yet */
 uint64_t cc_bitmap_checksum(const struct cc_bitmap *bitmap)
 {
     uint64_t sum = 0;
-    for (uint64_t w = next_word(bitmap, 0); w < bitmap->n_words; w = next_word(bitmap, w + 1))
-        sum += cc_checksum_term(bitmap->words[w], w);
+    for (uint64_t w = 0; w < bitmap->n_words; w++) {
+        if (bitmap->words[w])
+            sum += cc_checksum_term(bitmap->words[w], w);
+    }
     return cc_bitmap_checksum_of(bitmap, sum);
 }
 

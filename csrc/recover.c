@@ -85,24 +85,33 @@ static void start_again(struct colocache *cc)
     cc_control_new_history(cc->region.control);
 }
 
-/* check_bitmaps -- tails first (they are checked, not mended), then summaries are made anew */
-static int check_bitmaps(struct colocache *cc)
+/* rebuild_summaries -- of bitmaps that are in order; no summary of a dead process is trusted */
+static void rebuild_summaries(struct colocache *cc)
 {
-    int rc = cc_validate_bitmaps(cc, false);
-    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
         for (uint32_t kind = 0; kind < CC_BITMAPS; kind++)
             cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
     }
-    return rc;
 }
 
-static int replay(struct colocache *cc, const struct cc_strategy *strategy, struct cc_record *record, struct colocache_recovery *report)
+/* verify -- all that the record speaks of, and tails, which are checked and not mended.  Writes nothing: a refusal leaves the region as it was. */
+static int verify(struct colocache *cc, const struct cc_record *record)
 {
+    int rc = cc_validate_bitmaps(cc, false);
+    if (rc == 0)
+        rc = cc_device_state_check(cc, record);
+    if (rc || record->committed)
+        return rc;
     uint64_t found = cc_flush_set_checksum(cc);
     if (found != record->flush_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT,
                        "the flush set of sealed epoch %llu has checksum %016llx, its record says %016llx: not replayed",
                        (unsigned long long)record->epoch, (unsigned long long)found, (unsigned long long)record->flush_checksum);
+    return 0;
+}
+
+static int replay(struct colocache *cc, const struct cc_strategy *strategy, struct cc_record *record, struct colocache_recovery *report)
+{
     struct colocache_flush_result result = {0};
     int rc = strategy->replay(cc, &result);
     if (rc)
@@ -191,9 +200,7 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
     if (report->receiving_epoch < record.epoch)
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is sealed but only epoch %llu was ever received", (unsigned long long)record.epoch,
                        (unsigned long long)report->receiving_epoch);
-    rc = check_bitmaps(cc);
-    if (rc == 0)
-        rc = cc_device_state_check(cc, &record);
+    rc = verify(cc, &record);
     if (rc)
         return rc;
     if (!record.committed && report->receiving_epoch > record.epoch)
@@ -201,6 +208,7 @@ static int recover(struct colocache *cc, struct colocache_recovery *report)
                        "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
                        (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
     CC_CRASH_POINT("attach: all is verified");
+    rebuild_summaries(cc);
     if (!record.committed)
         rc = replay(cc, strategy, &record, report);
     else if (cc->bounded)

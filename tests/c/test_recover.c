@@ -277,9 +277,14 @@ static void damaged_flush_set_bitmaps_and_device_state_are_refused(void)
         tails[i][1] &= ~(1ull << 36);
     }
     const unsigned bytes[] = {0, 100, 332};
+    uint64_t *summary = (void *)((uint8_t *)rig.control + table[0].bitmap_offset + 3 * 4096);
     for (int i = 0; i < 3; i++) {
         device[bytes[i]] ^= 1;
+        summary[0] ^= 2; /* a summary that does not fit its words is rebuilt, but not by an attach that is refused */
+        const uint64_t was = summary[0];
         expect_refused(&rig, "device state", COLOCACHE_E_CORRUPT);
+        CHECK_EQ(was, summary[0]);
+        summary[0] ^= 2;
         device[bytes[i]] ^= 1;
     }
     rig.control->receiving = 2;

@@ -187,7 +187,8 @@ static enum verdict parse(uint64_t expected_epoch)
             return REFUSED;
         if (header.type != COLOCACHE_MSG_PAGES)
             return header.checksum == checksum(&header, NULL, 0) ? MESSAGE : REFUSED;
-        if ((expected_epoch && header.epoch != expected_epoch) || header.b == 0 || header.b > RUNS_MAX)
+        if ((expected_epoch && header.epoch != expected_epoch) || header.b == 0 || header.b > RUNS_MAX ||
+            header.body_len_bytes < header.b * sizeof *runs)
             return REFUSED;
         if (wire_bytes - at < header.b * sizeof *runs)
             return BROKE_OFF;
