@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import tempfile
@@ -17,7 +18,9 @@ import pytest
 import colocache
 from colocache import backing as bk
 from colocache.children import python_command
+from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally, percentile, summary_of
+from colocache.vmm import blocks_for
 from colocache.vmm.kvm import kvm_trouble
 
 FIELDS = {
@@ -65,7 +68,7 @@ def regions_of(pid: int) -> list[str]:
 
 def left_by(pid: int) -> list[str]:
     """Regions and folders that the demo with this pid left."""
-    return [*regions_of(pid), *(str(path) for path in Path(tempfile.gettempdir()).glob(f"demo-{pid}-*"))]
+    return [*regions_of(pid), *(str(path) for path in Path(tempfile.gettempdir()).glob(f"colocache.demo-{pid}-*"))]
 
 
 @pytest.mark.parametrize("kill_at", KILL_POINTS)
@@ -181,9 +184,57 @@ def test_both_sides_end_when_the_demo_itself_is_killed() -> None:
         return [line for line in said.splitlines() if f"--die-with-parent {running.pid}" in line]
 
     assert wait_for(lambda: alive() == [])
-    for folder in left_by(running.pid):  # nobody was left to remove it
-        assert list(Path(folder).iterdir()) == []
-        Path(folder).rmdir()
+    left = left_by(running.pid)
+    assert len(left) == 1, "nobody was there to remove the folder"
+    ran = subprocess.run(command("clean"), capture_output=True, text=True, check=True)
+    assert f"removed {left[0]}: the folder of a killed demo" in ran.stdout
+    assert left_by(running.pid) == []
+
+
+def test_clean_leaves_the_folder_of_a_demo_that_lives() -> None:
+    args = [*SMALL, "--checkpoints", "1000", "--backing", "shm"]
+    with subprocess.Popen(command("demo", *args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert wait_for(lambda: regions_of(running.pid) != [])
+        subprocess.run(command("clean"), capture_output=True, check=True)
+        there = left_by(running.pid)
+        running.terminate()
+        running.communicate(timeout=40)
+    assert len(there) == 2, "its region and its folder"
+    assert left_by(running.pid) == []
+
+
+def test_a_pair_that_needs_more_huge_pages_than_there_are_says_so_before_a_machine_starts() -> None:
+    free = bk.huge_pages().free
+    mib = max(2, free)  # three images of it are half as much again as there is
+    ran = demo("--ram", f"{mib}M", "--backing", "hugetlb")
+    assert ran.returncode == 1
+    (sentence,) = ran.stderr.splitlines()
+    needed = re.search(r"Error: (\d+) huge pages of 2 MiB are needed and (\d+) are free", sentence)
+    assert needed, sentence
+    assert int(needed[1]) >= 3 * mib // 2, "for both sides"
+
+
+@pytest.mark.parametrize(
+    ("backing", "huge_free", "memory", "fits"),
+    [
+        ("hugetlb", 200, 0, True), ("hugetlb", 190, 1 << 40, False), ("shm", 0, 400, True), ("shm", 200, 300, False),
+        ("auto", 200, 0, True), ("auto", 190, 64, False), ("auto", 190, 130, True), ("auto", 70, 200, False),
+        ("auto", 70, 260, True), ("auto", 0, 370, False), ("auto", 0, 400, True),
+    ],
+)  # fmt: skip
+def test_whether_both_sides_fit_is_asked_for_both_together(
+    monkeypatch: pytest.MonkeyPatch, backing: str, huge_free: int, memory: int, fits: bool
+) -> None:
+    """A guest of 128 MiB in two blocks; huge pages that are free, and MiB of memory."""
+    monkeypatch.setattr(bk, "huge_pages", lambda: bk.HugePages(huge_free, huge_free))
+    monkeypatch.setattr(bk, "memory_available", lambda: memory << 20)
+    monkeypatch.setattr(bk, "shm_available", lambda: 1 << 50)
+    specs = blocks_for(128 << 20, "process")
+    if fits:
+        check_pair_fits(backing, specs)
+    else:
+        with pytest.raises(colocache.MemoryShortError, match="missing"):
+            check_pair_fits(backing, specs)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:

@@ -12,20 +12,20 @@ import random
 import secrets
 import signal
 import subprocess
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from colocache import list_regions
 from colocache.children import python_command
+from colocache.demo.meeting import meeting_place
+from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
 from colocache.errors import ColocacheError
-from colocache.replication.address import UNIX_PATH_BYTES_MAX
 from colocache.replication.signals import Stop
+from colocache.vmm.guests import blocks_for, guest_kind_available
 
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
 END_SECONDS = 20.0  # for a process that was told to end
@@ -155,8 +155,10 @@ class DemoRun:
     def run(self) -> dict[str, Any]:
         """From start to end: the report. DemoError: something was not as claimed, or a side failed."""
         begin = time.monotonic()
+        kind, _ = guest_kind_available(self.options.guest)
+        check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind))
         with contextlib.ExitStack() as stack:
-            address = stack.enter_context(self._meeting_place())
+            address = stack.enter_context(meeting_place(self._name, self.options.transport))
             secondary = Side("secondary", self._secondary_args(address), self._events)
             stack.callback(secondary.close)
             address = str(self._until("secondary", "listening", [secondary])["address"])
@@ -182,15 +184,6 @@ class DemoRun:
         return report
 
     # ---- the two sides ----
-
-    @contextlib.contextmanager
-    def _meeting_place(self) -> Iterator[str]:
-        if self.options.transport == "tcp":
-            yield "127.0.0.1:0"
-            return
-        with tempfile.TemporaryDirectory(prefix=f"{self._name}-") as folder:
-            path = Path(folder) / "pair"
-            yield f"unix:{path}" if len(os.fsencode(path)) <= UNIX_PATH_BYTES_MAX else "127.0.0.1:0"
 
     def _common_args(self) -> list[str]:
         o = self.options
