@@ -347,7 +347,7 @@ def test_a_quick_run_does_the_same_work_however_large_the_l3_is_and_says_why(
     monkeypatch: pytest.MonkeyPatch, lines: bool
 ) -> None:
     monkeypatch.setattr("colocache.measure.session.can_evict", lambda: lines)
-    small, large = (dataclasses.replace(examine(), l3_bytes=size << 20) for size in (32, 480))
+    small, large = (dataclasses.replace(examine(), l3_bytes=size << 20) for size in (16, 480))
     for host, reason in ((small, ""), (large, "the L3 has 480 MiB")):
         cooling = Cooling.of(Plan(quick=True), host)
         assert cooling.ram_bytes == 64 << 20
