@@ -23,6 +23,7 @@ _PUBLIC = {
     "TimedOutError TooLargeError UnsupportedError VetoError",
     "inspection": "inspect",
     "memory": "Memory",
+    "private": "private_bytes private_forget",
     "ram_image": "RamImage",
     "regions": "CleanReport RegionName clean list_regions",
     "results": "Action BlockInfo Failover FlushResult Header Inspection PageRun Phase Recovery SealResult SendResult "

@@ -242,6 +242,20 @@ def kinds(backing: str) -> list[Kind]:
     return ways[backing]
 
 
+def small_pages(kind: Kind) -> Kind:
+    """4 KiB pages that live as long as those of `kind`."""
+    return _shm() if kind.persistent else _shm_without_name()
+
+
+def check_private(kind: Kind) -> None:
+    """UnsupportedError if guest RAM of this kind can't be mapped privately at a price that makes sense."""
+    if kind.backing == "hugetlb":
+        raise UnsupportedError(
+            "bounded memory does not work on hugetlb: each page that the secondary writes would take 2 MiB",
+            hint="use --backing thp or shm",
+        )
+
+
 def check_room(kind: Kind, needed: int, *, reserve: bool = True) -> None:
     """Raise what is missing for `needed` bytes of this kind: MemoryShortError, or UnsupportedError with the reason."""
     if kind.backing == "hugetlb":

@@ -25,10 +25,12 @@ from colocache._callbacks import Asked, Check, LogSink
 from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
 from colocache.block import Block, Blocks, Writers
+from colocache.choices import MEMORY_MODES
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, BusyError, TimedOutError
 from colocache.holders import lock_holders
 from colocache.memory import Memory
+from colocache.private import private_bytes
 from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Stats, Status
 
 
@@ -67,7 +69,7 @@ class Cache:
         BusyError, ExistsError, NoMemoryError, UnsupportedError.
         """
         memory.check_open()
-        options, keep = _options(threads, copy, device_state_max, log)
+        options, keep = _options(memory, threads, copy, device_state_max, log)
         out = ffi.new("struct colocache **")
         _check_owned(lib.colocache_create(memory.control_fd, options, out), memory.control_fd)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
@@ -88,7 +90,7 @@ class Cache:
         BusyError, NotColocacheError, LayoutError, CorruptError, ForeignImageError, BlockError, FailedOverError.
         """
         memory.check_open()
-        options, keep = _options(threads, copy, 0, log)
+        options, keep = _options(memory, threads, copy, 0, log)
         images, _names = _images(memory)
         report = ffi.new("struct colocache_recovery *")
         out = ffi.new("struct colocache **")
@@ -285,6 +287,18 @@ class Cache:
         with self._handle as cc:
             return check(lib.colocache_loaded(cc, int(ok))) == 1
 
+    def free_staged(self) -> None:
+        """Bounded: give back the memory of pages whose epoch is committed or given up. Any thread.
+
+        Call it when the machine runs again; else the first page of the next epoch does it.
+        """
+        with self._handle as cc:
+            check(lib.colocache_free_staged(cc))
+
+    def private_bytes(self) -> int:
+        """Bounded: memory that the VM's private pages take in this process, as the kernel counts it. Any thread."""
+        return sum(private_bytes(0, block.guest_addr, block.len_bytes) for block in self.blocks.values())
+
     def preflush(self) -> int:
         """Before epoch 1 is sealed: copy what has come to guest RAM already; how many pages. OrderError later."""
         n_pages = ffi.new("uint64_t *")
@@ -338,7 +352,9 @@ class Cache:
         return "<Cache: closed>" if self._handle.closed else f"<Cache: {self.status()}>"
 
 
-def _options(threads: int, copy: str, device_state_max: int, log: LogSink | None) -> tuple[Any, list[Any]]:
+def _options(
+    memory: Memory, threads: int, copy: str, device_state_max: int, log: LogSink | None
+) -> tuple[Any, list[Any]]:
     """The C struct, and what must live as long as the handle."""
     if copy not in COPY_NAMES:
         raise ArgumentError(f"copy is {copy!r}, known are {', '.join(COPY_NAMES)}")
@@ -346,6 +362,7 @@ def _options(threads: int, copy: str, device_state_max: int, log: LogSink | None
         raise ArgumentError(f"threads is {threads}: from 0 (as many as cores) to {(1 << 16) - 1}")
     options = struct("colocache_options", n_threads=threads, copy_variant=COPY_NAMES[copy])
     options.device_state_max_bytes = u64(device_state_max, "device_state_max")
+    options.memory_mode = MEMORY_MODES.index(memory.memory_mode)
     keep: list[Any] = []
     if log is not None:
         keep.append(ffi.new_handle(log))

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import TracebackType
 
 from colocache import backing as bk
+from colocache.choices import MEMORY_MODES
 from colocache.errors import (
     ArgumentError,
     ClosedError,
@@ -61,10 +62,12 @@ class Memory:
     why: str
     control_fd: int
     images: tuple[Images, ...]
+    memory_mode: str  # of the region that is, or will be, in it
 
-    def __init__(self, name: str, backing: str, *, persistent: bool, why: str) -> None:
+    def __init__(self, name: str, backing: str, *, persistent: bool, why: str, memory_mode: str = "mirror") -> None:
         """Not for users: see create, open and from_manifest."""
         self.name, self.backing, self.persistent, self.why = name, backing, persistent, why
+        self.memory_mode = memory_mode
         self.control_fd = -1
         self.images = ()
         self._fds: list[int] = []
@@ -82,21 +85,28 @@ class Memory:
         *,
         backing: str = "auto",
         reserve: bool = True,
+        memory_mode: str = "mirror",
     ) -> Memory:
         """Make the images of `blocks` and an empty control region, all zero bytes.
 
         `name` None: a free one is chosen. `backing` auto takes the best that has room; `.why` says which and why.
         `reserve` False: pages are allocated as they come, for guests that use little of their memory;
         on hugetlb there must be room for all of it even so.
+        `memory_mode` mirror: two whole images; bounded: one, and a cache that takes memory only for the open epoch.
         MemoryShortError (how much is missing, and the command), UnsupportedError, ExistsError, BlockError.
         """
         specs = check_blocks(blocks)
+        if memory_mode not in MEMORY_MODES:
+            raise ArgumentError(f"memory mode is {memory_mode!r}, known are {', '.join(MEMORY_MODES)}")
+        n_images = 1 if memory_mode == "bounded" else 2
         name = f"{os.getpid()}-{secrets.token_hex(4)}" if name is None else check_name(name)
         refused: list[str] = []
         for kind in bk.kinds(backing):
             try:
-                bk.check_room(kind, 2 * sum(kind.size_of(spec.len_bytes) for spec in specs), reserve=reserve)
-                return cls._make(name, specs, kind, refused, reserve=reserve)
+                if memory_mode == "bounded":
+                    bk.check_private(kind)
+                bk.check_room(kind, n_images * sum(kind.size_of(spec.len_bytes) for spec in specs), reserve=reserve)
+                return cls._make(name, specs, kind, refused, reserve=reserve, memory_mode=memory_mode)
             except (MemoryShortError, UnsupportedError, SystemCallError) as error:
                 refused.append(f"not {kind.backing}: {error}")
                 last: ColocacheError = error
@@ -104,18 +114,28 @@ class Memory:
 
     @classmethod
     def _make(
-        cls, name: str, specs: Sequence[BlockSpec], kind: bk.Kind, refused: Sequence[str], *, reserve: bool
+        cls,
+        name: str,
+        specs: Sequence[BlockSpec],
+        kind: bk.Kind,
+        refused: Sequence[str],
+        *,
+        reserve: bool,
+        memory_mode: str,
     ) -> Memory:
-        memory = cls(name, kind.backing, persistent=kind.persistent, why="; ".join([kind.why, *refused]))
+        why = "; ".join([kind.why, *refused])
+        memory = cls(name, kind.backing, persistent=kind.persistent, why=why, memory_mode=memory_mode)
+        # What is staged comes and goes in pages of 4 KiB, whatever guest RAM is of.
+        mirror = memory_mode == "mirror"
+        cache_kind, cache_reserve = (kind, reserve) if mirror else (bk.small_pages(kind), False)
         try:
             memory.control_fd = memory._new_file(bk.SHM_DIR, "control")
             hold(memory.control_fd, name)
             made = []
             for index, spec in enumerate(specs):
-                pair = [
-                    memory._new_image(kind, f"{side}.{index}", spec, reserve=reserve) for side in ("guest", "cache")
-                ]
-                made.append(Images(spec, pair[0], 0, pair[1], 0, not reserve))
+                guest = memory._new_image(kind, f"guest.{index}", spec, reserve=reserve)
+                cache = memory._new_image(cache_kind, f"cache.{index}", spec, reserve=cache_reserve)
+                made.append(Images(spec, guest, 0, cache, 0, not reserve))
             memory.images = tuple(made)
         except BaseException:
             memory.unlink()
@@ -153,7 +173,9 @@ class Memory:
             memory.control_fd = open_shm(file_name(name, "control"))
             memory._fds.append(memory.control_fd)
             hold(memory.control_fd, name)
-            blocks = inspect(memory.control_fd).blocks
+            found_there = inspect(memory.control_fd)
+            memory.memory_mode = found_there.status.memory_mode
+            blocks = found_there.blocks
             found = []
             for block in blocks:
                 pair = [memory._old_image(f"{side}.{block.index}", block.len_bytes) for side in ("guest", "cache")]
@@ -204,7 +226,13 @@ class Memory:
             }
             for one in self.images
         ]
-        facts = {"name": self.name, "backing": self.backing, "persistent": self.persistent, "why": self.why}
+        facts = {
+            "name": self.name,
+            "backing": self.backing,
+            "persistent": self.persistent,
+            "why": self.why,
+            "memory_mode": self.memory_mode,
+        }
         return json.dumps({**facts, "control_fd": self.control_fd, "images": images})
 
     @classmethod
@@ -243,6 +271,7 @@ class Memory:
                 str(facts["backing"]),
                 persistent=bool(facts["persistent"]),
                 why=str(facts["why"]),
+                memory_mode=str(facts["memory_mode"]),
             )
             memory.control_fd = int(facts["control_fd"])
             memory.images = tuple(

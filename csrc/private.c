@@ -14,6 +14,7 @@
 #include <fcntl.h>
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -25,6 +26,7 @@
 
 #define REGIONS 256u    /* of one scan, on the stack */
 #define ENTRIES 512u    /* of /proc/PID/pagemap at a time, on the stack */
+#define RUNS_MAX 65536u /* that are remembered before any is zapped */
 #define WHOLE_SHARE 16u /* more than one page in so many: zap everything */
 #define PM_SWAPPED (1ull << 62)
 #define PM_PRESENT (1ull << 63)
@@ -133,31 +135,48 @@ static int zap(uint64_t start, uint64_t end)
     return rc == 0 ? 0 : cc_fail_errno("forgetting private pages (MADV_DONTNEED; memory that is locked can't be forgotten)");
 }
 
-/* zap_runs -- run by run while that is the cheaper way: 1 done, 0 zap the whole range instead.  What was zapped already is no loss. */
+/* The private runs of a range, as long as zapping them one by one is the cheaper way. */
+struct runs {
+    struct cc_page_region *at;
+    uint64_t n, n_bytes, room, most_bytes;
+};
+
+/* add_regions -- false: there are too many, or huge pages */
+static bool add_regions(struct runs *runs, const struct cc_page_region *regions, int n)
+{
+    for (int i = 0; i < n; i++) {
+        if (!is_private(&regions[i])) {
+            if (regions[i].categories & CC_PAGE_IS_HUGE)
+                return false;
+            continue;
+        }
+        runs->n_bytes += regions[i].end - regions[i].start;
+        if (runs->n_bytes > runs->most_bytes || runs->n == runs->room)
+            return false;
+        runs->at[runs->n++] = regions[i];
+    }
+    return true;
+}
+
+/* zap_runs -- run by run, if that is the cheaper way: 1 done, 0 zap the whole range instead */
 static int zap_runs(int pagemap, uint64_t begin, uint64_t end)
 {
     struct cc_page_region regions[REGIONS];
-    const uint64_t most = (end - begin) / WHOLE_SHARE;
-    uint64_t at = begin, n_bytes = 0;
-    while (at < end) {
+    struct runs runs = {.most_bytes = (end - begin) / WHOLE_SHARE};
+    runs.room = runs.most_bytes / CC_PAGE < RUNS_MAX ? runs.most_bytes / CC_PAGE : RUNS_MAX;
+    runs.at = malloc((runs.room ? runs.room : 1) * sizeof *runs.at);
+    uint64_t at = begin;
+    int rc = runs.at != NULL;
+    while (rc == 1 && at < end) {
         int n = scan_present(pagemap, &at, end, regions);
-        if (n < 0)
-            return n == -ENOTTY ? 0 : n;
-        for (int i = 0; i < n; i++) {
-            if (!is_private(&regions[i])) {
-                if (regions[i].categories & CC_PAGE_IS_HUGE)
-                    return 0;
-                continue;
-            }
-            n_bytes += regions[i].end - regions[i].start;
-            if (n_bytes > most)
-                return 0;
-            int rc = zap(regions[i].start, regions[i].end);
-            if (rc)
-                return rc;
-        }
+        rc = n < 0 ? (n == -ENOTTY ? 0 : n) : add_regions(&runs, regions, n);
     }
-    return 1;
+    for (uint64_t i = 0; rc == 1 && i < runs.n; i++) {
+        int zapped = zap(runs.at[i].start, runs.at[i].end);
+        rc = zapped ? zapped : 1;
+    }
+    free(runs.at);
+    return rc;
 }
 
 int colocache_private_forget(void *addr, uint64_t len_bytes)

@@ -51,16 +51,27 @@ class ModelBlock:
     pvm: set[int] = field(default_factory=set)
     svm: set[int] = field(default_factory=set)
     flush: set[int] = field(default_factory=set)
+    private: dict[int, int] = field(default_factory=dict)  # bounded memory: what the VM wrote since the last flush
 
     def __post_init__(self) -> None:
         self.guest = [0] * self.n_pages
+        self.cache = [0] * self.n_pages
+
+    @property
+    def seen_by_vm(self) -> list[int]:
+        return [self.private.get(pfn, stamp) for pfn, stamp in enumerate(self.guest)]
+
+    def drop_staged(self) -> None:
+        """Bounded memory: nothing has come; a hole reads as zeros."""
+        self.pvm = set()
         self.cache = [0] * self.n_pages
 
 
 class Model:
     """A secondary as colocache.h describes it."""
 
-    def __init__(self, n_pages: list[int]) -> None:
+    def __init__(self, n_pages: list[int], memory_mode: str = "mirror") -> None:
+        self.bounded = memory_mode == "bounded"
         self.blocks = [ModelBlock(n) for n in n_pages]
         self.phase = Phase.EMPTY
         self.sealed = self.committed = self.receiving = 0
@@ -83,14 +94,20 @@ class Model:
             return
         if epoch <= self.receiving:
             raise c.EpochError("used")
+        if self.bounded:
+            for block in self.blocks:
+                block.drop_staged()  # what a committed epoch left
         self.open = self.receiving = epoch
         self.received = 0
 
     def receive(self, epoch: int, block: int, pages: dict[int, int], count: int) -> None:
         self.enter(epoch)
+        straight = self.bounded and self.sealed == 0  # to guest RAM, without bits: there is nothing to protect
+        image = self.blocks[block].guest if straight else self.blocks[block].cache
         for pfn, stamp in pages.items():
-            self.blocks[block].cache[pfn] = stamp
-        self.blocks[block].pvm |= set(pages)
+            image[pfn] = stamp
+        if not straight:
+            self.blocks[block].pvm |= set(pages)
         self.received += count
 
     def stage(self, epoch: int, state: bytes) -> None:
@@ -104,19 +121,35 @@ class Model:
         self._give_up()
 
     def _give_up(self) -> None:
+        """Bits and cache stay until an epoch with them is sealed; in bounded memory they go."""
+        if self.bounded:
+            for block in self.blocks:
+                block.drop_staged()
+        self._close_epoch()
+
+    def _close_epoch(self) -> None:
         self.open = 0
         self.staged = None
+
+    def free_staged(self) -> None:
+        if self.bounded and not self.open and self.committed == self.sealed:
+            for block in self.blocks:
+                block.drop_staged()
 
     # ---- the SVM writes ----
 
     def guest_write(self, block: int, first: int, stamps: list[int]) -> None:
-        self.blocks[block].guest[first : first + len(stamps)] = stamps
+        if self.bounded:
+            self.blocks[block].private.update(enumerate(stamps, first))
+        else:
+            self.blocks[block].guest[first : first + len(stamps)] = stamps
 
     def mark(self, block: int, pages: set[int]) -> None:
-        self.blocks[block].svm |= pages
+        if not self.bounded:
+            self.blocks[block].svm |= pages
 
     def log_lost(self) -> None:
-        for block in self.blocks:
+        for block in self.blocks if not self.bounded else []:
             block.svm = set(range(block.n_pages))
 
     # ---- a checkpoint ----
@@ -143,7 +176,7 @@ class Model:
             svm_only += len(block.svm - block.pvm)
             block.pvm, block.svm = set(), set()
         self.sealed, self.state, self.pending = epoch, self.staged, granted
-        self._give_up()
+        self._close_epoch()
         self.phase = Phase.SEALING
         return pvm_only, svm_only, both
 
@@ -157,6 +190,7 @@ class Model:
         for block in self.blocks:
             for pfn in block.flush:
                 block.guest[pfn] = block.cache[pfn]
+            block.private = {}
         self.committed = self.sealed
 
     def loaded(self, ok: bool) -> bool:
@@ -204,7 +238,9 @@ class Model:
 
     def die(self) -> None:
         """The process is gone: what lived in it alone is lost."""
-        self._give_up()
+        self._close_epoch()
+        for block in self.blocks:
+            block.private = {}
         self.pending = False
         self.received = 0
 
@@ -218,16 +254,21 @@ class Model:
             return c.Action.NOTHING
         if self.committed != self.sealed:
             self._copy_flush_set()
-            self.phase = Phase.LIVE
+            self._recovered()
             return c.Action.REPLAYED
-        if self.receiving == self.sealed:
-            for block in self.blocks:
+        if self.receiving == self.sealed or self.bounded:
+            for block in self.blocks if not self.bounded else []:
                 block.guest = list(block.cache)
-            self.phase = Phase.LIVE
+            self._recovered()
             return c.Action.RESTART
         self.log_lost()
         self.phase = Phase.EMPTY
         return c.Action.NO_RESTART
+
+    def _recovered(self) -> None:
+        self.phase = Phase.LIVE
+        for block in self.blocks if self.bounded else []:
+            block.drop_staged()
 
     def _refuse_phases(self, more: dict[Phase, type[c.ColocacheError]]) -> None:
         refused: dict[Phase, type[c.ColocacheError]] = {

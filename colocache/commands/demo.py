@@ -13,6 +13,7 @@ from colocache.commands.options import (
     foreseen,
     guest_options,
     json_option,
+    memory_option,
     print_json,
     seconds_option,
     streams_option,
@@ -22,6 +23,7 @@ from colocache.commands.options import (
 
 @click.command()
 @guest_options
+@memory_option
 @click.option(
     "--checkpoints",
     type=click.IntRange(min=1),
@@ -75,6 +77,7 @@ def demo(as_json: bool, **given: Any) -> None:
             working_set_bytes=given["working_set"],
             steps_per_second=given["steps_per_second"],
             backing=given["backing"],
+            memory_mode=given["memory_mode"],
             checkpoints=given["checkpoints"],
             interval=given["interval"],
             kill_at=given["kill_primary_at"],
@@ -114,7 +117,7 @@ def _in_words(report: dict[str, Any]) -> str:
     noticed = f"noticed after {detect:.1f} ms, " if detect is not None else ""
     return (
         f"{report['checkpoints']} checkpoints of a {report['guest']} guest with {report['ram_bytes'] >> 20} MiB on "
-        f"{report['backing']}, flushed by {report['flush']}\n"
+        f"{report['backing']}, memory {report['memory']}, flushed by {report['flush']}\n"
         f"flushed {report['flushed_pages']:,} pages: {report['pvm_pages']:,} written by the primary only, "
         f"{report['svm_pages']:,} by the secondary only, {report['both_pages']:,} by both; "
         f"{report['flush_gb_per_s']:.1f} GB/s\n"

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import click
 
-from colocache.choices import BACKINGS, GUEST_KINDS, STREAMS_MAX, VERIFY
+from colocache.choices import BACKINGS, GUEST_KINDS, MEMORY_MODES, STREAMS_MAX, VERIFY
 from colocache.errors import ColocacheError
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -93,6 +93,15 @@ backing_option = click.option(
     default="auto",
     show_default=True,
     help="What guest memory is made of; auto takes the fastest that has room.",
+)
+memory_option = click.option(
+    "--memory",
+    "memory_mode",
+    type=click.Choice(MEMORY_MODES),
+    default="mirror",
+    show_default=True,
+    help="Memory of the secondary. mirror: two images of guest RAM; bounded: one, and what the primary has sent and "
+    "the secondary has written since the last checkpoint.",
 )
 guest_options = options(
     guest_kind_option,

@@ -19,6 +19,7 @@ from colocache.commands.options import (
     arbiter_option,
     foreseen,
     guest_options,
+    memory_option,
     pair_option,
     report_options,
     seconds_option,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 )
 @click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
 @guest_options
+@memory_option
 @click.option(
     "--threads",
     type=click.IntRange(0, 65535),
@@ -125,10 +127,11 @@ def secondary(**given: Any) -> None:
         memory = _memory(given, kind, stack)
         events.emit(
             "start",
-            f"guest {kind} ({why}); memory {memory.backing}, region {memory.name} ({memory.why})",
+            f"guest {kind} ({why}); memory {memory.backing}, {memory.memory_mode}, region {memory.name} ({memory.why})",
             guest=kind,
             why=why,
             backing=memory.backing,
+            memory=memory.memory_mode,
             region=memory.name,
             persistent=memory.persistent,
         )
@@ -158,7 +161,12 @@ def _memory(given: dict[str, Any], kind: str, stack: contextlib.ExitStack) -> Me
 
     if not given["attach"]:
         return stack.enter_context(
-            Memory.create(given["name"], blocks_for(given["ram"], kind), backing=given["backing"])
+            Memory.create(
+                given["name"],
+                blocks_for(given["ram"], kind),
+                backing=given["backing"],
+                memory_mode=given["memory_mode"],
+            )
         )
     memory = Memory.open(given["name"])
     stack.callback(memory.close)

@@ -45,6 +45,7 @@ class DemoOptions:
     working_set_bytes: int = 0
     steps_per_second: float = 20000.0
     backing: str = "auto"
+    memory_mode: str = "mirror"
     checkpoints: int = 20
     interval: float = 0.2
     kill_at: str = "running"
@@ -173,6 +174,7 @@ class DemoRun:
         report = {
             "guest": start["guest"],
             "backing": start["backing"],
+            "memory": start["memory"],
             "flush": "copy",  # the one strategy that there is
             "ram_bytes": self.options.ram_bytes,
             **self.tally.report(self._killed_ns),
@@ -196,7 +198,8 @@ class DemoRun:
     def _secondary_args(self, address: str) -> list[str]:
         limit = str(self.options.reconnect_limit)
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
-        return [*self._common_args(), "--listen", address, "--name", self._name, *limits]
+        memory = ["--memory", self.options.memory_mode]
+        return [*self._common_args(), "--listen", address, "--name", self._name, *memory, *limits]
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options

@@ -23,7 +23,12 @@ def rams_of_images(images: Iterable[RamImage]) -> tuple[Ram, ...]:
     )
 
 
-def rams_of_blocks(blocks: Iterable[Block], images: Iterable[Images] = ()) -> tuple[Ram, ...]:
-    """A secondary's guest RAM, where the cache has mapped it; `images` are the files of these blocks."""
+def rams_of_blocks(blocks: Iterable[Block], images: Iterable[Images] = (), *, private: bool = False) -> tuple[Ram, ...]:
+    """A secondary's guest RAM, where the cache has mapped it; `images` are the files of these blocks.
+
+    `private`: the memory is bounded, and mapped so.
+    """
     fds = {image.spec.name: image.guest_fd for image in images if image.guest_offset == 0}
-    return tuple(Ram(b.name, b.index, b.page_size, b.n_pages, b.guest_addr, fds.get(b.name, -1)) for b in blocks)
+    return tuple(
+        Ram(b.name, b.index, b.page_size, b.n_pages, b.guest_addr, fds.get(b.name, -1), private) for b in blocks
+    )

@@ -115,7 +115,7 @@ def _run(
     memory = Memory.from_manifest(config.manifest)
     listener = socket.socket(fileno=config.listener_fd)
     with listener, _open_cache(config, memory) as cache:
-        rams = rams_of_blocks(cache.blocks.values(), memory.images)
+        rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, GuestOptions(**config.guest_options), cache.mark_dirty)
         try:
             secondary = Secondary(

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-STAGES = ("receive", "sync", "check", "union", "seal", "copy", "load")
+STAGES = ("receive", "sync", "check", "union", "seal", "copy", "forget", "load")
 
 
 def ms(nanoseconds: int) -> float:
@@ -36,6 +36,7 @@ class CheckpointResult:
     union_ns: int
     seal_ns: int  # record, commit word, clearing of the bits
     copy_ns: int
+    forget_ns: int  # bounded memory: the SVM's private pages
     load_ns: int
     verify_ns: int
     pause_ns: int

@@ -258,6 +258,7 @@ class SecondarySession:
         if lost is not None:
             raise lost
         self._channel.send(MessageType.VMSTATE_LOADED, epoch=epoch)
+        self._svm.tidy()
 
     def _initial_copy_done(self) -> None:
         seconds = time.monotonic() - self._began

@@ -20,6 +20,7 @@ load         becomes the epoch's, or never runs      loaded: the next epoch may 
 finish       flush, load and resume
 abort_open                                           the epoch that is arriving is given up
 restart      becomes the sealed epoch, in a process that attached
+tidy         runs again                              memory of a committed epoch's pages goes back
 ===========  ======================================  ==========================================================
 """
 
@@ -158,6 +159,7 @@ class Svm:
                 union_ns=seal.union_ns,
                 seal_ns=seal.commit_ns + seal.clear_ns,
                 copy_ns=flush.copy_ns,
+                forget_ns=flush.forget_ns,
                 load_ns=load_ns,
                 verify_ns=report.verify_ns,
                 pause_ns=max(0, now - received - report.verify_ns),
@@ -178,6 +180,13 @@ class Svm:
                     raise
                 self.events.emit("flush_error", f"the flush failed and is repeated: {error}", error=str(error))
         raise AssertionError("unreachable")
+
+    def tidy(self) -> None:
+        """What needs not be done while the machine stands. An error costs nothing: it is tried at the next page."""
+        try:
+            self.cache.free_staged()
+        except ColocacheError as error:
+            self.events.emit("tidy_error", f"staged pages could not be freed yet: {error}", error=str(error))
 
     def load(self, epoch: int) -> tuple[LoadReport, bool]:
         """Become the sealed epoch, whose memory is here. True: take over now. SecondaryLostError."""

@@ -81,19 +81,22 @@ class KvmMachine(ReferenceMachine):
             self.close()
             raise
 
-    def _make_memory(self, kvm: Kvm) -> KvmDirtyLog:
+    def _make_memory(self, kvm: Kvm) -> KvmDirtyLog | None:
         from colocache import KvmDirtyLog, KvmSlot
 
         manual = kvm.enable_manual_protect()
         with contextlib.suppress(OSError):  # only Intel CPUs have it
             fcntl.ioctl(kvm.vm, kvm_api.SET_TSS_ADDR, TSS_ADDR)
         split, ram = self.layout.split_page, self.ram
+        logged = not ram.private
         high = self.layout.high_addr
-        kvm.set_slot(BOOT_SLOT, 0, self.boot_ram.addr, self.boot_ram.len_bytes, logged=True)
-        kvm.set_slot(LOW_SLOT, LOW_ADDR, ram.addr, split * PAGE, logged=True)
-        kvm.set_slot(HIGH_SLOT, high, ram.addr + split * PAGE, (ram.n_pages - split) * PAGE, logged=True)
+        kvm.set_slot(BOOT_SLOT, 0, self.boot_ram.addr, self.boot_ram.len_bytes, logged=logged)
+        kvm.set_slot(LOW_SLOT, LOW_ADDR, ram.addr, split * PAGE, logged=logged)
+        kvm.set_slot(HIGH_SLOT, high, ram.addr + split * PAGE, (ram.n_pages - split) * PAGE, logged=logged)
         kvm.set_slot(MAILBOX_SLOT, MAILBOX_ADDR, self._mailbox.addr, MAILBOX_BYTES, logged=False)
         self._mailbox.place(split, LOW_ADDR, high)
+        if not logged:
+            return None
         slots = [
             KvmSlot(BOOT_SLOT, self.boot_ram.index, 0, self.boot_ram.n_pages),
             KvmSlot(LOW_SLOT, ram.index, 0, split),
@@ -121,7 +124,7 @@ class KvmMachine(ReferenceMachine):
 
     @property
     def dirty_source(self) -> str:
-        return "kvm"
+        return "kvm" if self._log is not None else "none"
 
     # ---- running ---------------------------------------------------------------------------------
 

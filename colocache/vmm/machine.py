@@ -32,6 +32,7 @@ class Ram:
     n_pages: int
     addr: int
     fd: int = -1  # of the file that begins with it, open until the machine is closed; -1: not told
+    private: bool = False  # bounded memory: what the guest writes here is forgotten by the flush, so nobody logs it
 
     @property
     def len_bytes(self) -> int:
@@ -96,7 +97,7 @@ class Machine(Protocol):
 
     @property
     def dirty_source(self) -> str:
-        """Who keeps the dirty log: "kvm", "uffd" (the kernel) or "own" (the program itself)."""
+        """Who keeps the dirty log: "kvm", "uffd" (the kernel), "own" (the program), "none" (private memory)."""
 
     def boot(self) -> None:
         """Primary only: fill the boot block of zeroed RAM. The guest stands at step 0."""

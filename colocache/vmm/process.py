@@ -65,6 +65,8 @@ class ProcessMachine(ReferenceMachine):
         try:
             high = self.ram.addr + self.layout.split_page * PAGE
             self._mailbox.place(self.layout.split_page, self.ram.addr, high)
+            if self.ram.private:
+                return
             if all(kernel_page_size(ram.addr) == PAGE for ram in rams):
                 self._kernel = self._kernel_log(rams)
             if self._kernel is None:
@@ -85,7 +87,9 @@ class ProcessMachine(ReferenceMachine):
 
     @property
     def dirty_source(self) -> str:
-        return "own" if self._kernel is None else "uffd"
+        if self._own is not None:
+            return "own"
+        return "none" if self._kernel is None else "uffd"
 
     def _enter(self) -> None:
         self._entered = True
