@@ -19,8 +19,8 @@ _PUBLIC = {
     "errors": "ArgumentError BlockError BusyError ClosedError ColocacheError CorruptError EpochError ExistsError "
     "FailedOverError ForeignImageError IncompleteError LayoutError LengthError LoadFailedError "
     "LogLostError MemoryModeError MemoryShortError NoMemoryError NoStateError NotColocacheError NotSealedError "
-    "OrderError PacketError PeerLostError RangeError SealedError StrategyError SystemCallError TailError "
-    "TimedOutError TooLargeError UnsupportedError VetoError",
+    "OrderError PacketError PeerLostError RangeError ReceivingError SealedError StrategyError SystemCallError "
+    "TailError TimedOutError TooLargeError UnsupportedError VetoError",
     "inspection": "inspect",
     "memory": "Memory",
     "private": "private_bytes private_forget",

@@ -37,6 +37,7 @@ from colocache.errors import OrderError as OrderError
 from colocache.errors import PacketError as PacketError
 from colocache.errors import PeerLostError as PeerLostError
 from colocache.errors import RangeError as RangeError
+from colocache.errors import ReceivingError as ReceivingError
 from colocache.errors import SealedError as SealedError
 from colocache.errors import StrategyError as StrategyError
 from colocache.errors import SystemCallError as SystemCallError

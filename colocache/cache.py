@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -148,6 +149,29 @@ class Cache:
         index, number = self._block(block), u64(epoch, "epoch")
         with self._handle as cc:
             check(lib.colocache_receive_pages(cc, number, index, pointer, numbers.size, source, len(source)))
+
+    @contextmanager
+    def receive_in_place(
+        self, epoch: int, block: Block | str | int, first_pfn: int, n_pages: int = 1
+    ) -> Iterator[npt.NDArray[np.uint8]]:
+        """Where the bytes of these pages go, (n_pages, page_size), for a transport that writes memory itself.
+
+        Leaving the `with` sets their bits and counts them; leaving it with an error abandons them: bits, but no count,
+        so that the epoch can't be sealed. Seal and abort raise ReceivingError while one is open. Any thread, several at
+        once. Write nothing through the view afterwards. Same errors as receive, NoMemoryError.
+        """
+        where = self.blocks[self._block(block)]
+        addr = ffi.new("void **")
+        number, first, count = u64(epoch, "epoch"), u64(first_pfn, "first page"), u64(n_pages, "number of pages")
+        with self._handle as cc:
+            check(lib.colocache_receive_begin(cc, number, where.index, first, count, addr))
+            whole = 0
+            try:
+                memory = self._handle.memory(addr[0], count * where.page_size, f"arriving pages of {where.name}")
+                yield np.frombuffer(memory, np.uint8).reshape(-1, where.page_size)
+                whole = 1
+            finally:
+                check(lib.colocache_receive_done(cc, number, where.index, first, count, whole))
 
     def receive_stream(self, fd: int | HasFileno, *, timeout: float | None, epoch: int = 0) -> tuple[bytes, int]:
         """Take PAGES packets from a stream socket until another message comes; its 40 header bytes, and pages taken.

@@ -211,6 +211,13 @@ class MemoryModeError(ColocacheError):
     code = -20029
 
 
+class ReceivingError(ColocacheError):
+    """Pages of this epoch are still being received: nothing was sealed or given up, the epoch is open as before."""
+
+    code = -20030
+    hint = "end them, or shut down their sockets, and call again"
+
+
 class ClosedError(ColocacheError, ValueError):
     """The object was closed, or belongs to the process this one was forked from."""
 

@@ -61,7 +61,9 @@ static int seal_claimed(struct colocache *cc, const struct colocache_seal_args *
                            (unsigned long long)args->epoch, (unsigned long long)cc->epoch.staged.len_bytes, veto);
     }
     uint64_t t1 = cc_now_ns(), flush_checksum = 0;
-    cc_epoch_close_gate(cc);
+    rc = cc_epoch_close_gate(cc);
+    if (rc)
+        return rc;
     cc_gate_close(&cc->mark_gate);
     rc = cc_epoch_check_complete(cc, args->epoch, args->n_pages); /* again: a page may have slipped in before the gate closed */
     if (rc == 0)
@@ -104,8 +106,9 @@ int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args,
         return rc;
     rc = seal_claimed(cc, &given, &result);
     if (rc) {
-        (void)cc_epoch_release(cc, rc != COLOCACHE_E_EPOCH); /* asking for the wrong epoch is no reason to drop the right one */
-        return rc;
+        /* Asking for the wrong epoch is no reason to drop the right one, and neither is asking too early. */
+        int released = cc_epoch_release(cc, rc != COLOCACHE_E_EPOCH && rc != COLOCACHE_E_RECEIVING);
+        return released < 0 ? released : rc;
     }
     cc_stats_sealed(cc, &result);
     cc_log(cc, COLOCACHE_LOG_DEBUG, "epoch %llu sealed: %llu pages to flush", (unsigned long long)given.epoch,

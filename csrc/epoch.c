@@ -31,7 +31,6 @@
  */
 #include "internal.h"
 
-#include "commit.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
@@ -206,6 +205,18 @@ void cc_epoch_leave(struct colocache *cc)
     cc_gate_leave(&cc->epoch.gate);
 }
 
+/* Whoever is inside keeps the epoch open, so what is found here stays true until cc_epoch_leave. */
+int cc_epoch_check_inside(struct colocache *cc, uint64_t epoch)
+{
+    if (!(cc_observe32(&cc->epoch.gate.word) & ~CC_GATE_CLOSED))
+        return cc_fail(COLOCACHE_E_ORDER, "no receive in place is under way: colocache_receive_begin comes first");
+    uint64_t open = cc_observe(&cc->epoch.open);
+    if (epoch == 0 || open != epoch)
+        return cc_fail(COLOCACHE_E_EPOCH, "a receive into epoch %llu can't end: the open one is %llu", (unsigned long long)epoch,
+                       (unsigned long long)open);
+    return 0;
+}
+
 void cc_epoch_received(struct colocache *cc, uint64_t n_pages)
 {
     cc_add(&cc->epoch.received_pages, n_pages);
@@ -255,9 +266,15 @@ int cc_epoch_check_complete(struct colocache *cc, uint64_t epoch, uint64_t n_pag
     return 0;
 }
 
-void cc_epoch_close_gate(struct colocache *cc)
+int cc_epoch_close_gate(struct colocache *cc)
 {
-    cc_gate_close(&cc->epoch.gate);
+    uint32_t inside = cc_gate_close_within(&cc->epoch.gate, cc->epoch.receive_wait_ns);
+    if (inside)
+        return cc_fail(COLOCACHE_E_RECEIVING,
+                       "%u receives into epoch %llu are still under way after %llu ms: end them (receive_done, or shut down their sockets) "
+                       "and call again",
+                       inside, (unsigned long long)cc_observe(&cc->epoch.open), (unsigned long long)(cc->epoch.receive_wait_ns / 1000000u));
+    return 0;
 }
 
 void cc_epoch_open_gate(struct colocache *cc)
@@ -288,8 +305,8 @@ static void discard(struct colocache *cc)
 int cc_epoch_release(struct colocache *cc, bool give_up)
 {
     enum cc_state from;
-    if (give_up) { /* bits and cache stay until an epoch that contains them is sealed; a bounded cache gives its memory back */
-        cc_gate_close(&cc->epoch.gate);
+    int rc = give_up ? cc_epoch_close_gate(cc) : 0;
+    if (give_up && rc == 0) { /* bits and cache stay until an epoch that contains them is sealed; a bounded cache gives its memory back */
         if (cc->bounded)
             discard(cc);
         cc->epoch.staged.epoch = 0;
@@ -298,7 +315,7 @@ int cc_epoch_release(struct colocache *cc, bool give_up)
         cc_add(&cc->epoch.n_given_up, 1);
     }
     if (move(cc, RELEASE, &from) != CC_TAKING_OVER)
-        return 0;
+        return rc;
     take_over(cc);
     return 1;
 }
@@ -336,6 +353,14 @@ void cc_epoch_recovered(struct colocache *cc)
     move(cc, RECOVERED, &from);
 }
 
+enum cc_state cc_epoch_failover(struct colocache *cc, enum cc_state *from)
+{
+    enum cc_state to = move(cc, FAILOVER, from);
+    if (to == CC_TAKING_OVER)
+        take_over(cc);
+    return to;
+}
+
 /* ---- any thread ------------------------------------------------------------------------------------------------------- */
 
 int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason)
@@ -353,8 +378,9 @@ int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason)
     bool mine = cc_observe(&cc->epoch.open) == epoch; /* again: another epoch may have taken its place before the claim */
     if (!mine)
         rc = not_the_open_one(cc, epoch, "be aborted");
-    if (cc_epoch_release(cc, mine))
-        return 1; /* whichever epoch was meant: this machine takes over now */
+    int released = cc_epoch_release(cc, mine);
+    if (released)
+        return released; /* 1, whichever epoch was meant: this machine takes over now */
     if (mine)
         cc_log(cc, COLOCACHE_LOG_WARN, "epoch %llu aborted: %s", (unsigned long long)epoch, reason ? reason : "no reason given");
     return rc;
@@ -368,33 +394,4 @@ int colocache_free_staged(struct colocache *cc)
     int rc = empty_stale(cc);
     pthread_mutex_unlock(&cc->epoch.opening);
     return rc;
-}
-
-int colocache_failover(struct colocache *cc, uint64_t *epoch_out)
-{
-    if (!cc)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    struct cc_record current;
-    int rc = cc_commit_read(cc->region.control, &current);
-    if (rc < 0)
-        return rc;
-    if (epoch_out)
-        *epoch_out = current.epoch;
-    enum cc_state from, to = move(cc, FAILOVER, &from);
-    if (cc_epoch_failover_asked(to))
-        return 1;
-    if (to == CC_TAKING_OVER)
-        take_over(cc);
-    if (to)
-        return 0;
-    if (from == CC_LOAD_FAILED)
-        return cc_fail(COLOCACHE_E_LOAD_FAILED, "the device state of epoch %llu did not load: attach with a fresh VM to take over from it",
-                       (unsigned long long)current.epoch);
-    if (from == CC_CLAIMED_FIRST)
-        return cc_fail(COLOCACHE_E_NO_STATE, "there is no state to take over from: the first epoch is only just being sealed");
-    if (current.epoch == 0)
-        return cc_fail(COLOCACHE_E_NO_STATE, "there is no secondary yet: no epoch has been sealed");
-    return cc_fail(COLOCACHE_E_NO_STATE,
-                   "there is no state to take over from: pages newer than epoch %llu are in the cache and the VM that ran is gone",
-                   (unsigned long long)current.epoch);
 }

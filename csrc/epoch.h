@@ -32,7 +32,8 @@ bool cc_epoch_failover_asked(enum cc_state state);
 /* Into the gate, with `epoch` open: a new number opens it.  cc_epoch_leave after every 0.  E_EPOCH, E_SEALED, E_LOAD_FAILED, E_FAILED_OVER. */
 int cc_epoch_enter(struct colocache *cc, uint64_t epoch);
 void cc_epoch_leave(struct colocache *cc);
-void cc_epoch_received(struct colocache *cc, uint64_t n_pages);            /* inside the gate: pages that came whole */
+int cc_epoch_check_inside(struct colocache *cc, uint64_t epoch); /* somebody is in the gate, and `epoch` is open.  E_EPOCH, E_ORDER */
+void cc_epoch_received(struct colocache *cc, uint64_t n_pages);  /* inside the gate: pages that came whole */
 void cc_epoch_stage(struct colocache *cc, const struct cc_staged *staged); /* inside the gate */
 uint64_t cc_epoch_received_in_all(struct colocache *cc);
 
@@ -42,9 +43,10 @@ uint64_t cc_epoch_received_in_all(struct colocache *cc);
 int cc_epoch_claim(struct colocache *cc, uint64_t epoch, const char *what_for);
 /* After a claim.  Is `epoch` the open one and all of it there?  0, E_EPOCH, E_INCOMPLETE. */
 int cc_epoch_check_complete(struct colocache *cc, uint64_t epoch, uint64_t n_pages);
-void cc_epoch_close_gate(struct colocache *cc); /* the last receiver is out: its bytes and bits are seen */
+int cc_epoch_close_gate(struct colocache *cc); /* 0: the last receiver is out, its bytes and bits are seen.  E_RECEIVING */
 void cc_epoch_open_gate(struct colocache *cc);
-/* A claim that led to no seal; `give_up`: the epoch's number is spent.  1: failover was asked for meanwhile and is granted. */
+/* A claim that led to no seal; `give_up`: the epoch's number is spent.  1: failover was asked for meanwhile and is granted.
+ * E_RECEIVING: it can't be given up while somebody receives, and is still open. */
 int cc_epoch_release(struct colocache *cc, bool give_up);
 /* A claim that led to one: the commit word is stored.  Gate closed. */
 void cc_epoch_sealed(struct colocache *cc);
@@ -53,6 +55,8 @@ void cc_epoch_committed(struct colocache *cc);
 int cc_epoch_loaded(struct colocache *cc, bool ok, bool committed);
 /* Bounded: nothing in the cache is wanted any more, and no bit is set for it. */
 void cc_epoch_empty_cache(struct colocache *cc);
+/* Any thread.  The state it led to, with `taken_over` stored if this machine takes over now; CC_STATE_NONE: not from `*from`. */
+enum cc_state cc_epoch_failover(struct colocache *cc, enum cc_state *from);
 /* Attach: guest RAM and device state are an epoch. */
 void cc_epoch_recovered(struct colocache *cc);
 

@@ -44,6 +44,7 @@ static const struct {
     {COLOCACHE_E_LOG_LOST, "a dirty log could not be read: every page must count as written"},
     {COLOCACHE_E_ORDER, "this call is not allowed in the present state"},
     {COLOCACHE_E_MEMORY_MODE, "the control region was made with the other memory mode (mirror, bounded): attach with that one"},
+    {COLOCACHE_E_RECEIVING, "pages of this epoch are still being received"},
     {COLOCACHE_E_STRATEGY, "the sealed epoch needs a flush strategy that this build does not have: attach with the build that sealed it"},
 };
 

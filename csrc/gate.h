@@ -19,6 +19,8 @@ struct cc_gate {
 void cc_gate_enter(struct cc_gate *gate); /* waits while it is closed */
 void cc_gate_leave(struct cc_gate *gate);
 void cc_gate_close(struct cc_gate *gate); /* returns when nobody is inside; one closer at a time */
+/* 0: closed; else it is open again, and so many were inside all the time allowed. */
+uint32_t cc_gate_close_within(struct cc_gate *gate, uint64_t longest_ns);
 void cc_gate_open(struct cc_gate *gate);
 
 #endif

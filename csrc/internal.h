@@ -70,8 +70,9 @@ struct cc_epoch {
     uint64_t received_before;         /* of all epochs before it */
     uint64_t n_given_up;
     struct cc_staged staged;
-    bool stale;              /* bounded: the cache holds pages of an epoch that is committed or given up; over it: `opening` */
-    pthread_mutex_t opening; /* over `open` while it is 0, and the two counts together */
+    uint64_t receive_wait_ns; /* longest wait for receives that are under way */
+    bool stale;               /* bounded: the cache holds pages of an epoch that is committed or given up; over it: `opening` */
+    pthread_mutex_t opening;  /* over `open` while it is 0, and the two counts together */
 };
 
 /* What stats.c keeps.  `open_sync_ns` counts towards the epoch that is not sealed yet. */

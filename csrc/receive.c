@@ -21,6 +21,7 @@
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
+#include "map.h"
 #include "receive.h"
 #include "sparse.h"
 #include "staging.h"
@@ -163,4 +164,64 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_
         done(cc, block, first_pfn, n_pages, place);
     cc_epoch_leave(cc);
     return rc;
+}
+
+/* ---- in place: the caller writes the bytes itself ------------------------------------------------------------------------ */
+
+/* room_for -- in the file, before anybody stores through the mapping: a hole on a full file system would be a SIGBUS */
+static int room_for(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
+{
+    if (place != TO_STAGING)
+        return 0;
+    cc_staging_expect(block, first_pfn, n_pages);
+    int rc =
+        cc_map_reserve(block->cache.fd, block->cache.offset + (first_pfn << block->page_shift), n_pages << block->page_shift, block->name);
+    return rc == COLOCACHE_E_NO_MEMORY ? cc_staging_no_room(block) : rc;
+}
+
+int colocache_receive_begin(struct colocache *cc, uint64_t epoch, uint32_t block_index, uint64_t first_pfn, uint64_t n_pages,
+                            void **addr_out)
+{
+    struct cc_block *block;
+    if (!addr_out)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "addr_out is NULL");
+    *addr_out = NULL;
+    int rc = cc_block_get(cc, block_index, &block);
+    if (rc == 0 && n_pages == 0)
+        rc = cc_fail(COLOCACHE_E_ARGUMENT, "no pages are to be received in place: give at least 1");
+    if (rc == 0)
+        rc = cc_block_range(block, first_pfn, n_pages);
+    if (rc == 0)
+        rc = cc_sparse_allocate(block, first_pfn, n_pages);
+    if (rc == 0)
+        rc = cc_epoch_enter(cc, epoch);
+    if (rc)
+        return rc;
+    rc = room_for(block, first_pfn, n_pages, place_of(cc));
+    if (rc)
+        cc_epoch_leave(cc);
+    else
+        *addr_out = address(block, first_pfn, place_of(cc)); /* the place can't change while somebody is inside the gate */
+    return rc;
+}
+
+int colocache_receive_done(struct colocache *cc, uint64_t epoch, uint32_t block_index, uint64_t first_pfn, uint64_t n_pages, int whole)
+{
+    struct cc_block *block;
+    int rc = cc_block_get(cc, block_index, &block);
+    if (rc == 0)
+        rc = cc_block_range(block, first_pfn, n_pages);
+    if (rc == 0)
+        rc = cc_epoch_check_inside(cc, epoch);
+    if (rc)
+        return rc;
+    const enum place place = place_of(cc);
+    if (whole) {
+        done(cc, block, first_pfn, n_pages, place);
+    } else if (place == TO_CACHE) { /* touched, perhaps torn: the bit, but not the count */
+        CC_CRASH_POINT("receive: an abandoned range, before its bits");
+        cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], first_pfn, n_pages);
+    }
+    cc_epoch_leave(cc);
+    return 0;
 }

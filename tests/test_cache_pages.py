@@ -328,3 +328,24 @@ def test_writes_of_this_process_are_seen_by_its_own_log(ready: Cache) -> None:
     log.close()
     with pytest.raises(ClosedError, match="dirty log of this process is closed"):
         ready.sync_dirty_log(log)
+
+
+def test_bytes_written_in_place_are_pages_when_the_with_ends(cache: Cache) -> None:
+    ram = cache.blocks["pc.ram"]
+    with cache.receive_in_place(1, "pc.ram", 5, 3) as pages:
+        assert pages.shape == (3, PAGE)
+        pages[:] = np.array([[7], [8], [9]], np.uint8)
+        assert bitmap.count(ram.pvm_bitmap) == 0  # not pages yet
+    assert bitmap.count(ram.pvm_bitmap) == 3
+    checkpoint(cache, 1, n_pages=3)
+    assert ram.guest[5:8, 4095].tolist() == [7, 8, 9]
+    with pytest.raises(ZeroDivisionError), cache.receive_in_place(2, ram, 5, 2) as pages:
+        pages[0, 0] = 1 // 0
+    assert bitmap.count(ram.pvm_bitmap) == 2  # touched, perhaps
+    cache.device_state_buffer(2, 0)
+    with pytest.raises(colocache.IncompleteError):
+        cache.seal(2, n_pages=2)  # and not counted
+    assert ram.guest[5, 4095] == 7
+    with pytest.raises(RangeError), cache.receive_in_place(3, "pc.ram", 999, 2):
+        pass
+    del pages

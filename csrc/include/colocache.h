@@ -168,8 +168,8 @@
  *  colocache_mark_dirty, colocache_sync_words, colocache_failover, colocache_abort,
  *  colocache_get_status, colocache_get_stats.  All other functions on one handle are called by one
  *  thread at a time (the conductor's); colocache_close by the last one.  colocache_seal and
- *  colocache_abort wait for receiving calls that are in the middle of a packet: shut down their
- *  sockets first if their peer may be dead.
+ *  colocache_abort wait for receiving calls that are in the middle of a packet, at most
+ *  receive_wait_ms (E_RECEIVING then): shut down their sockets first if their peer may be dead.
  *  A source is used by one thread at a time (a ring source by any).  A sender:
  *  colocache_sender_send in several threads with a socket and a stripe each,
  *  colocache_sender_mark_dirty in any thread, the rest in one.
@@ -338,7 +338,9 @@ enum colocache_error {
     COLOCACHE_E_ORDER = -20027,        /* a call that the object's state does not allow now */
     COLOCACHE_E_STRATEGY = -20028,     /* attach: sealed for a flush strategy that this build
                                           does not have; nothing was changed */
-    COLOCACHE_E_MEMORY_MODE = -20029   /* attach: the region was made with the other memory mode */
+    COLOCACHE_E_MEMORY_MODE = -20029,  /* attach: the region was made with the other memory mode */
+    COLOCACHE_E_RECEIVING = -20030     /* seal, abort: pages are still being received, after the
+                                          longest wait; the epoch is open as before */
 };
 
 enum colocache_copy {                  /* how pages are copied; AUTO picks the best the CPU has */
@@ -414,6 +416,9 @@ struct colocache_options {
                                           else has: its lock is held until the handle is closed.
                                           Close yours after the call */
     uint32_t memory_mode;              /* enum colocache_memory_mode; at attach the region's */
+    uint32_t receive_wait_ms;          /* longest that seal and abort wait for receives under way;
+                                          0 = 10,000 */
+    uint32_t reserved;                 /* 0 */
 };
 
 enum colocache_memory_mode {           /* see "Bounded memory" above */
@@ -602,6 +607,20 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
                             const uint64_t *pfns, uint64_t n_pages, const void *data,
                             uint64_t len_bytes);
 
+/* For a transport that writes memory itself (RDMA, TLS, a VMM's own streams): where the bytes of
+ * these pages go, at *addr_out, one page after the other.  Write them, then call done: bits and
+ * counts come with it, so nobody takes half a page for a whole one.  Between the two the epoch
+ * can neither be sealed nor given up (E_RECEIVING after the longest wait, the epoch stays open);
+ * any number of ranges at once, from any threads, and done may come from another than begin.
+ * begin: same errors as colocache_receive_page, E_ARGUMENT (no pages), E_NO_MEMORY.
+ * done, once per begin, with the same range: whole 0 if the bytes may not all be there; the pages
+ * keep bits but do not count, so the epoch can't be sealed with its right number and is aborted.
+ * E_ORDER (no begin), E_EPOCH. */
+int colocache_receive_begin(struct colocache *cc, uint64_t epoch, uint32_t block,
+                            uint64_t first_pfn, uint64_t n_pages, void **addr_out);
+int colocache_receive_done(struct colocache *cc, uint64_t epoch, uint32_t block, uint64_t first_pfn,
+                           uint64_t n_pages, int whole);
+
 /* Read messages from the stream socket `fd` (TCP or Unix; its blocking mode does not matter) and
  * put the pages of PAGES packets of `epoch` into the cache, without a copy in between, until
  * another message comes.  Its 40 header bytes (checksum verified, see colocache_message_parse)
@@ -776,7 +795,8 @@ struct colocache_flush_result {
  * bits, cache and the epoch before stay.  `check` sees the device state before anything depends
  * on it: whatever your load would refuse, refuse here, where a veto costs one epoch; a load that
  * fails after the flush costs the secondary.  On E_INCOMPLETE, E_VETO and E_NO_MEMORY (sparse)
- * the epoch is aborted; E_EPOCH and E_SEALED change nothing.  E_FAILED_OVER: take over instead.
+ * the epoch is aborted; E_EPOCH, E_SEALED and E_RECEIVING change nothing.  E_FAILED_OVER: take
+ * over instead.
  * After any error look at the phase: FAILED_OVER means that failover was asked for meanwhile and
  * is granted. */
 int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args,
@@ -802,9 +822,10 @@ int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
 int colocache_free_staged(struct colocache *cc);
 
 /* Give up the open epoch.  Its number is not used again; bits and cache stay (in bounded memory
- * both are dropped).  Waits for receives under way.  Returns 0, or 1 if failover was asked for at
- * the same moment: this machine takes over now.  E_EPOCH if it is not the open one, E_SEALED if
- * too late.  Any thread; shut down the sockets of receives that wait for a peer first. */
+ * both are dropped).  Waits for receives under way, and changes nothing if that takes too long
+ * (E_RECEIVING).  Returns 0, or 1 if failover was asked for at the same moment: this machine takes
+ * over now.  E_EPOCH if it is not the open one, E_SEALED if too late.  Any thread; shut down the
+ * sockets of receives that wait for a peer first. */
 int colocache_abort(struct colocache *cc, uint64_t epoch, const char *reason);
 
 /* May this machine take over?  0: now, from its live state; the handle takes no more epochs.  1:

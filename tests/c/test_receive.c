@@ -221,6 +221,118 @@ static void pages_of_other_sizes(void)
     }
 }
 
+/* ---- in place ---------------------------------------------------------------------------------------------------------- */
+
+static struct rig in_place; /* with a short wait, so that what must not hang is seen to come back */
+
+static void open_in_place(void)
+{
+    rig_open(&in_place, 3, odd_blocks, 4096, false);
+    in_place.cc->epoch.receive_wait_ns = 30000000;
+}
+
+static int seal_in_place(uint64_t epoch, uint64_t n_pages)
+{
+    void *state;
+    CHECK_RC(0, colocache_device_state_begin(in_place.cc, epoch, 0, &state));
+    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = epoch, .n_pages = n_pages};
+    return colocache_seal(in_place.cc, &args, NULL);
+}
+
+static void bytes_written_in_place_are_pages_when_they_are_done(void)
+{
+    struct dice dice = {31};
+    open_in_place();
+    for (int i = 0; i < 100; i++) {
+        uint32_t b = (uint32_t)below(&dice, 2);
+        uint64_t n = 1 + below(&dice, 20), pfn = below(&dice, odd_blocks[b] - n + 1);
+        struct rig_block *block = &in_place.blocks[b];
+        void *addr = NULL;
+        CHECK_RC(0, colocache_receive_begin(in_place.cc, 1, b, pfn, n, &addr));
+        rig_check(&in_place, false); /* no bit before it is done */
+        for (uint64_t k = 0; k < n; k++) {
+            rig_fill((uint8_t *)addr + k * 4096, 4096, (uint64_t)i, b, pfn + k);
+            rig_fill(block->cache_oracle + (pfn + k) * 4096, 4096, (uint64_t)i, b, pfn + k);
+            block->pvm[pfn + k] = 1;
+        }
+        CHECK_RC(0, colocache_receive_done(in_place.cc, 1, b, pfn, n, 1));
+        rig_check(&in_place, false);
+    }
+    rig_close(&in_place);
+}
+
+static void an_abandoned_range_has_bits_and_no_count(void)
+{
+    void *addr;
+    open_in_place();
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 1, 0, 10, 4, &addr));
+    memset(addr, 9, 4096); /* one page of four, and the transport broke */
+    memset(in_place.blocks[0].cache_oracle + 10 * 4096, 9, 4096);
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 1, 0, 10, 4, 0));
+    memset(in_place.blocks[0].pvm + 10, 1, 4);
+    rig_check(&in_place, false);
+    CHECK_RC(COLOCACHE_E_INCOMPLETE, seal_in_place(1, 4)); /* as the peer counts them: aborted */
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 2, 0, 10, 4, &addr));
+    for (uint64_t k = 0; k < 4; k++) {
+        rig_fill((uint8_t *)addr + k * 4096, 4096, 2, 0, 10 + k);
+        rig_fill(in_place.blocks[0].cache_oracle + (10 + k) * 4096, 4096, 2, 0, 10 + k);
+    }
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 2, 0, 10, 4, 1));
+    CHECK_RC(0, seal_in_place(2, 4)); /* sent again, whole */
+    rig_close(&in_place);
+}
+
+static void a_range_left_open_makes_the_seal_fail_and_never_hang(void)
+{
+    void *addr, *other;
+    uint64_t epoch;
+    open_in_place();
+    rig_receive(&in_place, 1, 0, 1, 1);
+    rig_checkpoint(&in_place, 1, 0);
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 2, 1, 64, 2, &addr));
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 2, 0, 0, 1, &other)); /* several at once */
+    CHECK_RC(COLOCACHE_E_RECEIVING, seal_in_place(2, COLOCACHE_ANY_COUNT));
+    CHECK(strstr(colocache_last_error(), "2 receives into epoch 2") != NULL);
+    CHECK_RC(COLOCACHE_E_RECEIVING, colocache_abort(in_place.cc, 2, "too early"));
+    CHECK_EQ(COLOCACHE_PHASE_LIVE, rig_phase(&in_place)); /* nothing was changed: it goes on */
+    for (uint64_t k = 0; k < 2; k++) {
+        rig_fill((uint8_t *)addr + k * 4096, 4096, 2, 1, 64 + k);
+        rig_fill(in_place.blocks[1].cache_oracle + (64 + k) * 4096, 4096, 2, 1, 64 + k);
+        in_place.blocks[1].pvm[64 + k] = 1;
+    }
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 2, 1, 64, 2, 1));
+    CHECK_RC(COLOCACHE_E_RECEIVING, seal_in_place(2, 2));
+    in_place.blocks[0].pvm[0] = 1;
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 2, 0, 0, 1, 0));
+    rig_check(&in_place, false);
+    CHECK_RC(0, seal_in_place(2, 2));
+    CHECK_RC(0, colocache_flush(in_place.cc, NULL));
+    CHECK_RC(0, colocache_loaded(in_place.cc, 1));
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 3, 1, 64, 2, &addr));
+    CHECK_RC(0, colocache_failover(in_place.cc, &epoch)); /* a peer that died in mid-transfer holds up no takeover */
+    CHECK_EQ(2, epoch);
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 3, 1, 64, 2, 0));
+    CHECK_RC(COLOCACHE_E_FAILED_OVER, colocache_receive_begin(in_place.cc, 4, 1, 64, 2, &addr));
+    rig_close(&in_place);
+}
+
+static void what_can_not_be_received_in_place_is_refused(void)
+{
+    void *addr = &addr;
+    open_in_place();
+    CHECK_RC(COLOCACHE_E_RANGE, colocache_receive_begin(in_place.cc, 1, 0, 99, 2, &addr));
+    CHECK(addr == NULL);
+    CHECK_RC(COLOCACHE_E_BLOCK, colocache_receive_begin(in_place.cc, 1, 3, 0, 1, &addr));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_receive_begin(in_place.cc, 1, 0, 0, 0, &addr));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_receive_begin(in_place.cc, 1, 0, 0, 1, NULL));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_begin(in_place.cc, 0, 0, 0, 1, &addr));
+    CHECK_RC(COLOCACHE_E_ORDER, colocache_receive_done(in_place.cc, 1, 0, 0, 1, 1)); /* nobody began */
+    CHECK_RC(0, colocache_receive_begin(in_place.cc, 1, 0, 0, 1, &addr));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_done(in_place.cc, 2, 0, 0, 1, 1));
+    CHECK_RC(0, colocache_receive_done(in_place.cc, 1, 0, 0, 1, 0));
+    rig_close(&in_place);
+}
+
 int main(void)
 {
     RUN(pages_go_to_the_cache_and_nowhere_else);
@@ -231,5 +343,9 @@ int main(void)
     RUN(device_state_has_any_length_up_to_its_bound);
     RUN(sparse_images_are_allocated_as_pages_come);
     RUN(pages_of_other_sizes);
+    RUN(bytes_written_in_place_are_pages_when_they_are_done);
+    RUN(an_abandoned_range_has_bits_and_no_count);
+    RUN(a_range_left_open_makes_the_seal_fail_and_never_hang);
+    RUN(what_can_not_be_received_in_place_is_refused);
     return DONE();
 }
