@@ -86,9 +86,10 @@ hidden byte epoch, page;
 /* ---- the connection: what was sent before it was lost may still be read, until its reader notices the loss ---- */
 bool link = true;              /* false: lost; what is sent now goes nowhere */
 bool p_seen = true, s_seen = true;   /* this side has not noticed a loss */
-#define ROOM_S (!link || len(to_s) < CAPACITY)
+#define NOBODY_READS (!link || s == S_TOOK_OVER)   /* what is sent goes nowhere */
+#define ROOM_S (NOBODY_READS || len(to_s) < CAPACITY)
 #define ROOM_P (!link || len(to_p) < CAPACITY)
-inline tell_s(m, e, v) { if :: link -> to_s!m, e, v :: else fi }
+inline tell_s(m, e, v) { if :: !NOBODY_READS -> to_s!m, e, v :: else fi }
 inline tell_p(m, e)    { if :: link -> to_p!m, e :: else fi }
 inline forget_to_s() { do :: len(to_s) > 0 -> to_s?msg, epoch, page :: else -> break od }
 inline forget_to_p() { do :: len(to_p) > 0 -> to_p?msg, epoch :: else -> break od }
@@ -226,7 +227,11 @@ end:do
         tell_s(ABORT, p_epoch, 0); p_gives_up_epoch(); p = P_IDLE }
 
     /* the SVM's messages */
+#ifdef MUTANT_ABORTED_NUMBER_USED_AGAIN
+    :: d_step { p_seen && len(to_p) > 0 && ROOM_S ->    /* an answer to the first use of the number may find no room for SEND */
+#else
     :: d_step { p_seen && len(to_p) > 0 ->
+#endif
         to_p?msg, epoch;
         if :: msg == HELLO -> HAPPENED(P_HELLO_hears_HELLO) :: else fi;
         if
@@ -276,6 +281,7 @@ end:do
                :: p == P_SENDING -> HAPPENED(P_SENDING_hears_TOOK_OVER)
                :: p == P_SENT -> HAPPENED(P_SENT_hears_TOOK_OVER)
                :: p == P_RECEIVED -> HAPPENED(P_RECEIVED_hears_TOOK_OVER)
+               :: else
             fi;
             p = P_STOPPED
         :: else         /* of an epoch that is given up */
