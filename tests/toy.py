@@ -27,6 +27,7 @@ from colocache.replication.messages import MessageType
 from colocache.replication.options import PrimaryOptions, SecondaryOptions, Timing
 from colocache.replication.primary import Primary
 from colocache.replication.secondary import Secondary
+from colocache.replication.transport import PlainTransport, Wrap
 from colocache.vmm import DeviceStateError, LoadReport, Ram, VerifyReport
 
 Rule = Callable[[str, MessageType, int], str]  # direction, type, epoch: what shall become of the message
@@ -297,6 +298,7 @@ class Pair:
     def __init__(self, memory: Memory, folder: Path, *, timing: Timing = QUICK, arbiter: Arbiter | None = None) -> None:
         self._stack = contextlib.ExitStack()
         self.memory, self.timing, self.arbiter, self.streams = memory, timing, arbiter, 1
+        self.wraps: dict[str, Wrap] = {}  # by role; then there is no wire between that reads along
         self.blocks = hello_blocks(image.spec for image in memory.images)
         self.listener, self.address = Address.parse(f"unix:{folder}/s").listen()
         self._stack.callback(self.address.remove)
@@ -323,6 +325,7 @@ class Pair:
             events=self.events_s,
             stop=self.stop_s,
             arbiter=self.arbiter,
+            wrap=self.wraps.get("secondary", PlainTransport),
         )
         return self.secondary
 
@@ -340,7 +343,7 @@ class Pair:
         checks = {name: options.pop(name) for name in ("verify", "hold", "die_at") if name in options}
         given = {"pair": "toy", "timing": self.timing, "interval": 0.05, "streams": self.streams, **options}
         self.primary = Primary(
-            address=self.link.address,
+            address=self.address if self.wraps else self.link.address,
             machine=self.pvm,  # type: ignore[arg-type]
             sender=self.sender,
             blocks=self.blocks,
@@ -351,6 +354,7 @@ class Pair:
             arbiter=self.arbiter,
             observer=Checks(self.events_p, **checks),
             release_output=self.released.append,
+            wrap=self.wraps.get("primary", PlainTransport),
         )
         return self.primary
 

@@ -7,14 +7,19 @@ import dataclasses
 
 import click
 
-from colocache.commands.options import foreseen, json_option, print_json
+from colocache.commands.options import foreseen, json_option, pair_option, print_json, tls_file_options
+from colocache.replication.tls import HOW_TO
 
 
-@click.command()
+@click.command(epilog=HOW_TO)
 @json_option
+@pair_option
+@tls_file_options
 @foreseen
-def doctor(as_json: bool) -> None:
+def doctor(as_json: bool, pair: str, **files: str) -> None:
     """Tell what this machine offers, and how to enable the rest. Nothing is changed.
+
+    With --tls-cert, --tls-key and --tls-ca: also whether they can be used for one side of --pair.
 
     Exit status 0: a pair can run here, though perhaps not in the fastest way.
     """
@@ -22,8 +27,9 @@ def doctor(as_json: bool) -> None:
     from rich.table import Table
 
     from colocache import doctor as examination
+    from colocache.replication.certificates import examine_certificates
 
-    findings = examination.examine()
+    findings = [*examination.examine(), *examine_certificates(pair, **files)]
     usable = examination.usable(findings)
     guest = examination.default_guest()
     table = Table(show_edge=False, box=None, pad_edge=False)
@@ -51,5 +57,5 @@ def doctor(as_json: bool) -> None:
                 "findings": [dataclasses.asdict(finding) for finding in findings],
             }
         )
-    if not usable:
+    if not usable or any(finding.name == "TLS" and not finding.ok for finding in findings):
         raise SystemExit(1)

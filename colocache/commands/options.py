@@ -7,12 +7,15 @@ import functools
 import json
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from colocache.choices import BACKINGS, GUEST_KINDS, MEMORY_MODES, STREAMS_MAX, VERIFY
 from colocache.errors import ColocacheError
+
+if TYPE_CHECKING:
+    from colocache.replication.security import Security
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -149,6 +152,35 @@ arbiter_option = click.option(
     show_default=True,
     help="Who decides whether this side may go on alone: solo always says yes, never always no.",
 )
+
+tls_file_options = options(
+    click.option("--tls-cert", default="", metavar="FILE", help="Certificate of this side, in PEM: TCP is TLS then."),
+    click.option("--tls-key", default="", metavar="FILE", help="Private key of --tls-cert, in PEM, no password."),
+    click.option("--tls-ca", default="", metavar="FILE", help="Certificate of the authority that issued both sides'."),
+)
+
+security_options = options(
+    tls_file_options,
+    click.option(
+        "--insecure",
+        is_flag=True,
+        help="Let guest memory travel over TCP as plain text, to and from whoever reaches the port.",
+    ),
+)
+
+
+def security_of(given: dict[str, Any], event: Callable[..., None]) -> Security:
+    """What the options say about TLS; plain TCP by the operator's word is said aloud."""
+    from colocache.replication.security import Security
+
+    names = ("tls_cert", "tls_key", "tls_ca", "insecure")
+    security = Security(**{name: given[name] for name in names})
+    if security.insecure:
+        event(
+            "insecure", "--insecure: over TCP guest memory travels as plain text, and whoever reaches the port may pair"
+        )
+    return security
+
 
 verify_option = click.option(
     "--verify",

@@ -18,6 +18,8 @@ from colocache.commands.options import (
     print_json,
     report_options,
     seconds_option,
+    security_of,
+    security_options,
     size_option,
     streams_option,
     timing_options,
@@ -69,6 +71,7 @@ from colocache.commands.options import (
     help="If the secondary is gone for good, let a fresh one at ADDRESS take its place. This is your consent to give "
     "the old one up: it must never take over, and the arbiter is asked to see to that.",
 )
+@security_options
 @report_options
 @click.option("--hold", is_flag=True, hidden=True)
 @click.option("--hash-at", type=int, default=0, hidden=True)
@@ -80,6 +83,8 @@ def primary(**given: Any) -> None:
 
     SIGUSR1 takes a checkpoint at once. Ctrl-C ends both sides in order. Exit status 0: it ended in order, and
     every page of its memory was what the guest's history says.
+
+    TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
     from colocache import BlockSpec, RamImage, Sender
     from colocache.children import die_with_parent
@@ -90,6 +95,7 @@ def primary(**given: Any) -> None:
     from colocache.replication.events import Events
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
+    from colocache.replication.security import make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.vmm.guests import blocks_for, guest_kind_available, make_machine
     from colocache.vmm.workload import GuestOptions
@@ -114,6 +120,8 @@ def primary(**given: Any) -> None:
     )
     arbiter = make_arbiter(given["arbiter"])
     events = Events("primary", machine_readable=given["events"])
+    security = security_of(given, events.emit)
+    wrap = make_wrap(security, pair=given["pair"], role="primary", timeout=given["peer_timeout"])
     kind, why = guest_kind_available(given["guest"])
     specs: tuple[BlockSpec, ...] = blocks_for(given["ram"], kind)
     guest = GuestOptions(working_set_bytes=given["working_set"], steps_per_second=given["steps_per_second"])
@@ -157,6 +165,7 @@ def primary(**given: Any) -> None:
                     die_at_checkpoint=given["die_at_checkpoint"],
                     hold=given["hold"],
                 ),
+                wrap=wrap,
             )
         )
         summary = made[0].run()

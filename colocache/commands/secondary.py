@@ -23,6 +23,8 @@ from colocache.commands.options import (
     pair_option,
     report_options,
     seconds_option,
+    security_of,
+    security_options,
     size_option,
     streams_option,
     timing_options,
@@ -31,6 +33,7 @@ from colocache.commands.options import (
 if TYPE_CHECKING:
     from colocache import Memory
     from colocache.replication.child import ChildConfig
+    from colocache.replication.security import Security
 
 
 @click.command()
@@ -79,6 +82,7 @@ if TYPE_CHECKING:
     "--connect-limit", default=300.0, least=0.01, help="How long to wait for the primary to come for the first time."
 )
 @arbiter_option
+@security_options
 @report_options
 @foreseen
 def secondary(**given: Any) -> None:
@@ -91,12 +95,15 @@ def secondary(**given: Any) -> None:
     that outlives its process stays as region NAME, for `--attach`: exit status 4. Other memory is held by this command,
     which waits (event `held`): SIGUSR2, the word that the primary is dead, loads the epoch into a fresh machine, which
     takes over; Ctrl-C or SIGTERM gives the memory up. A SIGUSR2 that came before the load failed does not count.
+
+    TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
     from colocache.children import die_with_parent
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.events import Events
     from colocache.replication.keeper import Keeper
+    from colocache.replication.security import check_plain, make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.vmm.guests import guest_kind_available
 
@@ -106,6 +113,8 @@ def secondary(**given: Any) -> None:
         raise click.UsageError("--attach needs --name: which region?")
     make_arbiter(given["arbiter"])  # one that can't be made is said before anything else is
     events = Events("secondary", machine_readable=given["events"])
+    security = security_of(given, events.emit)
+    make_wrap(security, pair=given["pair"], role="secondary", timeout=given["peer_timeout"])  # or say why not
     kind, why = guest_kind_available(given["guest"])
     keeper: list[Keeper] = []
 
@@ -116,7 +125,7 @@ def secondary(**given: Any) -> None:
     actions: dict[int, Callable[[], object]] = {
         signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
     }
-    config = _config(given, kind)  # what is out of bounds is refused before anything is made
+    config = _config(given, kind, security)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
         stop = stack.enter_context(stop_on_signals(actions))
@@ -124,6 +133,8 @@ def secondary(**given: Any) -> None:
         listener, address = Address.parse(given["listen"]).listen()
         stack.callback(address.remove)
         stack.enter_context(listener)
+        if not (security.certificates or security.insecure):
+            check_plain(listener.family, listener.getsockname())
         memory = _memory(given, kind, stack)
         events.emit(
             "start",
@@ -174,7 +185,7 @@ def _memory(given: dict[str, Any], kind: str, stack: contextlib.ExitStack) -> Me
     return memory
 
 
-def _config(given: dict[str, Any], kind: str) -> Any:
+def _config(given: dict[str, Any], kind: str, security: Security) -> Any:
     from colocache.replication.child import ChildConfig
     from colocache.replication.options import SecondaryOptions, Timing
 
@@ -199,6 +210,7 @@ def _config(given: dict[str, Any], kind: str) -> Any:
             guest_options={"working_set_bytes": given["working_set"], "steps_per_second": given["steps_per_second"]},
             options=dataclasses.asdict(options),
             arbiter=given["arbiter"],
+            security=dataclasses.asdict(security),
             threads=given["threads"],
             copy=given["copy_variant"],
             device_state_max=given["device_state_max"],

@@ -71,6 +71,7 @@ class Address:
                 made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 try:
                     made.bind(self.path)
+                    Path(self.path).chmod(0o600)  # before anybody could connect
                     made.listen(BACKLOG)
                 except BaseException:
                     made.close()

@@ -12,7 +12,7 @@ import select
 import socket
 import threading
 import time
-from dataclasses import replace
+from dataclasses import astuple, replace
 from types import TracebackType
 
 from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
@@ -30,11 +30,14 @@ from colocache.errors import (
 from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, parse_message
+from colocache.replication.read_ahead import ReadAhead
 from colocache.replication.transport import Transport
 
 LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
 LINGER_BYTES_MAX = 256 << 20
 DISCARD_BYTES = 1 << 18
+PACK_BYTES = 1 << 18  # of packets at once through memory: small enough for the CPU's cache
+PACK_BYTES_MAX = (2 << 20) + 4096  # one page of the largest kind
 
 
 class Channel:
@@ -46,6 +49,7 @@ class Channel:
 
     def __init__(self, transport: Transport, *, peer_timeout: float, device_state_max: int = 0) -> None:
         self._transport = transport
+        self._ahead = ReadAhead(transport) if transport.plain_fd is None else None
         self._fd = transport.fileno()
         self.peer_timeout = peer_timeout
         self._device_state_max = device_state_max
@@ -53,6 +57,7 @@ class Channel:
         self._heartbeat: Heartbeat | None = None
         self._begun = bytearray()  # of a message that is not whole yet, which began to come at _begun_at
         self._begun_at = 0.0
+        self._room = bytearray(PACK_BYTES if transport.plain_fd is None else 0)  # for packets to be sent
         self._closed = False
         self._broken = False  # half a message went out: nothing may follow it
         self.last_heard = time.monotonic()
@@ -82,6 +87,8 @@ class Channel:
         with self._send_lock:
             self._check_open()
             try:
+                if self._transport.plain_fd is None:
+                    return self._pack_pages(sender, epoch, timeout, max_pages, stripe, n_stripes)
                 return sender.send(
                     self._fd, epoch=epoch, timeout=timeout, stripe=stripe, n_stripes=n_stripes, max_pages=max_pages
                 )
@@ -95,6 +102,26 @@ class Channel:
                 raise
             finally:
                 self.last_sent = time.monotonic()
+
+    def _pack_pages(
+        self, sender: Sender, epoch: int, timeout: float, max_pages: int, stripe: int, n_stripes: int
+    ) -> SendResult:
+        """The same where the C library has no socket to write on: packets into memory, and out of it."""
+        total = SendResult(0, 0, 0, 0)
+        while not max_pages or total.n_pages < max_pages:
+            left = max_pages - total.n_pages if max_pages else 0
+            try:
+                made = sender.pack(self._room, epoch=epoch, stripe=stripe, n_stripes=n_stripes, max_pages=left)
+            except LengthError:
+                if len(self._room) >= PACK_BYTES_MAX:
+                    raise
+                self._room = bytearray(PACK_BYTES_MAX)  # a block of larger pages
+                continue
+            if not made.n_bytes:
+                break
+            self._send_all([memoryview(self._room)[: made.n_bytes]], timeout)
+            total = SendResult(*(mine + more for mine, more in zip(astuple(total), astuple(made), strict=True)))
+        return total
 
     def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0, n_pages: int = 0) -> None:
         """Tell the peer what is given up and why. Never raises: a peer that is gone needs no telling."""
@@ -122,13 +149,13 @@ class Channel:
         for stream in self.streams:
             stream.shut_down()
 
-    def _send_all(self, parts: list[memoryview]) -> None:
+    def _send_all(self, parts: list[memoryview], seconds: float | None = None) -> None:
         self._check_open()
         try:
             while parts:
                 sent = self._transport.send(parts)
                 if sent is None:
-                    self._wait(select.POLLOUT, "take a message")
+                    self._wait(select.POLLOUT, "take a message", seconds)
                     continue
                 while parts and sent >= len(parts[0]):
                     sent -= len(parts.pop(0))
@@ -176,7 +203,7 @@ class Channel:
                 self._begun.clear()
                 return replace(message, body=body)
             more = bytearray(wanted - len(self._begun))
-            n = self._transport.receive(memoryview(more))
+            n = self._receive(memoryview(more))
             if n is None:
                 return None
             if n == 0:
@@ -190,7 +217,10 @@ class Channel:
         """
         self._check_open()
         try:
-            header, n_pages = cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
+            if self._ahead is None:
+                header, n_pages = cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
+            else:
+                header, n_pages = self._ahead.take_packets(cache, epoch, self._more_ahead)
         except (PacketError, EpochError, BlockError, RangeError, LengthError, TooLargeError) as error:
             raise ProtocolError(f"a packet of the peer was refused before a byte of it was stored: {error}") from error
         except SystemCallError as error:
@@ -202,9 +232,17 @@ class Channel:
         self._begin(header)
         return self.receive(), n_pages
 
+    def _receive(self, room: memoryview) -> int | None:
+        return self._transport.receive(room) if self._ahead is None else self._ahead.receive(room)
+
+    def _more_ahead(self) -> None:
+        self._wait(select.POLLIN, "say anything")
+
     def wait_for_word(self) -> None:
         """Until the next byte or the end of the connection, however long that takes."""
         self._check_open()
+        if self._ahead is not None and self._ahead.has_some():
+            return
         poll = select.poll()
         poll.register(self._fd, select.POLLIN | select.POLLRDHUP)
         poll.poll()
@@ -214,7 +252,7 @@ class Channel:
         done = 0
         while done < len(room):
             self._check_open()
-            n = self._transport.receive(room[done:])
+            n = self._receive(room[done:])
             if n is None:
                 self._wait(select.POLLIN, "say anything")
                 continue
@@ -296,8 +334,8 @@ class Channel:
     def discard(self) -> int | None:
         """Throw away what has come, at most 256 KiB of it: how many bytes, 0 at the end of the connection."""
         try:
-            return self._transport.receive(memoryview(bytearray(DISCARD_BYTES)))
-        except PeerLostError:
+            return self._receive(memoryview(bytearray(DISCARD_BYTES)))
+        except (PeerLostError, ProtocolError):  # of a handshake that went wrong, too
             return 0
 
     def close(self) -> None:

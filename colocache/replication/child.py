@@ -24,6 +24,7 @@ from colocache.replication.errors import RefusedError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
+from colocache.replication.security import Security, make_wrap
 from colocache.replication.signals import Wakeup, end_as_by, stop_on_signals
 from colocache.vmm.guests import make_machine
 from colocache.vmm.workload import GuestOptions
@@ -46,6 +47,7 @@ class ChildConfig:
     guest_options: dict[str, Any]
     options: dict[str, Any]
     arbiter: str
+    security: dict[str, Any]
     threads: int
     copy: str
     device_state_max: int
@@ -111,6 +113,8 @@ def _run(
 ) -> int:
     timing = Timing(**config.options.pop("timing"))
     options = SecondaryOptions(timing=timing, **config.options)
+    security = Security(**config.security)
+    wrap = make_wrap(security, pair=options.pair, role="secondary", timeout=timing.peer_timeout)
     # The memory stays open until this process ends: the keeper owns it.
     memory = Memory.from_manifest(config.manifest)
     listener = socket.socket(fileno=config.listener_fd)
@@ -128,6 +132,7 @@ def _run(
                 events=events,
                 stop=stop,
                 arbiter=make_arbiter(config.arbiter),
+                wrap=wrap,
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)

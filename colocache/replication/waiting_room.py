@@ -106,7 +106,7 @@ class WaitingRoom:
     def _let_in(self) -> None:
         try:
             transport = self._wrap(self._listener.accept()[0])
-        except (OSError, RefusedError):
+        except (OSError, RefusedError, PeerLostError):
             return  # it was gone before we came, or may not talk to us at all
         if len(self._guests) == GUESTS_MAX:
             self._guests.pop(next(iter(self._guests)))[0].close()

@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Guest memory crosses a network only under TLS, and only the other side of the pair may be at its end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import ssl
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from toy import PAGE, QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
+
+from colocache import ArgumentError, BlockSpec, Memory, message_header
+from colocache.children import python_command
+from colocache.replication.address import Address
+from colocache.replication.errors import ProtocolError, RefusedError
+from colocache.replication.hello import Hello
+from colocache.replication.security import Plain, Security, check_user, is_loopback, make_wrap
+from colocache.replication.tls import HOW_TO, Certificates, context_of, findings
+
+Make = Callable[..., Memory]
+WIDE_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", (3 * 4096 + 2100) * PAGE))
+
+
+def make_certificates(folder: Path, pair: str) -> None:
+    """By the very commands that the help gives."""
+    folder.mkdir()
+    commands = re.sub(r"(?m)^An authority.*\n|^\x08\n", "", HOW_TO).replace("\b", "").replace("PAIR", pair)
+    subprocess.run(["sh", "-e"], input=commands, text=True, cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Certificates of pair toy, those of pair other, and those of pair toy by an authority of somebody else's."""
+    base = tmp_path_factory.mktemp("certificates")
+    make_certificates(base / "toy", "toy")
+    make_certificates(base / "other", "other")
+    make_certificates(base / "theirs", "toy")
+    return base
+
+
+def security(folder: Path, side: str, *, ca: Path | None = None) -> Security:
+    return Security(str(folder / f"{side}.pem"), str(folder / f"{side}.key"), str((ca or folder) / "ca.pem"))
+
+
+def options(folder: Path, side: str) -> tuple[str, ...]:
+    """The same for the command line."""
+    given = security(folder, side)
+    return ("--tls-cert", given.tls_cert, "--tls-key", given.tls_key, "--tls-ca", given.tls_ca)
+
+
+def wraps(folder: Path) -> dict[str, object]:
+    return {
+        role: make_wrap(security(folder, role), pair="toy", role=role, timeout=2.0) for role in ("primary", "secondary")
+    }
+
+
+def over_tcp(pair: Pair, folder: Path) -> Pair:
+    pair.listener.close()
+    pair.listener, pair.address = Address.parse("127.0.0.1:0").listen()
+    pair._stack.enter_context(pair.listener)
+    pair.wraps = wraps(folder)  # type: ignore[assignment]
+    return pair
+
+
+@pytest.fixture
+def pair(make_memory: Make, tmp_path: Path, folder: Path) -> Iterator[Pair]:
+    timing = replace(QUICK, reconnect_limit=5.0)
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing) as made:
+        yield over_tcp(made, folder / "toy")
+
+
+# ---- a pair over TLS ----
+
+
+def test_a_pair_keeps_in_step_over_tls(pair: Pair) -> None:
+    primary, secondary = pair.start(checkpoints=6)
+    assert primary.join().checkpoints == 6
+    assert (secondary.join().checkpoints, secondary.result.wrong_pages) == (6, 0)
+    no_page_wrong(pair)
+
+
+@pytest.mark.parametrize("streams", [1, 3])
+def test_every_page_arrives_over_every_stream(make_memory: Make, tmp_path: Path, folder: Path, streams: int) -> None:
+    timing = replace(QUICK, peer_timeout=5.0)
+    with pair_of(make_memory(WIDE_BLOCKS), tmp_path, timing=timing) as pair:
+        over_tcp(pair, folder / "toy")
+        pair.streams = streams
+        primary, secondary = pair.start(checkpoints=5)
+        assert primary.join(60).checkpoints == 5
+        assert secondary.join(60).wrong_pages == 0
+        done = pair.events_s.all("checkpoint")
+        assert [event["verified_pages"] for event in done] == [13 + 3 * 4096 + 2100] * len(done)
+        assert pair.events_s.all("lost") == []
+
+
+def test_a_veto_and_a_takeover_are_told_over_tls(pair: Pair) -> None:
+    """The last words of a session arrive as over a plain socket."""
+    pair.start(interval=0.1)
+    pair.events_s.wait("checkpoint", 2)
+    pair.svm.veto = "this device is not known here"
+    assert "this device is not known here" in pair.events_p.wait("aborted")["reason"]
+    pair.svm.veto = None
+    pair.events_s.wait("checkpoint", len(pair.events_s.all("checkpoint")) + 2)
+    pair.secondary.request_failover()
+    assert "operator said" in pair.events_p.wait("stands")["reason"]
+    no_page_wrong(pair)
+
+
+# ---- who may not ----
+
+
+def as_client(pair: Pair, files: Certificates | None) -> str:
+    """What becomes of a client with these certificates that says a proper HELLO: the error it meets, or ""."""
+    hello = Hello("primary", "toy", None, 0, 0, False, "toy", pair.blocks).encode()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    if files is not None:
+        context.load_cert_chain(files.cert, files.key)
+    with pair.address.connect(5.0) as connection:
+        connection.settimeout(10)
+        try:
+            with context.wrap_socket(connection) as tls:
+                tls.sendall(message_header(0x101, 0, len(hello)) + hello)
+                answer = tls.recv(100)
+        except OSError as error:
+            return str(error)
+        return "" if answer else "closed"
+
+
+def test_a_stranger_ends_only_its_own_connection_and_the_primary_gets_in(pair: Pair, folder: Path) -> None:
+    pair.make_secondary()
+    secondary = pair.run_secondary()
+    with pair.address.connect(5.0) as plain:
+        plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        plain.settimeout(10)
+        with contextlib.suppress(ConnectionResetError):
+            while plain.recv(100):
+                pass
+    silent = pair.address.connect(5.0)
+    half = pair.address.connect(5.0)
+    half.sendall(b"\x16\x03\x01\x02\x00\x01")  # a ClientHello that does not go on
+    strangers = {
+        "no certificate": None,
+        "of another pair": security(folder / "other", "primary").certificates,
+        "of another authority": Certificates(
+            str(folder / "theirs/primary.pem"), str(folder / "theirs/primary.key"), ""
+        ),
+        "the wrong side": security(folder / "toy", "secondary").certificates,
+    }
+    for what, files in strangers.items():
+        assert as_client(pair, files), f"{what} got an answer"
+    reasons = " ".join(event["reason"] for event in pair.events_s.all("refused"))
+    assert "the TLS handshake failed" in reasons
+    assert "is for colocache:toy/secondary, not for colocache:toy/primary" in reasons
+    assert pair.cache.status().receiving_epoch == 0
+    pair.make_primary(checkpoints=2)
+    assert pair.run_primary().join().checkpoints == 2
+    assert secondary.join().wrong_pages == 0
+    silent.close()
+    half.close()
+    no_page_wrong(pair)
+
+
+@pytest.mark.parametrize(
+    ("whose", "side", "what"),
+    [
+        ("other", "secondary", "certificate"),
+        ("theirs", "secondary", "certificate"),
+        ("toy", "primary", "is for colocache:toy/primary, not for colocache:toy/secondary"),
+    ],
+)
+def test_a_primary_sends_no_byte_to_a_wrong_secondary(
+    pair: Pair, folder: Path, whose: str, side: str, what: str
+) -> None:
+    pair.make_primary()
+    files = security(folder / whose, side).certificates
+    assert files is not None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.cert, files.key)
+    running = pair.run_primary()
+    heard = b""
+    with contextlib.suppress(OSError):
+        connection, _ = pair.listener.accept()
+        connection.settimeout(10)
+        with connection, context.wrap_socket(connection, server_side=True) as tls:
+            heard = tls.recv(100)
+    with pytest.raises(ProtocolError, match=what):
+        running.join()
+    assert heard == b""
+
+
+# ---- plain sockets ----
+
+
+def test_plain_tcp_leaves_this_machine_only_by_the_operators_word() -> None:
+    assert is_loopback("127.0.0.1")
+    assert is_loopback("::1")
+    assert is_loopback("::ffff:127.0.0.1")
+    assert not is_loopback("192.0.2.1")
+    assert not is_loopback("fe80::1%eth0")
+
+    class Far(socket.socket):
+        def getpeername(self) -> tuple[str, int]:
+            return ("192.0.2.1", 7)
+
+    with Far() as far, pytest.raises(RefusedError, match=r"plain TCP with 192\.0\.2\.1 would show guest memory"):
+        Plain()(far)
+    with Far() as far:
+        Plain(insecure=True)(far).close()
+
+
+def test_a_unix_socket_is_this_users() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not pytest's, which lets nobody else through
+        listener, address = Address.parse(f"unix:{folder}/s").listen()
+        with listener:
+            assert Path(address.path).stat().st_mode & 0o777 == 0o600
+            with address.connect(1.0) as mine, listener.accept()[0] as theirs:
+                check_user(mine)
+                check_user(theirs)
+            if os.geteuid() != 0:
+                pytest.skip("only root can become somebody else")
+            Path(address.path).chmod(0o666)  # as if it had been opened to all
+            Path(folder).chmod(0o755)
+            code = "import os,socket,sys; os.setuid(65534); s=socket.socket(1); s.connect(sys.argv[1]); s.recv(1)"
+            with subprocess.Popen([sys.executable, "-c", code, address.path]) as other:
+                listener.settimeout(10)
+                connection = listener.accept()[0]
+                with pytest.raises(RefusedError, match="of user 65534, this is user 0"):
+                    Plain()(connection)
+                other.wait(10)
+
+
+# ---- the files, and what is said of them ----
+
+
+def test_files_that_cannot_be_used_are_named(folder: Path, tmp_path: Path) -> None:
+    toy = folder / "toy"
+    with pytest.raises(ArgumentError, match="TLS needs all three"):
+        Security(tls_cert="x")
+    with pytest.raises(ArgumentError, match="can't be read: No such file"):
+        context_of(
+            Certificates(str(tmp_path / "none"), str(toy / "primary.key"), str(toy / "ca.pem")), server_side=False
+        )
+    with pytest.raises(ArgumentError, match="are no certificate and its key: key values mismatch"):
+        context_of(
+            Certificates(str(toy / "primary.pem"), str(toy / "secondary.key"), str(toy / "ca.pem")), server_side=False
+        )
+    good = security(toy, "primary").certificates
+    assert good is not None
+    assert findings(good, "toy", "primary") == []
+    assert "is for colocache:toy/primary, not for colocache:else/primary" in findings(good, "else", "primary")[0]
+
+
+def test_doctor_looks_at_certificates(folder: Path) -> None:
+    toy = folder / "toy"
+
+    def doctor(*args: str) -> tuple[int, dict[str, object]]:
+        command = python_command("colocache.cli", "main", "doctor", "--json", *args)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        report = json.loads(ran.stdout.splitlines()[-1])
+        return ran.returncode, next(one for one in report["findings"] if one["name"] == "TLS")
+
+    files = options(toy, "secondary")
+    status, found = doctor("--pair", "toy", *files)
+    assert found["ok"]
+    assert "certificates of the secondary of pair toy" in str(found["found"])
+    assert status == 0
+    status, found = doctor("--pair", "mine", *files)
+    assert not found["ok"]
+    assert status == 1
+
+
+def test_the_commands_pair_over_tls_and_refuse_plain_tcp_beyond_this_machine(folder: Path) -> None:
+    toy = folder / "toy"
+
+    common = ("--pair", "toy", "--guest", "process", "--ram", "8M", "--backing", "shm", "--events")
+    args = ["secondary", "--listen", "127.0.0.1:0", *common, *options(toy, "secondary")]
+    secondary = subprocess.Popen(
+        python_command("colocache.cli", "main", *args),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert secondary.stdout is not None
+    try:
+        address = ""
+        while not address:
+            event = json.loads(secondary.stdout.readline())
+            address = event.get("address", "") if event["event"] == "listening" else ""
+        args = ["primary", "--connect", address, *common, "--checkpoints", "3", *options(toy, "primary")]
+        command = python_command("colocache.cli", "main", *args)
+        primary = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        assert primary.returncode == 0, primary.stdout + primary.stderr
+        assert secondary.wait(60) == 0
+    finally:
+        secondary.kill()
+        secondary.wait()
+        secondary.stdout.close()
+    refused = subprocess.run(
+        python_command("colocache.cli", "main", "secondary", "--listen", "0.0.0.0:0", *common),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert refused.returncode == 1
+    assert "plain TCP with 0.0.0.0 would show guest memory" in refused.stderr
+    assert "--insecure" in refused.stderr
