@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bytes between two processes: what a channel needs of a connection, and the plain socket as the first such.
 
-Another transport is a class with these calls, and a line in security.py. No call waits; who wants to wait polls `fileno()`.
-One thread receives and any number send, one at a time.
+Another transport is a class with these calls, and a line in security.py. No call waits; who wants to wait polls
+`fileno()`. One thread receives and any number send, one at a time.
 """
 
 from __future__ import annotations
