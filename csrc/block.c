@@ -13,12 +13,14 @@
 #include "bitmap.h"
 #include "block.h"
 #include "bounds.h"
+#include "checksum.h"
 #include "error.h"
 #include "fault.h"
 #include "image.h"
 #include "map.h"
 #include "staging.h"
 #include "version.h"
+#include "word.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
 {
@@ -99,21 +101,40 @@ void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint
                        (uint64_t *)(void *)(summaries + kind * summary_bytes), n_pages);
 }
 
-int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes)
+static uint64_t entry_checksum(const struct cc_block_entry *entry)
+{
+    return cc_checksum(entry, offsetof(struct cc_block_entry, checksum));
+}
+
+/* check_entry -- does it make sense by itself, and do its bitmaps lie at `offset`, where those before it end? */
+static int check_entry(const struct cc_block_entry *entry, uint64_t offset, uint64_t file_bytes)
 {
     if (strnlen(entry->name, COLOCACHE_NAME_BYTES) == COLOCACHE_NAME_BYTES || !entry->name[0])
         return cc_fail(COLOCACHE_E_CORRUPT, "a block in the control region has no proper name");
+    if (entry->checksum != entry_checksum(entry))
+        return cc_fail(COLOCACHE_E_CORRUPT, "block %s: its entry in the control region does not fit its checksum", entry->name);
     if (cc_bounds_block(entry->name, entry->len_bytes, entry->page_size))
         return COLOCACHE_E_CORRUPT; /* the sentence has been left */
     uint64_t expected = bitmap_bytes_for(entry->len_bytes / entry->page_size);
-    bool fits = entry->bitmap_offset % CC_PAGE == 0 && entry->bitmap_offset >= CC_DEVICES_OFFSET && entry->bitmap_offset <= file_bytes &&
-                entry->bitmap_bytes == expected && expected <= file_bytes - entry->bitmap_offset;
+    bool fits =
+        entry->bitmap_offset == offset && entry->bitmap_bytes == expected && offset <= file_bytes && expected <= file_bytes - offset;
     uint64_t reserved = entry->sparse > 1;
     for (size_t i = 0; i < sizeof entry->reserved / sizeof *entry->reserved; i++)
         reserved |= entry->reserved[i];
     if (!fits || reserved)
         return cc_fail(COLOCACHE_E_CORRUPT, "block %s: its entry in the control region does not fit the region", entry->name);
     return 0;
+}
+
+int cc_block_check_table(const struct cc_block_entry *table, uint64_t n_blocks, uint64_t offset, uint64_t file_bytes, uint64_t *end_out)
+{
+    int rc = 0;
+    for (uint64_t i = 0; rc == 0 && i < n_blocks; i++) {
+        rc = check_entry(&table[i], offset, file_bytes);
+        offset += table[i].bitmap_bytes;
+    }
+    *end_out = offset;
+    return rc;
 }
 
 /* ---- from an entry and the caller's images to a block ------------------------------------------------------------------ */
@@ -162,6 +183,8 @@ static int build(struct colocache *cc, struct cc_block *block, const struct colo
     }
     if (rc == 0 && cc->bounded)
         rc = cc_staging_open(block);
+    if (rc == 0) /* on attach as well: nothing is touched through a mapping that has a hole, on a full file system it is a SIGBUS */
+        rc = cc_map_reserve(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0)
         rc = cc_map_file(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, true, &block->bitmap_map);
     if (rc) {
@@ -245,15 +268,14 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
         rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
     if (rc)
         return rc;
-    entry.bitmap_offset = cc->region.control->bitmap_end;
+    entry.bitmap_offset = cc->region.end_bytes;
     entry.bitmap_bytes = bitmap_bytes_for(entry.len_bytes / entry.page_size);
+    entry.checksum = entry_checksum(&entry);
     uint64_t end = entry.bitmap_offset + entry.bitmap_bytes;
     if (ftruncate(cc->region.fd, (off_t)end) != 0)
         return cc_fail_errno("enlarging the control region");
     CC_CRASH_POINT("add_block: the region is larger");
-    rc = cc_map_reserve(cc->region.fd, entry.bitmap_offset, entry.bitmap_bytes, "the bitmaps in the control region");
-    if (rc == 0)
-        rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
+    rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
     if (rc == 0 && cc->bounded) {
         rc = cc_staging_empty_one(&cc->blocks[cc->n_blocks]); /* what was allocated, perhaps: memory comes with the pages */
         if (rc)
@@ -268,10 +290,9 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images)
     CC_HALF(&cc->region.table[cc->n_blocks], &entry, sizeof entry, "add_block: half an entry");
     cc->region.table[cc->n_blocks] = entry;
     CC_CRASH_POINT("add_block: after the entry");
-    cc->region.control->bitmap_end = end;
-    CC_CRASH_POINT("add_block: before the count");
     cc->n_blocks++;
-    cc_publish(&cc->region.control->n_blocks, cc->n_blocks);
+    cc_poke(&cc->region.end_bytes, end);
+    cc_word_publish(&cc->region.control->n_blocks, cc->n_blocks);
     CC_CRASH_POINT("add_block: after the count");
     return 0;
 }
@@ -299,9 +320,6 @@ int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocac
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s: the %s image is not the one this control region was made with", entry->name,
                        same_guest ? "cache" : "guest RAM");
     rc = cc->bounded ? check_bounded(images, entry, guest_granule, cache_granule) : 0;
-    /* Nothing is touched through a mapping that has a hole: on a file system that is full meanwhile it is SIGBUS. */
-    if (rc == 0)
-        rc = cc_map_reserve(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0 && !entry->sparse)
         rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
     if (rc == 0 && !entry->sparse && !cc->bounded)

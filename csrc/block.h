@@ -14,8 +14,8 @@ int cc_block_add(struct colocache *cc, const struct colocache_images *images);
 /* Block `index` of an existing region, with the images it names and no others. */
 int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images);
 void cc_block_release(struct cc_block *block);
-/* Does a table entry make sense by itself and in a region of file_bytes?  0 or E_CORRUPT. */
-int cc_block_check_entry(const struct cc_block_entry *entry, uint64_t file_bytes);
+/* Do the entries make sense, with their bitmaps one after the other from `offset` on in a file of file_bytes?  0 or E_CORRUPT. */
+int cc_block_check_table(const struct cc_block_entry *table, uint64_t n_blocks, uint64_t offset, uint64_t file_bytes, uint64_t *end_out);
 /* Where the words of one bitmap lie in a block's bitmaps of the region. */
 uint64_t cc_block_words_offset(uint64_t n_pages, uint32_t kind);
 void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages);

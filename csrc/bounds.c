@@ -24,6 +24,14 @@ int cc_bounds_block(const char *name, uint64_t len_bytes, uint32_t page_size)
     return 0;
 }
 
+int cc_bounds_epoch(uint64_t epoch)
+{
+    if (epoch == 0 || epoch > COLOCACHE_EPOCH_MAX)
+        return cc_fail(COLOCACHE_E_EPOCH, "there is no epoch %llu: they go from 1 to %llu", (unsigned long long)epoch,
+                       (unsigned long long)COLOCACHE_EPOCH_MAX);
+    return 0;
+}
+
 int cc_bounds_range(const char *name, uint64_t block_pages, uint64_t first_pfn, uint64_t n_pages)
 {
     if (first_pfn >= block_pages || n_pages > block_pages - first_pfn) /* no sum that could overflow */

@@ -43,8 +43,7 @@ static int commit_epoch(struct colocache *cc, const struct colocache_seal_result
         .flush_pages = counts->flush_pages,
         .committed_before = before.epoch,
     };
-    cc_commit_publish(cc->region.control, &record); /* from here on the epoch is what an attach finds */
-    return 0;
+    return cc_commit_publish(cc->region.control, &record); /* from here on the epoch is what an attach finds */
 }
 
 /* seal_claimed -- on error nothing was sealed */
@@ -146,7 +145,9 @@ int colocache_flush(struct colocache *cc, struct colocache_flush_result *out)
     if (rc)
         return rc;
     uint64_t t1 = cc_now_ns();
-    cc_commit_flushed(cc->region.control, &record);
+    rc = cc_commit_flushed(cc->region.control, &record);
+    if (rc)
+        return rc;
     cc_epoch_committed(cc);
     result.copy_ns = t1 - t0 - result.forget_ns;
     result.commit_ns = cc_now_ns() - t1;

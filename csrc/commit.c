@@ -2,7 +2,7 @@
 /*
  * commit.c -- the commit word and its two records.
  *
- * The word is a generation; its lowest bit names the record that is valid.  A new record is written into the other one,
+ * The word is a generation with its check (word.h); its lowest bit names the record that is valid.  A new record is written into the other one,
  * complete with its checksum, and then the word is stored with release order: one aligned 64-bit store, which no
  * death of a process can tear.  So at every instant exactly one record is named, and it is complete.  A named record
  * whose checksum fails is therefore damage, never a crash: it is refused, and the older record is never used.
@@ -16,6 +16,7 @@
 #include "colocache.h"
 #include "error.h"
 #include "fault.h"
+#include "word.h"
 
 static uint64_t record_checksum(const struct cc_record *record)
 {
@@ -24,11 +25,14 @@ static uint64_t record_checksum(const struct cc_record *record)
 
 int cc_commit_read(const struct cc_control *control, struct cc_record *out)
 {
-    uint64_t word = cc_observe(&control->commit_word);
+    uint64_t generation, word = cc_observe(&control->commit_word);
     for (;;) {
+        int rc = cc_word_value("commit word", word, &generation);
+        if (rc)
+            return rc;
         if (word == 0) {
             memset(out, 0, sizeof *out);
-            uint64_t written = cc_observe(&control->records[0].generation); /* record 0 is first written when the word is 1 */
+            uint64_t written = cc_observe(&control->records[0].generation); /* record 0 is first written when the generation is 1 */
             word = cc_observe(&control->commit_word);
             if (word == 0)
                 return written == 0 ? 0
@@ -36,7 +40,7 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
                                               (unsigned long long)written);
             continue;
         }
-        cc_observe_words(out, &control->records[word & 1], sizeof *out / 8);
+        cc_observe_words(out, &control->records[generation & 1], sizeof *out / 8);
         uint64_t now = cc_observe(&control->commit_word);
         if (now == word)
             break;
@@ -46,33 +50,42 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
     if (out->checksum != expected)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has checksum %016llx, computed %016llx: not used", (unsigned long long)word,
                        (unsigned long long)out->checksum, (unsigned long long)expected);
-    if (out->generation != word || out->epoch == 0 || out->committed > 1 || out->device_area > 1 ||
-        out->device_bytes > control->device_state_max_bytes)
+    uint64_t device_max;
+    int rc = cc_word_read("device-state bound", &control->device_state_max_bytes, &device_max);
+    if (rc)
+        return rc;
+    if (out->generation != generation || out->epoch == 0 || out->epoch > COLOCACHE_EPOCH_MAX || out->committed > 1 ||
+        out->device_area > 1 || out->device_bytes > device_max)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",
-                       (unsigned long long)word, (unsigned long long)out->generation, (unsigned long long)out->epoch);
+                       (unsigned long long)generation, (unsigned long long)out->generation, (unsigned long long)out->epoch);
     for (size_t i = 0; i < sizeof out->reserved / sizeof *out->reserved; i++) {
         if (out->reserved[i])
-            return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has reserved bytes that are not zero", (unsigned long long)word);
+            return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has reserved bytes that are not zero", (unsigned long long)generation);
     }
     return 1;
 }
 
-void cc_commit_publish(struct cc_control *control, struct cc_record *record)
+int cc_commit_publish(struct cc_control *control, struct cc_record *record)
 {
-    uint64_t word = cc_observe(&control->commit_word) + 1;
-    record->generation = word;
+    uint64_t before;
+    int rc = cc_word_read("commit word", &control->commit_word, &before);
+    if (rc)
+        return rc;
+    const uint64_t generation = before + 1; /* two an epoch: at a checkpoint a millisecond its 48 bits last for 4,000 years */
+    record->generation = generation;
     record->checksum = record_checksum(record);
     CC_CRASH_POINT("commit: before the record");
-    CC_HALF(&control->records[word & 1], record, sizeof *record, "commit: half a record");
-    cc_publish_words(&control->records[word & 1], record, sizeof *record / 8);
+    CC_HALF(&control->records[generation & 1], record, sizeof *record, "commit: half a record");
+    cc_publish_words(&control->records[generation & 1], record, sizeof *record / 8);
     CC_CRASH_POINT("commit: before the word");
-    cc_publish(&control->commit_word, word); /* from here on the epoch is what an attach finds */
+    cc_word_publish(&control->commit_word, generation); /* from here on the epoch is what an attach finds */
     CC_CRASH_POINT("commit: after the word");
+    return 0;
 }
 
-void cc_commit_flushed(struct cc_control *control, struct cc_record *record)
+int cc_commit_flushed(struct cc_control *control, struct cc_record *record)
 {
     record->committed = 1;
     record->flush_checksum = 0; /* the flush set may be written again from here on */
-    cc_commit_publish(control, record);
+    return cc_commit_publish(control, record);
 }

@@ -7,9 +7,9 @@
 
 /* The record that is named: 1 there is one, 0 nothing was ever sealed (*out is zero), E_CORRUPT.  Any thread, also while one publishes. */
 int cc_commit_read(const struct cc_control *control, struct cc_record *out);
-/* Make `record` the valid one.  Everything it speaks of is in place already. */
-void cc_commit_publish(struct cc_control *control, struct cc_record *record);
+/* Make `record` the valid one.  Everything it speaks of is in place already.  0, or E_CORRUPT and nothing was written. */
+int cc_commit_publish(struct cc_control *control, struct cc_record *record);
 /* Guest RAM is the epoch of `record`, page for page: say so. */
-void cc_commit_flushed(struct cc_control *control, struct cc_record *record);
+int cc_commit_flushed(struct cc_control *control, struct cc_record *record);
 
 #endif

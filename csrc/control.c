@@ -1,6 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * control.c -- the control region: make it, open it, own it.  Its only writer of magic, sizes, history id and owner.
+ * control.c -- the control region: make it, open it, own it.  The only writer of magic, sizes, history id and owner.
+ *
+ * A region that exists is read and checked before it is mapped: anybody may have put anything there, holes included.
  */
 #define _GNU_SOURCE /* OFD locks, fallocate */
 #include "control.h"
@@ -15,11 +17,13 @@
 #include <unistd.h>
 
 #include "atomics.h"
+#include "checksum.h"
 #include "clock.h"
 #include "colocache.h"
 #include "error.h"
 #include "fault.h"
 #include "map.h"
+#include "word.h"
 
 /* own_description -- a description of our own for the same file: OFD locks belong to descriptions, and the caller's may be shared with
  * other processes, whose living on would keep the lock after our death.  A caller without /proc brings one (lock_fd, not 0). */
@@ -86,6 +90,9 @@ void cc_control_new_history(struct cc_control *control)
     }
     CC_HALF(control->history_id, id, sizeof id, "history: half an id");
     memcpy(control->history_id, id, sizeof id);
+    CC_CRASH_POINT("history: an id, before its check");
+    control->history_check = cc_checksum(id, sizeof id);
+    CC_CRASH_POINT("history: an id and its check");
 }
 
 /* empty_again -- as before the call, so that create can be called again */
@@ -98,8 +105,7 @@ static void empty_again(int fd)
 /* format -- lay out an empty region: sizes first, then the head; magic last, so that a half-made one is none */
 static int format(int fd, uint64_t device_max, bool bounded, uint64_t *head_bytes)
 {
-    uint64_t area = cc_round_to_page(device_max);
-    *head_bytes = CC_DEVICES_OFFSET + 2 * area;
+    *head_bytes = CC_DEVICES_OFFSET + 2 * cc_round_to_page(device_max);
     int rc = ftruncate(fd, (off_t)*head_bytes) == 0 ? 0 : cc_fail_errno("sizing the control region");
     CC_CRASH_POINT("create: sized");
     if (rc == 0)
@@ -112,9 +118,7 @@ static int format(int fd, uint64_t device_max, bool bounded, uint64_t *head_byte
             control->layout_version = CC_LAYOUT_VERSION;
             control->stamp = cc_layout_stamp();
             control->memory_mode = bounded ? CC_MEMORY_BOUNDED : CC_MEMORY_MIRROR;
-            control->device_area_bytes = area;
-            control->device_state_max_bytes = device_max;
-            control->bitmap_end = *head_bytes;
+            control->device_state_max_bytes = cc_word_make(device_max);
             control->owner_pid = getpid();
             cc_control_new_history(control);
             CC_CRASH_POINT("create: before the magic");
@@ -128,23 +132,20 @@ static int format(int fd, uint64_t device_max, bool bounded, uint64_t *head_byte
     return rc;
 }
 
-int cc_control_read(int fd, void *to, uint64_t n_bytes, uint64_t offset)
+/* decode -- the words that have a value and its check */
+static int decode(const struct cc_control *control, struct cc_control_values *out)
 {
-    for (uint64_t have = 0; have < n_bytes;) {
-        ssize_t n = pread(fd, (uint8_t *)to + have, n_bytes - have, (off_t)(offset + have));
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n < 0)
-            return cc_fail_errno("reading the control region");
-        if (n == 0)
-            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region ends after %llu bytes", (unsigned long long)(offset + have));
-        have += (uint64_t)n;
-    }
-    return 0;
+    int rc = cc_word_read("device-state bound", &control->device_state_max_bytes, &out->device_state_max_bytes);
+    if (rc == 0)
+        rc = cc_word_read("number of blocks", &control->n_blocks, &out->n_blocks);
+    if (rc == 0)
+        rc = cc_word_read("newest received epoch", &control->receiving, &out->receiving);
+    if (rc == 0)
+        rc = cc_word_read("takeover word", &control->taken_over, &out->taken_over);
+    return rc;
 }
 
-/* cc_control_check -- is this a region of ours that fits its file?  Reads only what `file_bytes` is long enough for. */
-int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
+int cc_control_check(const struct cc_control *control, uint64_t file_bytes, struct cc_control_values *out)
 {
     if (cc_observe(&control->magic) != CC_MAGIC)
         return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "not a control region: magic is %016llx", (unsigned long long)control->magic);
@@ -152,22 +153,40 @@ int cc_control_check(const struct cc_control *control, uint64_t file_bytes)
         return cc_fail(COLOCACHE_E_LAYOUT, "control region has layout %u, stamp %016llx; this build has %u, %016llx",
                        control->layout_version, (unsigned long long)control->stamp, CC_LAYOUT_VERSION,
                        (unsigned long long)cc_layout_stamp());
-    uint64_t area = control->device_area_bytes;
-    bool sizes_fit = control->device_state_max_bytes <= CC_DEVICE_STATE_LIMIT && area % CC_PAGE == 0 &&
-                     area >= control->device_state_max_bytes && area < control->device_state_max_bytes + CC_PAGE &&
-                     CC_DEVICES_OFFSET + 2 * area <= control->bitmap_end && control->bitmap_end <= file_bytes &&
-                     cc_observe(&control->n_blocks) <= COLOCACHE_BLOCKS_MAX;
-    if (!sizes_fit)
-        return cc_fail(COLOCACHE_E_CORRUPT, "control region of %llu bytes does not fit what its head says (%llu blocks, %llu bytes)",
-                       (unsigned long long)file_bytes, (unsigned long long)control->n_blocks, (unsigned long long)control->bitmap_end);
+    int rc = decode(control, out);
+    if (rc)
+        return rc;
+    bool fits = out->device_state_max_bytes <= CC_DEVICE_STATE_LIMIT && out->n_blocks <= COLOCACHE_BLOCKS_MAX && out->taken_over <= 1 &&
+                cc_control_head_bytes(out->device_state_max_bytes) <= file_bytes;
+    if (!fits)
+        return cc_fail(COLOCACHE_E_CORRUPT,
+                       "control region of %llu bytes does not fit what its head says (%llu blocks, device states of %llu)",
+                       (unsigned long long)file_bytes, (unsigned long long)out->n_blocks, (unsigned long long)out->device_state_max_bytes);
     uint64_t reserved = control->memory_mode != CC_MEMORY_MIRROR && control->memory_mode != CC_MEMORY_BOUNDED;
-    for (size_t i = 0; i < 6; i++)
+    for (size_t i = 0; i < sizeof control->reserved1 / 8; i++)
         reserved |= control->reserved1[i] | control->reserved2[i];
-    for (size_t i = 0; i < 7; i++)
+    for (size_t i = 0; i < sizeof control->reserved3 / 8; i++)
         reserved |= control->reserved3[i];
-    if (reserved || control->taken_over > 1)
+    if (reserved)
         return cc_fail(COLOCACHE_E_CORRUPT,
                        "the head of the control region has reserved bytes that are not zero, or a memory mode that is none");
+    if (cc_observe(&control->commit_word) && control->history_check != cc_checksum(control->history_id, sizeof control->history_id))
+        return cc_fail(COLOCACHE_E_CORRUPT, "the history id of the control region does not fit its check");
+    return 0;
+}
+
+int cc_control_read(int fd, uint64_t offset, void *to, uint64_t n_bytes)
+{
+    uint64_t have = 0;
+    while (have < n_bytes) {
+        ssize_t n = pread(fd, (char *)to + have, n_bytes - have, (off_t)(offset + have));
+        if (n == 0)
+            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region ends at byte %llu, in the middle of what it says it has",
+                           (unsigned long long)(offset + have));
+        if (n < 0 && errno != EINTR)
+            return cc_fail_errno("reading the control region");
+        have += n > 0 ? (uint64_t)n : 0;
+    }
     return 0;
 }
 
@@ -181,6 +200,31 @@ static int check_mode(const struct cc_control *control, bool bounded)
         return 0;
     return cc_fail(COLOCACHE_E_MEMORY_MODE, "the control region was made with memory mode %s, %s was asked for: attach with %s",
                    names[made_bounded], names[bounded], names[made_bounded]);
+}
+
+/* check_existing -- by read(2): through a mapping a hole would be allocated, and on a full file system that is a SIGBUS.  Only then the
+ * parts that are mapped next are made whole. */
+static int check_existing(struct cc_region *region, uint64_t file_bytes, bool bounded)
+{
+    struct cc_control_values values;
+    union {
+        struct cc_control control;
+        uint8_t bytes[CC_PAGE];
+    } head;
+    if (file_bytes == 0)
+        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region is empty: create it, there is nothing to attach to");
+    if (file_bytes < CC_DEVICES_OFFSET)
+        return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%llu bytes are too few for a control region", (unsigned long long)file_bytes);
+    int rc = cc_control_read(region->fd, 0, &head, sizeof head);
+    if (rc == 0)
+        rc = cc_control_check(&head.control, file_bytes, &values);
+    if (rc == 0)
+        rc = check_mode(&head.control, bounded);
+    if (rc == 0)
+        rc = cc_map_reserve(region->fd, 0, CC_DEVICES_OFFSET, "the control region");
+    if (rc == 0)
+        region->head_bytes = cc_control_head_bytes(values.device_state_max_bytes);
+    return rc;
 }
 
 /* cc_control_open -- open, lock and map an existing or a fresh region; whatever came of it, cc_control_close */
@@ -204,21 +248,9 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
         if (rc)
             return rc;
     } else {
-        if (st.st_size == 0)
-            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "the control region is empty: create it, there is nothing to attach to");
-        if ((uint64_t)st.st_size < CC_DEVICES_OFFSET)
-            return cc_fail(COLOCACHE_E_NOT_COLOCACHE, "%lld bytes are too few for a control region", (long long)st.st_size);
-        struct cc_control found;
-        rc = cc_control_read(region->fd, &found, sizeof found, 0);
-        if (rc == 0)
-            rc = cc_control_check(&found, (uint64_t)st.st_size);
-        if (rc == 0)
-            rc = check_mode(&found, bounded);
-        if (rc == 0) /* a hole in it could be filled by nobody while the file system is full */
-            rc = cc_map_reserve(region->fd, 0, CC_DEVICES_OFFSET, "the control region");
+        rc = check_existing(region, (uint64_t)st.st_size, bounded);
         if (rc)
             return rc;
-        region->head_bytes = CC_DEVICES_OFFSET + 2 * found.device_area_bytes;
     }
     void *head = NULL;
     rc = cc_map_file(region->fd, 0, region->head_bytes, true, &head);
@@ -230,6 +262,8 @@ int cc_control_open(struct cc_region *region, int control_fd, int lock_fd, bool 
     region->control = head;
     region->table = (struct cc_block_entry *)(void *)((uint8_t *)head + CC_TABLE_OFFSET);
     region->devices = (uint8_t *)head + CC_DEVICES_OFFSET;
+    region->device_state_max_bytes = region->control->device_state_max_bytes & COLOCACHE_EPOCH_MAX; /* checked */
+    region->end_bytes = region->head_bytes;
     region->control->owner_pid = getpid();
     CC_CRASH_POINT("create or attach: owner");
     return 0;

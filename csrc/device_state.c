@@ -13,23 +13,27 @@
 #include "fault.h"
 #include "map.h"
 
-uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
+static uint64_t area_bytes(const struct colocache *cc)
 {
-    return cc->region.devices + area * cc->region.control->device_area_bytes;
+    return cc_round_to_page(cc->region.device_state_max_bytes);
 }
 
-static uint64_t area_offset(struct colocache *cc, uint32_t area)
+/* reserve -- the first bytes of an area: read through the mapping a hole would be allocated, or be a SIGBUS */
+static int reserve(struct colocache *cc, uint32_t area, uint64_t n_bytes)
 {
-    return CC_DEVICES_OFFSET + area * cc->region.control->device_area_bytes;
+    return n_bytes ? cc_map_reserve(cc->region.fd, CC_DEVICES_OFFSET + area * area_bytes(cc), n_bytes, "the device-state area") : 0;
+}
+
+uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
+{
+    return cc->region.devices + area * area_bytes(cc);
 }
 
 int cc_device_state_check(struct colocache *cc, const struct cc_record *record)
 {
-    if (record->device_bytes) {
-        int rc = cc_map_reserve(cc->region.fd, area_offset(cc, record->device_area), record->device_bytes, "the device-state area");
-        if (rc)
-            return rc;
-    }
+    int rc = reserve(cc, record->device_area, record->device_bytes);
+    if (rc)
+        return rc;
     uint64_t found = cc_checksum(cc_device_area(cc, record->device_area), record->device_bytes);
     if (found != record->device_checksum)
         return cc_fail(COLOCACHE_E_CORRUPT, "device state of epoch %llu (%llu bytes) has checksum %016llx, its record says %016llx",
@@ -42,15 +46,15 @@ int colocache_device_state_begin(struct colocache *cc, uint64_t epoch, uint64_t 
 {
     if (!cc || !addr_out)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or addr_out is NULL");
-    if (len_bytes > cc->region.control->device_state_max_bytes)
+    if (len_bytes > cc->region.device_state_max_bytes)
         return cc_fail(COLOCACHE_E_TOO_LARGE, "device state is %llu bytes, this region takes %llu: create it with a larger bound",
-                       (unsigned long long)len_bytes, (unsigned long long)cc->region.control->device_state_max_bytes);
+                       (unsigned long long)len_bytes, (unsigned long long)cc->region.device_state_max_bytes);
     struct cc_record current;
     int rc = cc_commit_read(cc->region.control, &current);
     if (rc < 0)
         return rc;
     uint32_t area = rc == 0 ? 0 : 1 - current.device_area;
-    rc = len_bytes ? cc_map_reserve(cc->region.fd, area_offset(cc, area), len_bytes, "the device-state area") : 0;
+    rc = reserve(cc, area, len_bytes);
     CC_CRASH_POINT("device state: room is there");
     if (rc == 0)
         rc = cc_epoch_enter(cc, epoch);

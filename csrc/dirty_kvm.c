@@ -19,26 +19,36 @@
 #include "bitmap.h"
 #include "error.h"
 #include "ioctl.h"
+#include "map.h"
 
 struct kvm_source {
     struct colocache_source base;
     int vm_fd;
     bool manual_protect;
     uint32_t n_slots;
-    uint64_t *words; /* room for the largest slot */
+    void *memory; /* room for the largest slot's words, which end at `end` */
+    uint64_t map_bytes;
+    uint8_t *end;
     struct colocache_kvm_slot slots[];
 };
 
+/* sync_slot -- KVM writes as many bits as its slot has pages, which nobody can ask it for.  So the words end at a page that can't be
+ * written: a slot that is larger than was said is an error of this call (EFAULT, or bits past the end), never somebody's memory. */
 static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot *slot, cc_take_fn *take, void *context)
 {
-    uint64_t n_words = cc_words_for(slot->n_pages);
-    memset(source->words, 0, n_words * 8);
-    struct kvm_dirty_log get = {.slot = slot->slot, .dirty_bitmap = source->words};
-    if (cc_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get) != 0)
+    const uint64_t n_words = cc_words_for(slot->n_pages);
+    uint64_t *words = (uint64_t *)(void *)source->end - n_words;
+    memset(words, 0, n_words * 8);
+    struct kvm_dirty_log get = {.slot = slot->slot, .dirty_bitmap = words};
+    int got = cc_ioctl(source->vm_fd, KVM_GET_DIRTY_LOG, &get);
+    if (got != 0 && errno != EFAULT)
         return cc_source_lost("KVM_GET_DIRTY_LOG");
-    if (slot->n_pages % 64) /* the slot's last word may carry no bits past its end, but that is the kernel's promise, not ours */
-        source->words[n_words - 1] &= cc_word_mask(0, slot->n_pages % 64);
-    int rc = take(context, slot->block, slot->first_pfn, slot->n_pages, source->words);
+    if (got != 0 || !cc_bitmap_tail_ok(words, slot->n_pages)) /* whatever it had is cleared */
+        return cc_fail(COLOCACHE_E_LOG_LOST,
+                       "KVM slot %u has more pages than the %llu given: call colocache_dirty_log_lost, and make the "
+                       "source anew",
+                       slot->slot, (unsigned long long)slot->n_pages);
+    int rc = take(context, slot->block, slot->first_pfn, slot->n_pages, words);
     if (rc && !source->manual_protect)
         return cc_source_not_taken("KVM's dirty log"); /* the get has cleared it */
     if (rc || !source->manual_protect)
@@ -47,7 +57,7 @@ static int sync_slot(struct kvm_source *source, const struct colocache_kvm_slot 
     for (uint64_t first = 0; first < slot->n_pages;) {
         uint64_t n = slot->n_pages - first < (1u << 31) ? slot->n_pages - first : 1u << 31;
         struct kvm_clear_dirty_log clear = {
-            .slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first, .dirty_bitmap = source->words + first / 64};
+            .slot = slot->slot, .num_pages = (uint32_t)n, .first_page = first, .dirty_bitmap = words + first / 64};
         if (cc_ioctl(source->vm_fd, KVM_CLEAR_DIRTY_LOG, &clear) != 0)
             return cc_source_lost("KVM_CLEAR_DIRTY_LOG");
         first += n;
@@ -71,7 +81,7 @@ static void kvm_close(struct colocache_source *base)
     struct kvm_source *source = (struct kvm_source *)base;
     if (source->vm_fd >= 0)
         close(source->vm_fd);
-    free(source->words);
+    cc_unmap(source->memory, source->map_bytes);
     free(source);
 }
 
@@ -93,11 +103,10 @@ int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint
     source->manual_protect = manual_protect != 0;
     source->n_slots = n_slots;
     memcpy(source->slots, slots, n_slots * sizeof slots[0]);
-    source->words = calloc(cc_words_for(most), 8);
     source->vm_fd = fcntl(vm_fd, F_DUPFD_CLOEXEC, 3);
-    if (!source->words || source->vm_fd < 0) {
-        rc = source->words ? cc_fail_errno("duplicating the VM's descriptor")
-                           : cc_fail(-ENOMEM, "no memory for a log of %llu pages", (unsigned long long)most);
+    rc = source->vm_fd < 0 ? cc_fail_errno("duplicating the VM's descriptor")
+                           : cc_map_guarded(cc_words_for(most) * 8, &source->memory, &source->map_bytes, &source->end);
+    if (rc) {
         kvm_close(&source->base);
         return rc;
     }

@@ -31,12 +31,14 @@
  */
 #include "internal.h"
 
+#include "bounds.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
 #include "flush_set.h"
 #include "gate.h"
 #include "staging.h"
+#include "word.h"
 
 enum event { CLAIM, RELEASE, SEAL, LOADED, LOADED_UNCOMMITTED, LOADED_BADLY, COMMITTED, FAILOVER, TOLD, RECOVERED, EVENTS };
 
@@ -79,7 +81,7 @@ static void take_over(struct colocache *cc)
 {
     enum cc_state from;
     CC_CRASH_POINT("failover: decided, not told");
-    cc_publish(&cc->region.control->taken_over, 1);
+    cc_word_publish(&cc->region.control->taken_over, 1);
     CC_CRASH_POINT("failover: told");
     if (move(cc, TOLD, &from) && from == CC_TAKING_OVER)
         cc_log(cc, COLOCACHE_LOG_INFO, "this secondary took over");
@@ -99,24 +101,6 @@ void cc_epoch_destroy(struct colocache *cc)
 enum cc_state cc_epoch_state(const struct colocache *cc)
 {
     return cc_observe32(&cc->epoch.state);
-}
-
-enum colocache_phase cc_epoch_phase(enum cc_state state)
-{
-    static const uint8_t phases[CC_STATES] = {
-        [CC_EMPTY] = COLOCACHE_PHASE_EMPTY,
-        [CC_LIVE] = COLOCACHE_PHASE_LIVE,
-        [CC_CLAIMED_FIRST] = COLOCACHE_PHASE_SEALING,
-        [CC_CLAIMED] = COLOCACHE_PHASE_SEALING,
-        [CC_CLAIMED_ASKED] = COLOCACHE_PHASE_SEALING,
-        [CC_SEALED] = COLOCACHE_PHASE_SEALING,
-        [CC_SEALED_ASKED] = COLOCACHE_PHASE_SEALING,
-        [CC_RUNNING] = COLOCACHE_PHASE_LIVE,
-        [CC_LOAD_FAILED] = COLOCACHE_PHASE_LOAD_FAILED,
-        [CC_TAKING_OVER] = COLOCACHE_PHASE_LIVE, /* FAILED_OVER is said when it stands in shared memory */
-        [CC_FAILED_OVER] = COLOCACHE_PHASE_FAILED_OVER,
-    };
-    return phases[state];
 }
 
 bool cc_epoch_failover_asked(enum cc_state state)
@@ -161,16 +145,20 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
     pthread_mutex_lock(&mine->opening);
     uint64_t open = cc_observe(&mine->open);
     if (open == 0) {
-        uint64_t newest = cc_observe(&cc->region.control->receiving);
-        if (epoch <= newest || epoch == UINT64_MAX) {
-            rc = cc_fail(COLOCACHE_E_EPOCH,
-                         "epoch %llu can't be opened: the newest used is %llu, numbers begin at 1 and are never used again",
+        uint64_t newest = 0;
+        rc = cc_word_read("newest received epoch", &cc->region.control->receiving, &newest);
+        if (rc == 0)
+            rc = cc_bounds_epoch(epoch);
+        if (rc == 0 && epoch <= newest)
+            rc = cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't be opened: the newest used is %llu, and no number is used again",
                          (unsigned long long)epoch, (unsigned long long)newest);
-        } else if ((rc = empty_stale(cc)) == 0) { /* before a page of this epoch is let in: nothing may show under its bits */
+        if (rc == 0)
+            rc = empty_stale(cc); /* before a page of this epoch is let in: nothing may show under its bits */
+        if (rc == 0) {
             cc_add(&mine->received_before, cc_peek(&mine->received_pages));
             cc_poke(&mine->received_pages, 0);
             CC_CRASH_POINT("receive: before the receiving word");
-            cc_publish(&cc->region.control->receiving, epoch); /* before the first byte */
+            cc_word_publish(&cc->region.control->receiving, epoch); /* before the first byte */
             CC_CRASH_POINT("receive: after the receiving word");
             cc_publish(&mine->open, epoch);
             CC_CRASH_POINT("receive: the epoch is open");
@@ -245,10 +233,10 @@ int cc_epoch_claim(struct colocache *cc, uint64_t epoch, const char *what_for)
 
 static int not_the_open_one(struct colocache *cc, uint64_t epoch, const char *what_for)
 {
-    uint64_t open = cc_observe(&cc->epoch.open);
+    uint64_t open = cc_observe(&cc->epoch.open), newest = 0;
+    (void)cc_word_read("newest received epoch", &cc->region.control->receiving, &newest); /* for the sentence only */
     return cc_fail(COLOCACHE_E_EPOCH, "epoch %llu can't %s: %s%llu", (unsigned long long)epoch, what_for,
-                   open ? "the open one is " : "none is open, the newest used is ",
-                   (unsigned long long)(open ? open : cc_observe(&cc->region.control->receiving)));
+                   open ? "the open one is " : "none is open, the newest used is ", (unsigned long long)(open ? open : newest));
 }
 
 int cc_epoch_check_complete(struct colocache *cc, uint64_t epoch, uint64_t n_pages)

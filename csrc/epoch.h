@@ -24,7 +24,6 @@ enum cc_state {
 void cc_epoch_init(struct colocache *cc);
 void cc_epoch_destroy(struct colocache *cc);
 enum cc_state cc_epoch_state(const struct colocache *cc);
-enum colocache_phase cc_epoch_phase(enum cc_state state);
 bool cc_epoch_failover_asked(enum cc_state state);
 
 /* ---- whoever receives; any thread ---- */

@@ -11,7 +11,7 @@
  *   device-state areas                     the caller, at the address device_state.c gave out
  *   commit word, records                   commit.c            everybody
  *   `receiving`, `taken_over`; state, open epoch, staged device state, receive gate   epoch.c   everybody
- *   table, n_blocks, bitmap_end            block.c             everybody
+ *   table, n_blocks                        block.c             everybody
  *   magic, sizes, history id, owner        control.c           everybody
  *
  * Setting a bit and clearing it are two writers of one word: sets are atomic and come through a gate, clears are flush_set.c's while

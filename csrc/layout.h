@@ -4,7 +4,7 @@
  *
  *     0        struct cc_control         one page: who, what, the commit word and the two records
  *     4096     struct cc_block_entry     COLOCACHE_BLOCKS_MAX of them
- *     devices  two device-state areas    device_area_bytes each (sparse; allocated as states come)
+ *     devices  two device-state areas    room for device_state_max_bytes each (sparse; allocated as states come)
  *     bitmaps  per block, in the order of add_block, from its entry's bitmap_offset, each part beginning on a page:
  *                  PVM words | SVM words | flush-set words | PVM summary | SVM summary | flush-set summary
  *
@@ -19,7 +19,7 @@
 #include "colocache.h"
 
 #define CC_MAGIC 0x4548434143434f4cull /* bytes "LOCCACHE" */
-#define CC_LAYOUT_VERSION 2u
+#define CC_LAYOUT_VERSION 3u
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
@@ -51,24 +51,24 @@ struct cc_record {
 /* Numbers far apart: no turned bit makes one of them the other. */
 enum cc_memory_mode { CC_MEMORY_MIRROR = 0x5a0f1e33, CC_MEMORY_BOUNDED = 0x25f0e14c };
 
+/* A word marked W is a value with its check (word.h). */
 struct cc_control {
     uint64_t magic;
     uint32_t layout_version;
     uint32_t memory_mode; /* enum cc_memory_mode */
     uint64_t stamp;       /* cc_layout_stamp(): sizes and offsets of these structs */
     uint8_t history_id[16];
-    uint64_t device_area_bytes; /* room of each area, a multiple of a page */
-    uint64_t device_state_max_bytes;
-    int64_t owner_pid;   /* whoever took the lock last */
-    uint64_t n_blocks;   /* stored (release) after its entry is complete */
-    uint64_t bitmap_end; /* first byte after the last block's bitmaps */
+    uint64_t history_check;          /* cc_checksum of the id; means nothing before the first seal: a death may have come between them */
+    uint64_t device_state_max_bytes; /* W; each area has room for it, rounded up to a page */
+    int64_t owner_pid;               /* whoever took the lock last; nothing depends on it */
+    uint64_t n_blocks;               /* W; stored (release) after its entry is complete */
     uint64_t reserved1[6];
 
-    _Alignas(64) uint64_t receiving; /* newest epoch whose pages may be in the cache; stored before its first byte */
-    uint64_t taken_over;             /* 1: this secondary is the machine the world sees */
+    _Alignas(64) uint64_t receiving; /* W; newest epoch whose pages may be in the cache; stored before its first byte */
+    uint64_t taken_over;             /* W; 1: this secondary is the machine the world sees */
     uint64_t reserved2[6];
 
-    _Alignas(64) uint64_t commit_word; /* generation; its lowest bit names the valid record; 0 = none yet */
+    _Alignas(64) uint64_t commit_word; /* W; generation; its lowest bit names the valid record; 0 = none yet */
     uint64_t reserved3[7];
 
     _Alignas(128) struct cc_record records[2];
@@ -86,9 +86,10 @@ struct cc_block_entry {
     uint32_t page_size;
     uint32_t sparse;
     struct cc_image_identity guest, cache;
-    uint64_t bitmap_offset;
-    uint64_t bitmap_bytes; /* of the six parts together */
-    uint64_t reserved[20];
+    uint64_t bitmap_offset; /* recomputed and compared, as is the next */
+    uint64_t bitmap_bytes;  /* of the six parts together */
+    uint64_t reserved[19];
+    uint64_t checksum; /* of everything before it */
 };
 
 #define CC_TABLE_OFFSET CC_PAGE

@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 
 #include "colocache.h"
 #include "error.h"
@@ -40,6 +41,24 @@ int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void *
 int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out)
 {
     return map(fd, offset, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, out);
+}
+
+int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **end_out)
+{
+    const uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE), room = (n_bytes + page - 1) / page * page;
+    void *addr = mmap(NULL, room + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (addr == MAP_FAILED)
+        return cc_fail(COLOCACHE_E_NO_MEMORY, "no memory for %llu bytes: %s", (unsigned long long)n_bytes, colocache_strerror(-errno));
+    uint8_t *end = (uint8_t *)addr + room;
+    if (mprotect(end, page, PROT_NONE) != 0) {
+        int rc = cc_fail_errno("mprotect");
+        munmap(addr, room + page);
+        return rc;
+    }
+    *out = addr;
+    *map_bytes = room + page;
+    *end_out = end;
+    return 0;
 }
 
 void cc_unmap(void *addr, uint64_t n_bytes)
@@ -107,6 +126,8 @@ int cc_map_check(const char *what, const void *addr, uint64_t n_bytes, int fd, u
     if (fd >= 0 && fstat(fd, &file) != 0)
         return cc_fail_errno("fstat of an image");
     FILE *list = fopen("/proc/self/maps", "re");
+    if (!list && errno == ENOENT)
+        return cc_fail(-ENOENT, "%s can't be checked, /proc is not mounted: leave it out, and use the address that get_block tells", what);
     if (!list)
         return cc_fail(
             -errno, "%s can't be checked, /proc/self/maps does not open: mount /proc, or give no address and let the library map it", what);

@@ -10,6 +10,9 @@
 int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void **out);
 /* MAP_PRIVATE, writable, without a reservation: for a VM over bounded memory.  0, E_NO_MEMORY, -errno. */
 int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out);
+/* Zeroed memory of this process that ends at a page nobody may touch: who writes behind it gets EFAULT or dies, and spoils nothing.
+ * *end_out is its end; given back by cc_unmap(*out, *map_bytes).  0, E_NO_MEMORY, -errno. */
+int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **end_out);
 void cc_unmap(void *addr, uint64_t n_bytes); /* NULL or no bytes: nothing */
 /* Allocate a range of a file now, so that touching it later can't be a SIGBUS.  0, E_NO_MEMORY, -errno. */
 int cc_map_reserve(int fd, uint64_t offset, uint64_t n_bytes, const char *what);

@@ -56,6 +56,9 @@ int cc_message_get(const void *header, struct cc_message *out)
                        wire.magic, WIRE_MAGIC);
     if (wire.version != COLOCACHE_WIRE_VERSION)
         return cc_fail(COLOCACHE_E_PACKET, "message has wire version %u, this build speaks %u", wire.version, COLOCACHE_WIRE_VERSION);
+    if (wire.epoch > COLOCACHE_EPOCH_MAX)
+        return cc_fail(COLOCACHE_E_PACKET, "message of type %u has epoch %llu, the most is %llu", wire.type, (unsigned long long)wire.epoch,
+                       (unsigned long long)COLOCACHE_EPOCH_MAX);
     *out = (struct cc_message){
         .type = wire.type, .a = wire.a, .b = wire.b, .epoch = wire.epoch, .body_len_bytes = wire.body_len_bytes, .checksum = wire.checksum};
     return 0;
@@ -66,6 +69,9 @@ int colocache_message_header(void *header, uint32_t type, uint64_t epoch, uint64
     if (!header || type > UINT16_MAX || type == COLOCACHE_MSG_PAGES)
         return cc_fail(COLOCACHE_E_ARGUMENT, "a header for message type %u can't be filled: types go to 65535, and %d is PAGES", type,
                        COLOCACHE_MSG_PAGES);
+    if (epoch > COLOCACHE_EPOCH_MAX)
+        return cc_fail(COLOCACHE_E_EPOCH, "a header can't have epoch %llu, the most is %llu", (unsigned long long)epoch,
+                       (unsigned long long)COLOCACHE_EPOCH_MAX);
     struct cc_message message = {.type = type, .a = a, .b = b, .epoch = epoch, .body_len_bytes = body_len_bytes};
     cc_message_put(header, &message);
     message.checksum = cc_message_checksum(header, NULL, 0);

@@ -48,16 +48,16 @@ static const struct colocache_images *nth_images(const struct colocache_images *
 }
 
 /* bind_blocks -- every block of the region with the images that were given for its name */
-static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t file_bytes)
+static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t n_blocks,
+                       uint64_t file_bytes)
 {
-    uint64_t n_blocks = cc_observe(&cc->region.control->n_blocks);
     if (n_images != n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u", (unsigned long long)n_blocks,
                        n_images);
+    int rc = cc_block_check_table(cc->region.table, n_blocks, cc->region.head_bytes, file_bytes, &cc->region.end_bytes);
+    if (rc)
+        return rc;
     for (uint32_t b = 0; b < n_blocks; b++) {
-        int rc = cc_block_check_entry(&cc->region.table[b], file_bytes);
-        if (rc)
-            return rc;
         const struct colocache_images *found = NULL;
         struct colocache_images given = {0};
         for (uint32_t i = 0; i < n_images && !found; i++) {
@@ -116,7 +116,9 @@ static int replay(struct colocache *cc, const struct cc_strategy *strategy, stru
     int rc = strategy->replay(cc, &result);
     if (rc)
         return rc;
-    cc_commit_flushed(cc->region.control, record);
+    rc = cc_commit_flushed(cc->region.control, record);
+    if (rc)
+        return rc;
     report->action = COLOCACHE_RECOVERED_REPLAYED;
     report->n_pages = result.n_pages;
     snprintf(report->sentence, sizeof report->sentence,
@@ -167,13 +169,13 @@ static int restart_bounded(const struct cc_record *record, struct colocache_reco
 }
 
 /* recover -- by the table above */
-static int recover(struct colocache *cc, struct colocache_recovery *report)
+static int recover(struct colocache *cc, uint64_t receiving, struct colocache_recovery *report)
 {
     struct cc_record record;
     int rc = cc_commit_read(cc->region.control, &record);
     if (rc < 0)
         return rc;
-    report->receiving_epoch = cc_observe(&cc->region.control->receiving);
+    report->receiving_epoch = receiving;
     report->epoch = record.epoch;
     if (cc->bounded) {
         int forgotten = forget_private(cc);
@@ -231,6 +233,7 @@ int colocache_attach(int control_fd, const struct colocache_options *options, co
 {
     struct colocache *cc;
     struct colocache_recovery found = {0};
+    struct cc_control_values values;
     struct stat st;
     if (!out || (n_images && !images))
         return cc_fail(COLOCACHE_E_ARGUMENT, "out or images is NULL");
@@ -240,12 +243,14 @@ int colocache_attach(int control_fd, const struct colocache_options *options, co
         return rc;
     if (fstat(cc->region.fd, &st) != 0)
         rc = cc_fail_errno("fstat of the control region");
-    if (rc == 0 && cc_observe(&cc->region.control->taken_over))
+    if (rc == 0)
+        rc = cc_control_check(cc->region.control, (uint64_t)st.st_size, &values);
+    if (rc == 0 && values.taken_over)
         rc = cc_fail(COLOCACHE_E_FAILED_OVER, "this secondary took over and its process ended: there is no older state to go back to");
     if (rc == 0)
-        rc = bind_blocks(cc, images, n_images, (uint64_t)st.st_size);
+        rc = bind_blocks(cc, images, n_images, values.n_blocks, (uint64_t)st.st_size);
     if (rc == 0)
-        rc = recover(cc, &found);
+        rc = recover(cc, values.receiving, &found);
     if (rc) {
         cc_handle_free(cc);
         return rc;

@@ -13,6 +13,7 @@
 
 #include "atomics.h"
 #include "bitmap.h"
+#include "bounds.h"
 #include "error.h"
 #include "message.h"
 #include "page_copy.h"
@@ -224,8 +225,9 @@ static int send_stripe(struct colocache_sender *sender, struct writer *writer, u
     int rc = check_stripe(sender, stripe, n_stripes);
     if (rc)
         return rc;
-    if (epoch == 0 || epoch == UINT64_MAX)
-        return cc_fail(COLOCACHE_E_EPOCH, "pages can't be sent with epoch %llu: epochs begin at 1", (unsigned long long)epoch);
+    rc = cc_bounds_epoch(epoch);
+    if (rc)
+        return rc;
     struct colocache_send_result result = {0};
     rc = cc_give_struct(out, &result, sizeof result, "send result"); /* a caller's mistake is found before anything is sent */
     if (rc)

@@ -6,6 +6,9 @@
 #include <unistd.h>
 
 #include "map.h"
+#include "page_copy.h"
+
+#define WINDOW (2u << 20) /* of a stretch; a multiple of every page size */
 
 int cc_sparse_allocate(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
@@ -44,11 +47,40 @@ static uint64_t next_hole(const struct cc_image *image, uint64_t from, uint64_t 
     return hole < len_bytes ? hole : len_bytes;
 }
 
+/* has_bytes -- any that is not zero in [at, at + n_bytes)?  A hole reads as zeros and stays one. */
+static bool has_bytes(const struct cc_image *image, uint64_t at, uint64_t n_bytes)
+{
+    uint8_t part[16384];
+    for (uint64_t done = 0; done < n_bytes; done += sizeof part) {
+        const uint64_t n = n_bytes - done < sizeof part ? n_bytes - done : sizeof part;
+        if (pread(image->fd, part, n, (off_t)(image->offset + at + done)) != (ssize_t)n || !cc_is_zero(part, n))
+            return true; /* what can't be read counts as data: it is looked at through the mapping, as everything else */
+    }
+    return false;
+}
+
+/* next_bytes -- hugetlbfs does not tell where its holes are, so the bytes themselves are looked at.  Pages that are zero in both images
+ * are the same whether they are there or not. */
+static bool next_bytes(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes)
+{
+    for (uint64_t at = from, n; at < block->len_bytes; at += n) {
+        n = WINDOW - at % WINDOW;
+        n = block->len_bytes - at < n ? block->len_bytes - at : n;
+        if (has_bytes(&block->guest, at, n) || has_bytes(&block->cache, at, n)) {
+            *first = at;
+            *n_bytes = n;
+            return true;
+        }
+    }
+    return false;
+}
+
 bool cc_sparse_next_data(const struct cc_block *block, uint64_t from, uint64_t *first, uint64_t *n_bytes)
 {
-    const uint64_t window = 2u << 20;
     if (from >= block->len_bytes)
         return false;
+    if (block->sparse && (block->guest.granule != CC_PAGE || block->cache.granule != CC_PAGE))
+        return next_bytes(block, from, first, n_bytes);
     uint64_t start = from, end = block->len_bytes;
     if (block->sparse) {
         uint64_t guest = next_data(&block->guest, from, block->len_bytes), cache = next_data(&block->cache, from, block->len_bytes);
@@ -62,7 +94,7 @@ bool cc_sparse_next_data(const struct cc_block *block, uint64_t from, uint64_t *
         start -= start % block->page_size;
     }
     *first = start;
-    *n_bytes = end - start < window ? end - start : window;
+    *n_bytes = end - start < WINDOW ? end - start : WINDOW;
     return true;
 }
 

@@ -13,6 +13,25 @@
 #include "staging.h"
 #include "version.h"
 
+/* phase_of -- a state, for callers */
+static enum colocache_phase phase_of(enum cc_state state)
+{
+    static const uint8_t phases[CC_STATES] = {
+        [CC_EMPTY] = COLOCACHE_PHASE_EMPTY,
+        [CC_LIVE] = COLOCACHE_PHASE_LIVE,
+        [CC_CLAIMED_FIRST] = COLOCACHE_PHASE_SEALING,
+        [CC_CLAIMED] = COLOCACHE_PHASE_SEALING,
+        [CC_CLAIMED_ASKED] = COLOCACHE_PHASE_SEALING,
+        [CC_SEALED] = COLOCACHE_PHASE_SEALING,
+        [CC_SEALED_ASKED] = COLOCACHE_PHASE_SEALING,
+        [CC_RUNNING] = COLOCACHE_PHASE_LIVE,
+        [CC_LOAD_FAILED] = COLOCACHE_PHASE_LOAD_FAILED,
+        [CC_TAKING_OVER] = COLOCACHE_PHASE_LIVE, /* FAILED_OVER is said when it stands in shared memory */
+        [CC_FAILED_OVER] = COLOCACHE_PHASE_FAILED_OVER,
+    };
+    return phases[state];
+}
+
 int colocache_get_status(struct colocache *cc, struct colocache_status *out)
 {
     struct colocache_status status = {0};
@@ -22,8 +41,9 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     int rc = cc_inspect_head(cc->region.control, &status, &record);
     if (rc)
         return rc;
+    status.control_bytes = cc_peek(&cc->region.end_bytes);
     enum cc_state state = cc_epoch_state(cc);
-    status.phase = cc_epoch_phase(state);
+    status.phase = phase_of(state);
     status.failover_pending = cc_epoch_failover_asked(state);
     status.received_pages = cc_observe(&cc->epoch.received_pages);
     status.open_epoch = cc_observe(&cc->epoch.open);

@@ -17,6 +17,7 @@
 #include "flush_set.h"
 #include "sparse.h"
 #include "validate.h"
+#include "word.h"
 
 #define SETTER_NS_MAX 2000000000u /* how long a thread may stand between two stores: its core may be taken away */
 
@@ -65,7 +66,10 @@ static int validate_record(struct colocache *cc)
         return rc;
     if (rc == 0)
         return 0;
-    uint64_t receiving = cc_observe(&cc->region.control->receiving);
+    uint64_t receiving;
+    rc = cc_word_read("newest received epoch", &cc->region.control->receiving, &receiving);
+    if (rc)
+        return rc;
     if (receiving < record.epoch || (!record.committed && receiving > record.epoch))
         return cc_fail(COLOCACHE_E_CORRUPT, "epoch %llu is %s while the newest received is %llu", (unsigned long long)record.epoch,
                        record.committed ? "committed" : "sealed", (unsigned long long)receiving);
@@ -146,9 +150,14 @@ int colocache_validate(struct colocache *cc, int with_pages)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
     if (fstat(cc->region.fd, &st) != 0)
         return cc_fail_errno("fstat of the control region");
-    int rc = cc_control_check(cc->region.control, (uint64_t)st.st_size);
-    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
-        rc = cc_block_check_entry(&cc->region.table[i], (uint64_t)st.st_size);
+    struct cc_control_values values;
+    uint64_t end;
+    int rc = cc_control_check(cc->region.control, (uint64_t)st.st_size, &values);
+    if (rc == 0)
+        rc = cc_block_check_table(cc->region.table, values.n_blocks, cc->region.head_bytes, (uint64_t)st.st_size, &end);
+    if (rc == 0 && (values.n_blocks != cc->n_blocks || end != cc->region.end_bytes))
+        rc = cc_fail(COLOCACHE_E_CORRUPT, "the region names %llu blocks that end at byte %llu, there are %u that end at %llu",
+                     (unsigned long long)values.n_blocks, (unsigned long long)end, cc->n_blocks, (unsigned long long)cc->region.end_bytes);
     if (rc == 0)
         rc = cc_validate_bitmaps(cc, true);
     if (rc == 0)

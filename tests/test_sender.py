@@ -245,7 +245,7 @@ def test_after_close_everything_says_closed() -> None:
 
 
 def test_a_header_comes_back_as_it_was_made() -> None:
-    most = ((1 << 16) - 1, (1 << 64) - 1, (1 << 64) - 1, (1 << 32) - 1, 0)
+    most = ((1 << 16) - 1, (1 << 48) - 1, (1 << 64) - 1, (1 << 32) - 1, 0)
     for fields in ((0, 0, 0, 0, 0), (7, 8, 9, 10, 11), most):
         header = colocache.message_header(*fields)
         assert len(header) == colocache.HEADER_BYTES == 40

@@ -236,7 +236,7 @@
  * ---- Limits ----
  *
  *  256 blocks with names of 255 bytes, each up to 1 PiB in pages of 4 KiB to 2 MiB; epochs from 1
- *  to 2^64-2, always growing; a device state up to the bound given at create (64 MiB by default, at
+ *  to 2^48-1, always growing; a device state up to the bound given at create (64 MiB by default, at
  *  most 1 TiB); 256 threads.  The control region takes 1/32768 of guest RAM per bitmap and there
  *  are three, besides two device states (sparse: only what comes is allocated).
  *  colocache_receive_stream needs 40 KiB of stack.  The wire carries no secrets' protection: for
@@ -294,6 +294,7 @@ extern "C" {
 #define COLOCACHE_PAGE_SIZE_MIN 4096    /* bytes of the tracking unit, a power of two */
 #define COLOCACHE_PAGE_SIZE_MAX 2097152
 #define COLOCACHE_BLOCK_BYTES_MAX 1125899906842624 /* 1 PiB */
+#define COLOCACHE_EPOCH_MAX 0xffffffffffff /* epochs go from 1 to this: 2^48-1 */
 #define COLOCACHE_HEADER_BYTES 40       /* of a message on the wire, see stream below */
 #define COLOCACHE_PACKET_RUNS_MAX 1024  /* runs in one PAGES packet */
 #define COLOCACHE_PACKET_PAGES_MAX 4096 /* pages in one PAGES packet, zero pages included */

@@ -30,7 +30,7 @@ const char *const call_names[N_CALLS] = {
     "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",  "fcntl",   "fstat",
     "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",  "ioctl",   "pthread_create",
     "calloc",  "posix_memalign", "fopen",     "pread",           "lseek", "syscall", "sched_getaffinity",
-    "madvise", "fallocate",      "pwrite"};
+    "madvise", "fallocate",      "pwrite",    "mprotect"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
@@ -64,6 +64,7 @@ static const int errors[N_CALLS][8] = {
     [MADVISE] = {EAGAIN, EINVAL, ENOMEM},
     [FALLOCATE] = {EINTR, EIO, ENOSPC},
     [PWRITE] = {EINTR, EIO, ENOSPC, SHORT},
+    [MPROTECT] = {ENOMEM, EACCES},
 };
 
 const int *errors_of(enum call call)
@@ -121,6 +122,7 @@ WRAP(void *, calloc, (size_t n, size_t size), (n, size), CALLOC, NULL)
 WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignment, n), POSIX_MEMALIGN, failure.error)
 WRAP(FILE *, fopen, (const char *path, const char *mode), (path, mode), FOPEN, NULL)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
+WRAP(int, mprotect, (void *addr, size_t n, int access), (addr, n, access), MPROTECT, -1)
 WRAP(int, madvise, (void *addr, size_t n, int advice), (addr, n, advice), MADVISE, -1)
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
 

@@ -31,6 +31,7 @@ enum call {
     MADVISE,
     FALLOCATE,
     PWRITE,
+    MPROTECT,
     N_CALLS
 };
 

@@ -14,6 +14,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "colocache.h"
@@ -97,6 +98,54 @@ static void small_tmpfs(void)
     colocache_close(cc);
 }
 
+/* refused -- a region, wherever it has holes, on a file system without a byte of room: a sentence from each call, and no SIGBUS */
+static void refused(int control, const struct colocache_images *images, const char *what)
+{
+    struct colocache_status status = {.struct_size = sizeof status};
+    struct colocache *cc = NULL;
+    int rc = colocache_attach(control, &options, images, 1, NULL, &cc);
+    check(rc < 0 && strlen(colocache_last_error()) > 20 && !cc, what);
+    rc = colocache_inspect(control, &status, NULL, NULL);
+    check(rc == 0 || strlen(colocache_last_error()) > 20, what);
+}
+
+/* holes_in_a_region -- a page of it at a time, in its directory */
+static void holes_in_a_region(void)
+{
+    struct colocache *cc;
+    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = 1, .n_pages = COLOCACHE_ANY_COUNT};
+    static uint8_t page[PAGE] = {7}, kept[PAGE];
+    void *state;
+    int control = file("region", 0), guest = file("guest-1", 4 * PAGE), cache = file("cache-1", 4 * PAGE), filler = file("filler-1", 0);
+    struct colocache_images block = images("ram", guest, cache, 4 * PAGE, 0);
+    check(colocache_create(control, &options, &cc) == 0 && colocache_add_block(cc, &block, NULL) == 0, "a region");
+    check(colocache_receive_page(cc, 1, 0, 1, page, PAGE) == 0 && colocache_device_state_begin(cc, 1, PAGE, &state) == 0, "a page");
+    memset(state, 1, PAGE);
+    check(colocache_seal(cc, &args, NULL) == 0, "a seal");
+    colocache_close(cc);
+
+    struct stat st;
+    check(fstat(control, &st) == 0, "fstat");
+    for (off_t at = 0; at < st.st_size; at += PAGE) {
+        off_t data = lseek(control, at, SEEK_DATA);
+        if (data < 0)
+            break;
+        at = data / PAGE * PAGE;
+        check(pread(control, kept, PAGE, at) == PAGE, "pread");
+        check(fallocate(control, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, PAGE) == 0, "a hole");
+        for (off_t room = ROOM; room >= PAGE; room /= 2) /* not a page is left */
+            (void)!fallocate(filler, 0, lseek(filler, 0, SEEK_END), room);
+        while (fallocate(filler, 0, lseek(filler, 0, SEEK_END), PAGE) == 0)
+            ;
+        refused(control, &block, "a region with a hole on a full file system");
+        check(ftruncate(filler, 0) == 0 && pwrite(control, kept, PAGE, at) == PAGE, "as before");
+    }
+    check(colocache_attach(control, &options, &block, 1, NULL, &cc) == 0, "attach when all is there again");
+    colocache_close(cc);
+    close(control), close(guest), close(cache), close(filler);
+    check(unlink("region") == 0 && unlink("guest-1") == 0 && unlink("cache-1") == 0 && unlink("filler-1") == 0, "removing them");
+}
+
 static const char *in_small_tmpfs(void)
 {
     char directory[] = "/tmp/colocache-test-XXXXXX", limit[32];
@@ -109,6 +158,7 @@ static const char *in_small_tmpfs(void)
         return "tmpfs: mounting one is not allowed";
     }
     check(chdir(directory) == 0, "chdir");
+    holes_in_a_region();
     small_tmpfs();
     check(chdir("/") == 0 && umount2(directory, MNT_DETACH) == 0 && rmdir(directory) == 0, "cleaning up");
     return NULL;

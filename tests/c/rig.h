@@ -19,6 +19,7 @@
 
 #include "check.h"
 #include "layout.h"
+#include "word.h"
 
 #define RIG_BLOCKS_MAX 4u
 

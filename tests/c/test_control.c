@@ -15,23 +15,21 @@ static void a_new_region_is_laid_out_as_written_down(void)
     CHECK(memcmp(&control->magic, "LOCCACHE", 8) == 0);
     CHECK_EQ(CC_LAYOUT_VERSION, control->layout_version);
     CHECK_EQ(cc_layout_stamp(), control->stamp);
-    CHECK_EQ(2, control->n_blocks);
+    CHECK_EQ(cc_word_make(2), control->n_blocks);
     CHECK_EQ(getpid(), control->owner_pid);
-    CHECK_EQ(10000, control->device_state_max_bytes);
-    CHECK_EQ(12288, control->device_area_bytes);
+    CHECK_EQ(cc_word_make(10000), control->device_state_max_bytes);
     CHECK_EQ(0, control->commit_word);
     CHECK_EQ(0, control->receiving);
-    CHECK_EQ(control->bitmap_end, rig.control_bytes);
     uint8_t none[16] = {0};
     CHECK(memcmp(control->history_id, none, 16) != 0);
 
     const struct cc_block_entry *table = (const void *)((const uint8_t *)control + CC_TABLE_OFFSET);
-    uint64_t devices_end = CC_DEVICES_OFFSET + 2 * control->device_area_bytes;
+    uint64_t devices_end = CC_DEVICES_OFFSET + 2 * 12288;
     CHECK(strcmp(table[0].name, "pc.ram") == 0 && strcmp(table[1].name, "boot") == 0);
     CHECK_EQ(devices_end, table[0].bitmap_offset);
     CHECK_EQ(6 * 4096, table[0].bitmap_bytes); /* 2 words and 1 summary word: a page for each of the six */
     CHECK_EQ(devices_end + 6 * 4096, table[1].bitmap_offset);
-    CHECK_EQ(control->bitmap_end, table[1].bitmap_offset + table[1].bitmap_bytes);
+    CHECK_EQ(rig.control_bytes, table[1].bitmap_offset + table[1].bitmap_bytes);
 
     /* a bit set through the API is where the layout says: PVM words first, then SVM words */
     rig_receive(&rig, 1, 0, 65, 1);
@@ -39,7 +37,7 @@ static void a_new_region_is_laid_out_as_written_down(void)
     const uint64_t *words = (const void *)((const uint8_t *)control + table[0].bitmap_offset);
     CHECK_EQ(0b10, words[1]);
     CHECK_EQ(1ull << 35, words[512 + 1]);
-    CHECK_EQ(1, control->receiving);
+    CHECK_EQ(cc_word_make(1), control->receiving);
     rig_close(&rig);
 }
 
@@ -189,24 +187,32 @@ static void damaged_heads_are_refused_and_nothing_is_touched(void)
         {"no magic", AT(magic), 0, COLOCACHE_E_NOT_COLOCACHE},
         {"version", AT(layout_version), CC_LAYOUT_VERSION + 1, COLOCACHE_E_LAYOUT},
         {"stamp", AT(stamp), 1, COLOCACHE_E_LAYOUT},
-        {"too many blocks", AT(n_blocks), 257, COLOCACHE_E_CORRUPT},
-        {"area of no whole page", AT(device_area_bytes), 12289, COLOCACHE_E_CORRUPT},
-        {"area too small", AT(device_area_bytes), 8192, COLOCACHE_E_CORRUPT},
-        {"area past the end", AT(device_area_bytes), 1ull << 62, COLOCACHE_E_CORRUPT},
-        {"bitmaps past the end", AT(bitmap_end), 1ull << 40, COLOCACHE_E_CORRUPT},
-        {"device bound", AT(device_state_max_bytes), ~0ull, COLOCACHE_E_CORRUPT},
+        {"blocks without their check", AT(n_blocks), 1, COLOCACHE_E_CORRUPT},
+        {"too many blocks", AT(n_blocks), cc_word_make(257), COLOCACHE_E_CORRUPT},
+        {"areas past the end", AT(device_state_max_bytes), cc_word_make(1ull << 40), COLOCACHE_E_CORRUPT},
+        {"areas of another size", AT(device_state_max_bytes), cc_word_make(8192), COLOCACHE_E_CORRUPT},
+        {"device bound", AT(device_state_max_bytes), cc_word_make((1ull << 40) + 1), COLOCACHE_E_CORRUPT},
+        {"device bound without its check", AT(device_state_max_bytes), 10000, COLOCACHE_E_CORRUPT},
+        {"history", AT(history_id), 7, COLOCACHE_E_CORRUPT},
+        {"history check", AT(history_check), 7, COLOCACHE_E_CORRUPT},
+        {"receiving without its check", AT(receiving), 1, COLOCACHE_E_CORRUPT},
+        {"commit word without its check", AT(commit_word), 1, COLOCACHE_E_CORRUPT},
         {"reserved 1", AT(reserved1[5]), 1, COLOCACHE_E_CORRUPT},
         {"reserved 2", AT(reserved2[0]), 1ull << 63, COLOCACHE_E_CORRUPT},
         {"reserved 3", AT(reserved3[6]), 1, COLOCACHE_E_CORRUPT},
-        {"taken over", AT(taken_over), 2, COLOCACHE_E_CORRUPT},
+        {"taken over", AT(taken_over), cc_word_make(2), COLOCACHE_E_CORRUPT},
+        {"taken over without its check", AT(taken_over), 1, COLOCACHE_E_CORRUPT},
         {"table: no name", CC_TABLE_OFFSET, 0, COLOCACHE_E_CORRUPT},
         {"table: length", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, len_bytes), 4095, COLOCACHE_E_CORRUPT},
         {"table: page size", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, page_size), 5000, COLOCACHE_E_CORRUPT},
+        {"table: sparse", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, sparse), 2, COLOCACHE_E_CORRUPT},
+        {"table: bitmaps a page further on", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, bitmap_offset),
+         CC_DEVICES_OFFSET + 2 * 12288 + 4096, COLOCACHE_E_CORRUPT},
         {"table: bitmaps in the table", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, bitmap_offset), 4096, COLOCACHE_E_CORRUPT},
         {"table: bitmaps past the end", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, bitmap_offset), 1ull << 40, COLOCACHE_E_CORRUPT},
         {"table: bitmaps wrap", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, bitmap_offset), ~0xfffull, COLOCACHE_E_CORRUPT},
         {"table: bitmap length", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, bitmap_bytes), 4096, COLOCACHE_E_CORRUPT},
-        {"table: reserved", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, reserved[19]), 1, COLOCACHE_E_CORRUPT},
+        {"table: reserved", CC_TABLE_OFFSET + offsetof(struct cc_block_entry, reserved[18]), 1, COLOCACHE_E_CORRUPT},
     };
     struct rig rig;
     rig_open(&rig, 1, two_blocks, 4096, false);
@@ -220,13 +226,19 @@ static void damaged_heads_are_refused_and_nothing_is_touched(void)
         rig_die(&rig);
         memcpy(&before, where, 8);
         memcpy(where, &damages[i].value, 8);
-        int rc = rig_attach(&rig);
-        if (rc != damages[i].code)
-            CHECK_SAY("%s: attach gave %d, expected %d", damages[i].what, rc, damages[i].code);
-        rc = colocache_inspect(rig.control_fd, &status, NULL, NULL);
-        if (rc != damages[i].code)
-            CHECK_SAY("%s: inspect gave %d, expected %d", damages[i].what, rc, damages[i].code);
-        rig_check(&rig, false);
+        struct cc_block_entry *entry = (void *)((uint8_t *)rig.control + CC_TABLE_OFFSET);
+        const uint64_t checksum = entry->checksum;
+        for (int summed = 0; summed < 2; summed++) { /* an entry must also make sense by itself */
+            int rc = rig_attach(&rig);
+            if (rc != damages[i].code)
+                CHECK_SAY("%s: attach gave %d, expected %d", damages[i].what, rc, damages[i].code);
+            rc = colocache_inspect(rig.control_fd, &status, NULL, NULL);
+            if (rc != damages[i].code)
+                CHECK_SAY("%s: inspect gave %d, expected %d", damages[i].what, rc, damages[i].code);
+            rig_check(&rig, false);
+            entry->checksum = colocache_checksum(entry, offsetof(struct cc_block_entry, checksum));
+        }
+        entry->checksum = checksum;
         memcpy(where, &before, 8);
     }
     CHECK_RC(0, rig_attach(&rig));

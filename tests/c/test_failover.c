@@ -36,7 +36,7 @@ static void failover_in_every_phase(void)
     CHECK_RC(1, colocache_failover(rig.cc, &epoch));
     CHECK_RC(1, colocache_loaded(rig.cc, 1)); /* now */
     CHECK_EQ(COLOCACHE_PHASE_FAILED_OVER, rig_phase(&rig));
-    CHECK_EQ(1, rig.control->taken_over);
+    CHECK_EQ(cc_word_make(1), rig.control->taken_over);
     CHECK_RC(0, colocache_failover(rig.cc, &epoch));
     CHECK_RC(COLOCACHE_E_FAILED_OVER, colocache_receive_zero(rig.cc, 2, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_FAILED_OVER, rig_try_seal(&rig, 2));
@@ -84,7 +84,7 @@ static void failover_in_every_phase(void)
     args.check_context = &rig;
     CHECK_RC(COLOCACHE_E_VETO, colocache_seal(rig.cc, &args, NULL));
     CHECK_EQ(COLOCACHE_PHASE_FAILED_OVER, rig_phase(&rig));
-    CHECK_EQ(1, rig.control->taken_over);
+    CHECK_EQ(cc_word_make(1), rig.control->taken_over);
     rig_check(&rig, false);
     rig_close(&rig);
 }

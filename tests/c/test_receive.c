@@ -83,21 +83,23 @@ static void epochs_only_go_up(void)
     rig_open(&rig, 3, odd_blocks, 4096, false);
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, 0, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, UINT64_MAX, 0, 0, 1));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, COLOCACHE_EPOCH_MAX + 1, 0, 0, 1));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_device_state_begin(rig.cc, COLOCACHE_EPOCH_MAX + 1, 1, &addr));
     rig_receive(&rig, 5, 0, 0, 1);
-    CHECK_EQ(5, rig.control->receiving);
+    CHECK_EQ(cc_word_make(5), rig.control->receiving);
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, 4, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, 6, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_device_state_begin(rig.cc, 6, 1, &addr));
     CHECK_RC(0, colocache_abort(rig.cc, 5, "test"));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_receive_zero(rig.cc, 5, 0, 0, 1)); /* never again */
-    CHECK_EQ(5, rig.control->receiving);
+    CHECK_EQ(cc_word_make(5), rig.control->receiving);
     rig_receive(&rig, 9, 0, 1, 1);
     rig_device_state(&rig, 9, 0);
     rig_seal(&rig, 9);
     CHECK_RC(COLOCACHE_E_SEALED, colocache_receive_zero(rig.cc, 10, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_SEALED, colocache_receive_zero(rig.cc, 9, 0, 0, 1));
     CHECK_RC(COLOCACHE_E_SEALED, colocache_device_state_begin(rig.cc, 10, 1, &addr));
-    CHECK_EQ(9, rig.control->receiving); /* a refused page does not say that it may have come */
+    CHECK_EQ(cc_word_make(9), rig.control->receiving); /* a refused page does not say that it may have come */
     rig_flush(&rig);
     CHECK_RC(COLOCACHE_E_SEALED, colocache_receive_zero(rig.cc, 10, 0, 0, 1));
     CHECK_RC(0, colocache_loaded(rig.cc, 1));
@@ -130,7 +132,7 @@ static void the_receiving_word_is_stored_before_anybody_can_find_the_epoch_open(
     rig_receive(&rig, 7, 0, 5, 1);
     REQUIRE(sigaction(SIGSEGV, &before, NULL) == 0);
     CHECK_EQ(0, open_at_the_store);
-    CHECK_EQ(7, rig.control->receiving);
+    CHECK_EQ(cc_word_make(7), rig.control->receiving);
     rig_check(&rig, false);
     rig_close(&rig);
 }

@@ -103,7 +103,7 @@ static void death_between_commit_word_and_clearing_leaves_only_extra_bits(void)
     rig_receive(&rig, 2, 0, 5, 3);
     rig_guest_write(&rig, 1, 6, 30);
     rig_device_state(&rig, 2, 3);
-    uint64_t bitmap_end = rig.control->bitmap_end;
+    uint64_t bitmap_end = rig.control_bytes;
     const struct cc_block_entry *table = (const void *)((const uint8_t *)rig.control + CC_TABLE_OFFSET);
     uint64_t from = table[0].bitmap_offset;
     uint8_t *before = malloc(bitmap_end - from);
@@ -217,7 +217,8 @@ static void every_damaged_byte_of_the_record_is_refused(void)
         if (committed)
             rig_flush(&rig);
         rig_die(&rig);
-        struct cc_record *record = &rig.control->records[rig.control->commit_word & 1];
+        const uint64_t generation = rig.control->commit_word & COLOCACHE_EPOCH_MAX;
+        struct cc_record *record = &rig.control->records[generation & 1];
         for (unsigned i = 0; i < sizeof *record; i++) {
             ((uint8_t *)record)[i] ^= 0x10;
             expect_refused(&rig, "record byte", COLOCACHE_E_CORRUPT); /* never by going back to the older record */
@@ -242,9 +243,9 @@ static void every_damaged_byte_of_the_record_is_refused(void)
             expect_refused(&rig, "record that makes no sense", i == 3 ? COLOCACHE_E_STRATEGY : COLOCACHE_E_CORRUPT);
         }
         *record = right;
-        rig.control->commit_word += 2; /* a word that names a record of another generation */
+        rig.control->commit_word = cc_word_make(generation + 2); /* a word that names a record of another generation */
         expect_refused(&rig, "commit word", COLOCACHE_E_CORRUPT);
-        rig.control->commit_word -= 2;
+        rig.control->commit_word = cc_word_make(generation);
         CHECK_RC(0, rig_attach(&rig));
         CHECK_EQ(committed ? COLOCACHE_RECOVERED_RESTART : COLOCACHE_RECOVERED_REPLAYED, rig.report.action);
         rig_close(&rig);
@@ -263,7 +264,7 @@ static void damaged_flush_set_bitmaps_and_device_state_are_refused(void)
     struct cc_block_entry *table = (void *)((uint8_t *)rig.control + CC_TABLE_OFFSET);
     const struct cc_record *record = &rig.control->records[rig.control->commit_word & 1];
     uint64_t *pvm = (void *)((uint8_t *)rig.control + table[0].bitmap_offset), *svm = pvm + 512, *flush_set = svm + 512;
-    uint8_t *device = (uint8_t *)rig.control + CC_DEVICES_OFFSET + record->device_area * rig.control->device_area_bytes;
+    uint8_t *device = (uint8_t *)rig.control + CC_DEVICES_OFFSET + record->device_area * 12288ull;
 
     for (unsigned bit = 0; bit < 100; bit += 7) {
         flush_set[bit / 64] ^= 1ull << (bit % 64);
@@ -287,11 +288,11 @@ static void damaged_flush_set_bitmaps_and_device_state_are_refused(void)
         summary[0] ^= 2;
         device[bytes[i]] ^= 1;
     }
-    rig.control->receiving = 2;
+    rig.control->receiving = cc_word_make(2);
     expect_refused(&rig, "receiving too old", COLOCACHE_E_CORRUPT);
-    rig.control->receiving = 4;
+    rig.control->receiving = cc_word_make(4);
     expect_refused(&rig, "pages over a sealed epoch", COLOCACHE_E_CORRUPT);
-    rig.control->receiving = 3;
+    rig.control->receiving = cc_word_make(3);
     device[333] ^= 1;                                                            /* past its end: nobody's business */
     memset((uint8_t *)rig.control + table[0].bitmap_offset + 3 * 4096, 0, 4096); /* summaries are not trusted: hidden words are found */
     memset((uint8_t *)rig.control + table[0].bitmap_offset + 5 * 4096, 0, 4096);
@@ -299,6 +300,62 @@ static void damaged_flush_set_bitmaps_and_device_state_are_refused(void)
     rig_flushed(&rig);
     rig_check(&rig, true);
     rig_close(&rig);
+}
+
+/* hugetlbfs does not tell its holes, and a block of which one page was there must not take all its huge pages at an attach. */
+static void attach_fills_no_hole_of_a_sparse_hugetlb_block(void)
+{
+    enum { HUGE_PAGE = 2 << 20, HUGE_PAGES = 8 };
+    struct colocache_options options = rig_options();
+    struct colocache_recovery report;
+    struct colocache *cc;
+    struct stat guest, cache;
+    const uint64_t len_bytes = (uint64_t)HUGE_PAGES * HUGE_PAGE;
+    int control_fd = rig_memfd("control", 0), guest_fd = memfd_create("guest", MFD_CLOEXEC | MFD_HUGETLB),
+        cache_fd = memfd_create("cache", MFD_CLOEXEC | MFD_HUGETLB);
+    if (guest_fd < 0 || cache_fd < 0 || ftruncate(guest_fd, (off_t)len_bytes) != 0 || ftruncate(cache_fd, (off_t)len_bytes) != 0)
+        SKIP("no memfd of huge pages");
+    struct colocache_images images = {.struct_size = sizeof images,
+                                      .name = "ram",
+                                      .len_bytes = len_bytes,
+                                      .page_size = 4096,
+                                      .sparse = 1,
+                                      .guest_fd = guest_fd,
+                                      .cache_fd = cache_fd};
+    REQUIRE(colocache_create(control_fd, &options, &cc) == 0);
+    int rc = colocache_add_block(cc, &images, NULL);
+    if (rc == COLOCACHE_E_NO_MEMORY) {
+        colocache_close(cc);
+        SKIP("fewer than 16 huge pages are free");
+    }
+    static uint8_t page[4096];
+    void *state;
+    memset(page, 0x42, sizeof page);
+    const uint64_t pfn = 3 * HUGE_PAGE / 4096 + 17;
+    CHECK_RC(0, colocache_receive_page(cc, 1, 0, pfn, page, sizeof page));
+    CHECK_RC(0, colocache_device_state_begin(cc, 1, 0, &state));
+    struct colocache_seal_args args = rig_seal_args(1);
+    CHECK_RC(0, colocache_seal(cc, &args, NULL));
+    CHECK_RC(0, colocache_flush(cc, NULL));
+    CHECK_RC(0, colocache_loaded(cc, 1));
+    CHECK_RC(0, colocache_validate(cc, 1));
+    for (int again = 0; again < 2; again++) {
+        colocache_close(cc);
+        CHECK_RC(0, colocache_attach(control_fd, &options, &images, 1, &report, &cc));
+        CHECK_EQ(COLOCACHE_RECOVERED_RESTART, report.action);
+        CHECK_EQ(HUGE_PAGE / 4096, report.n_pages);
+        CHECK_RC(0, colocache_dirty_log_lost(cc)); /* looks for what is there, too */
+        CHECK_RC(0, colocache_validate(cc, 1));
+        REQUIRE(fstat(guest_fd, &guest) == 0 && fstat(cache_fd, &cache) == 0);
+        CHECK_EQ(HUGE_PAGE, guest.st_blocks * 512);
+        CHECK_EQ(HUGE_PAGE, cache.st_blocks * 512);
+    }
+    uint8_t found[4096];
+    CHECK(pread(guest_fd, found, sizeof found, (off_t)(pfn * 4096)) == 4096 && memcmp(found, page, sizeof page) == 0);
+    colocache_close(cc);
+    close(cache_fd);
+    close(guest_fd);
+    close(control_fd);
 }
 
 int main(void)
@@ -311,5 +368,6 @@ int main(void)
     RUN(aborted_epoch_counts_as_newer_pages);
     RUN(every_damaged_byte_of_the_record_is_refused);
     RUN(damaged_flush_set_bitmaps_and_device_state_are_refused);
+    RUN(attach_fills_no_hole_of_a_sparse_hugetlb_block);
     return DONE();
 }

@@ -433,6 +433,7 @@ static void a_senders_arguments_are_checked(void)
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 0, 0, 0, NULL));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 3, 3, 0, NULL));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_sender_send(primary.sender, pair[0], 0, 0, 0, 1, 0, NULL));
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_sender_send(primary.sender, pair[0], 0, COLOCACHE_EPOCH_MAX + 1, 0, 1, 0, NULL));
     CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_add_block(primary.sender, "boot", primary.ram[0], 4096, 4096, &index));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_add_block(primary.sender, "", primary.ram[0], 4096, 4096, &index));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_add_block(primary.sender, "x", NULL, 4096, 4096, &index));

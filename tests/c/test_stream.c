@@ -167,6 +167,10 @@ static void wrong_packets_are_refused_with_their_code(void)
     refused("an epoch that is over", COLOCACHE_E_EPOCH, 0);
     make(0, 0, &one, 1, 8);
     refused("epoch 0", COLOCACHE_E_EPOCH, 0);
+    make(COLOCACHE_EPOCH_MAX + 1, 0, &one, 1, 8);
+    refused("an epoch that no word has room for", COLOCACHE_E_PACKET, 0);
+    make(UINT64_MAX, 0, &one, 1, 8);
+    refused("the largest number", COLOCACHE_E_PACKET, 0);
     one = (struct cc_run){.first_pfn = 100, .n_pages = 1};
     make(2, 0, &one, 1, 8);
     refused("first page past the end", COLOCACHE_E_RANGE, 2);
@@ -297,14 +301,15 @@ static void headers_survive_the_trip_and_damage_is_seen(void)
     uint8_t header[COLOCACHE_HEADER_BYTES];
     uint32_t type, a, b;
     uint64_t epoch, body;
-    CHECK_RC(0, colocache_message_header(header, 65535, ~0ull, ~0ull, 1, 2));
+    CHECK_RC(0, colocache_message_header(header, 65535, COLOCACHE_EPOCH_MAX, ~0ull, 1, 2));
     CHECK_RC(0, colocache_message_parse(header, &type, &epoch, &body, &a, &b));
-    CHECK(type == 65535 && epoch == ~0ull && body == ~0ull && a == 1 && b == 2);
+    CHECK(type == 65535 && epoch == COLOCACHE_EPOCH_MAX && body == ~0ull && a == 1 && b == 2);
     for (unsigned bit = 0; bit < COLOCACHE_HEADER_BYTES * 8; bit++) {
         header[bit / 8] ^= (uint8_t)(1u << (bit % 8));
         CHECK_RC(COLOCACHE_E_PACKET, colocache_message_parse(header, &type, &epoch, &body, &a, &b));
         header[bit / 8] ^= (uint8_t)(1u << (bit % 8));
     }
+    CHECK_RC(COLOCACHE_E_EPOCH, colocache_message_header(header, 1, COLOCACHE_EPOCH_MAX + 1, 1, 1, 2));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(header, 65536, 1, 1, 1, 1));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(header, COLOCACHE_MSG_PAGES, 1, 1, 1, 1));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_message_header(NULL, 1, 1, 1, 1, 1));

@@ -273,7 +273,7 @@ static void failover_and_checkpoint_agree_on_who_was_first(void)
         CHECK(asked && answer == (now ? 1 : 0)); /* 1 exactly when loaded said so */
         live_failovers += !now;
         CHECK_EQ(COLOCACHE_PHASE_FAILED_OVER, rig_phase(&rig));
-        CHECK_EQ(1, rig.control->taken_over);
+        CHECK_EQ(cc_word_make(1), rig.control->taken_over);
         struct colocache_status status = {.struct_size = sizeof status};
         CHECK_RC(0, colocache_get_status(rig.cc, &status));
         CHECK_EQ(sealed, status.sealed_epoch);

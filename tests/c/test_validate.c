@@ -117,7 +117,7 @@ static void flipped_bytes_of_record_and_device_state_are_found(void)
         record[i] ^= 1;
     }
     uint32_t area = ((struct cc_record *)(void *)record)->device_area;
-    uint8_t *device = (uint8_t *)rig.control + CC_DEVICES_OFFSET + area * rig.control->device_area_bytes;
+    uint8_t *device = (uint8_t *)rig.control + CC_DEVICES_OFFSET + area * 12288;
     for (unsigned i = 0; i < 300; i++) {
         device[i] ^= 0x80;
         finds("device state", COLOCACHE_E_CORRUPT);
@@ -131,7 +131,7 @@ static void reserved_and_impossible_heads_are_found(void)
 {
     begin();
     uint64_t *words[] = {&rig.control->reserved1[0], &rig.control->reserved2[5], &rig.control->reserved3[0], &table[0].reserved[0],
-                         &table[1].reserved[19]};
+                         &table[1].reserved[18]};
     for (unsigned i = 0; i < sizeof words / sizeof *words; i++) {
         *words[i] = 1ull << (i * 7);
         finds("reserved", COLOCACHE_E_CORRUPT);
@@ -145,7 +145,7 @@ static void reserved_and_impossible_heads_are_found(void)
     finds("receiving behind the record", COLOCACHE_E_CORRUPT);
     rig.control->receiving = receiving;
     table[1].len_bytes -= 4096 * 64;
-    finds("length", 0); /* its bitmaps have room for that: only attach, with the images, can tell */
+    finds("length", COLOCACHE_E_CORRUPT);
     table[1].len_bytes += 4096 * 64;
     table[1].bitmap_bytes += 4096;
     finds("bitmap bytes", COLOCACHE_E_CORRUPT);
