@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).resolve().parent / "c" / "run_faults.sh"
 
 # What csrc imports and what needs no wrapper, with the reason.
 CANNOT_FAIL = {
-    "no error to return": "free memcmp memcpy memset strchr strcmp strcpy strncmp strnlen strtoull snprintf vsnprintf "
+    "no error to return": "free memcmp memcpy memset strchr strlen strcmp strcpy strncmp strnlen strtoull snprintf vsnprintf "
     "strerror_r getpid clock_gettime getenv qsort sysconf sigfillset pthread_sigmask bsearch",
     "can't fail as used here (own, valid objects)": "pthread_mutex_init pthread_mutex_lock pthread_mutex_unlock "
     "pthread_mutex_destroy pthread_cond_init pthread_cond_wait pthread_cond_signal pthread_cond_broadcast "
@@ -25,6 +25,8 @@ CANNOT_FAIL = {
     "the descriptor is gone whatever it returns": "close fclose",
     "waking early only means looking again": "usleep",
     "a list of mappings that breaks off is a mapping that is not covered: refused": "fgets sscanf",
+    "a cgroup that can't be read has no quota": "read strtoll strrchr strsep strcspn",
+    "a thread without a name works as well": "pthread_self pthread_setname_np",
     "crash points only": "kill pause",
 }
 

@@ -218,7 +218,8 @@ int __real_open(const char *path, int flags, ...);
 int __wrap_open(const char *path, int flags, ...);
 int __wrap_open(const char *path, int flags, ...)
 {
-    return happens(OPEN) ? -1 : __real_open(path, flags); /* the library never creates files */
+    const bool cgroup = strstr(path, "cgroup") != NULL; /* how many threads: one that can't be read has no quota */
+    return !cgroup && happens(OPEN) ? -1 : __real_open(path, flags); /* the library never creates files */
 }
 
 int __real_fcntl(int fd, int command, ...);
@@ -229,6 +230,8 @@ int __wrap_fcntl(int fd, int command, ...)
     va_start(args, command);
     void *arg = argument(args);
     va_end(args);
+    if (command == F_OFD_SETLK && ((const struct flock *)arg)->l_type == F_UNLCK)
+        return __real_fcntl(fd, command, arg); /* a lock that is held can be let go */
     return happens(FCNTL) ? -1 : __real_fcntl(fd, command, arg);
 }
 
