@@ -18,6 +18,8 @@
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <sys/vfs.h>
+
+#include "layout.h"
 #include <unistd.h>
 
 #include "pagemap.h"
@@ -133,7 +135,7 @@ ssize_t __wrap_pread(int fd, void *buffer, size_t n, off_t offset)
 {
     if (!happens(PREAD))
         return __real_pread(fd, buffer, n, offset);
-    owner_unnamed = n == sizeof(int64_t);
+    owner_unnamed = offset == offsetof(struct cc_control, owner_pid);
     return -1;
 }
 
