@@ -220,7 +220,7 @@ int __real_open(const char *path, int flags, ...);
 int __wrap_open(const char *path, int flags, ...);
 int __wrap_open(const char *path, int flags, ...)
 {
-    const bool cgroup = strstr(path, "cgroup") != NULL; /* how many threads: one that can't be read has no quota */
+    const bool cgroup = strstr(path, "cgroup") != NULL;              /* how many threads: one that can't be read has no quota */
     return !cgroup && happens(OPEN) ? -1 : __real_open(path, flags); /* the library never creates files */
 }
 
