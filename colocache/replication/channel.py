@@ -59,6 +59,8 @@ class Channel:
         self._begun_at = 0.0
         self._room = bytearray(PACK_BYTES if transport.plain_fd is None else 0)  # for packets to be sent
         self._closed = False
+        self._limit: tuple[float, str] | None = None
+        self.over = ""  # the sentence of the limit that was reached
         self._broken = False  # half a message went out: nothing may follow it
         self.last_heard = time.monotonic()
         self.last_sent = time.monotonic()
@@ -294,9 +296,28 @@ class Channel:
                 self._send_lock.release()
 
         self._heartbeat = Heartbeat(
-            interval=interval, idle_seconds=lambda: time.monotonic() - self.last_sent, beat=beat
+            interval=interval, idle_seconds=lambda: time.monotonic() - self.last_sent, beat=beat, look=self._watch_limit
         )
         self._heartbeat.start()
+
+    # ---- a limit on everything ----
+
+    def limit(self, seconds: float | None, what: str = "") -> None:
+        """From now on `seconds` for all that is said until limit(None), however busily the peer talks.
+
+        Then whoever receives is told that nothing more comes, and `over` is `what`, a sentence. Needs the heartbeat,
+        which looks once per beat.
+        """
+        self._limit = None if seconds is None else (time.monotonic() + seconds, what)
+
+    def _watch_limit(self) -> None:
+        limit = self._limit
+        if limit is None or time.monotonic() < limit[0]:
+            return
+        self._limit, self.over = None, limit[1]
+        self.stop_reading()
+        for stream in self.streams:
+            stream.shut_down()
 
     # ---- the end ----
 

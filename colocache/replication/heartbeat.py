@@ -12,17 +12,25 @@ from collections.abc import Callable
 
 
 class Heartbeat:
-    """Calls `beat` whenever `idle_seconds()` has reached `interval`; until stop().
+    """Calls `beat` whenever `idle_seconds()` has reached `interval`, and `look` at least as often; until stop().
 
     `beat` returns False once the connection is gone; the thread then ends. It holds no lock between beats.
     """
 
-    def __init__(self, *, interval: float, idle_seconds: Callable[[], float], beat: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        *,
+        interval: float,
+        idle_seconds: Callable[[], float],
+        beat: Callable[[], bool],
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
         if interval <= 0:
             raise ValueError(f"a heartbeat every {interval} s is no heartbeat: give a positive interval")
         self._interval = interval
         self._idle_seconds = idle_seconds
         self._beat = beat
+        self._look = look
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="colocache-heartbeat", daemon=True)
 
@@ -39,6 +47,7 @@ class Heartbeat:
     def _run(self) -> None:
         wait = self._interval
         while not self._stopped.wait(wait):
+            self._look()
             idle = self._idle_seconds()
             if idle >= self._interval:
                 if not self._beat():

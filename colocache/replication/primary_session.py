@@ -82,6 +82,8 @@ class PrimarySession:
             if self._observer.stays():
                 self._stay()
         except (PeerLostError, TimedOutError) as error:
+            if self._channel.over:
+                raise TimedOutError(self._channel.over) from error
             raise self._inbox.why_ended(error) from error
         except ProtocolError as error:
             self._channel.abort(AbortKind.SESSION, str(error))
@@ -176,6 +178,7 @@ class PrimarySession:
         try:
             result = self._converse(epoch)
         except CheckpointAbortedError as error:
+            self._channel.limit(None)
             self._pvm.give_up()
             self._pvm.resume()
             reason = f"the secondary gave up epoch {epoch}: {error}"
@@ -193,6 +196,7 @@ class PrimarySession:
         channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch)
         self._inbox.expect(State.REQUESTED, epoch, timeout)
 
+        channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
         pvm.pause()
         stopped = time.monotonic_ns()
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
@@ -209,6 +213,7 @@ class PrimarySession:
         pvm.in_flight()
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
         self._inbox.expect(State.SENT, epoch, timeout)
+        channel.limit(None)
         self._observer.received(number, epoch)
         pvm.received()
         pvm.open_epoch()

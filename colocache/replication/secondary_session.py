@@ -72,6 +72,9 @@ class SecondarySession:
             try:
                 return self._converse()
             except PeerLostError as error:
+                if self._channel.over:
+                    self._give_up(AbortKind.SESSION, self._channel.over)
+                    raise TimedOutError(self._channel.over) from error
                 # A stream that broke ended the control connection too, and knows better why.
                 failure = self._streams.failure
                 if failure is None or isinstance(failure, PeerLostError):
@@ -201,6 +204,8 @@ class SecondarySession:
         self._asked = False
         self._svm.pause()
         self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
+        limit = self._options.timing.checkpoint_timeout
+        self._channel.limit(limit, f"the primary did not complete epoch {epoch} within {limit:g} s")
         try:
             self._state = State.PAUSED
             self._expect(epoch)
@@ -210,6 +215,7 @@ class SecondarySession:
             if self._streams:
                 # The primary waits for this: pages of the next epoch must not overtake its ABORT on another stream.
                 self._channel.abort(AbortKind.CHECKPOINT, str(error), epoch=epoch)
+            self._channel.limit(None)
             self._svm.resume()
             return
         try:
@@ -221,6 +227,7 @@ class SecondarySession:
         n_pages = join_u64(size.a, size.b)
         self._wait_for_pages(epoch, n_pages)
         received = time.monotonic_ns()
+        self._channel.limit(None)
         try:
             sealed = self._svm.seal(epoch, n_pages, sync_ns=self._svm.sync())
         except (VetoError, IncompleteError) as error:
