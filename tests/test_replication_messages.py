@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,6 +265,7 @@ def test_abort_kinds_do_not_move() -> None:
         ("tcp:127.0.0.1:65535", "127.0.0.1:65535"),
         ("[::1]:80", "[::1]:80"),
         ("unix:/tmp/x", "unix:/tmp/x"),
+        ("[fe80::1%eth0]:80", "[fe80::1%eth0]:80"),
     ],
 )
 def test_an_address_is_read_and_shown(text: str, shown: str) -> None:
@@ -270,9 +274,91 @@ def test_an_address_is_read_and_shown(text: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "host", "host:", ":80", "host:x", "host:65536", "host:-1", "::1:80", "unix:", "unix:" + "x" * 108, "host:٣"],
+    [
+        "",
+        "host",
+        "host:",
+        ":80",
+        "host:x",
+        "host:65536",
+        "host:-1",
+        "::1:80",
+        "unix:",
+        "unix:" + "x" * 108,
+        "host:٣",
+        "a..b:80",
+        "." + "a:80",
+        "x" * 64 + ".example:80",
+        "a b:80",
+        "a\0b:80",
+        "a\nb:80",
+    ],
 )
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ArgumentError):
         Address.parse(text)
     assert UNIX_PATH_BYTES_MAX == 107
+
+
+def test_a_unix_path_may_be_any_bytes(tmp_path: Path) -> None:
+    """As they come from a command line that is no UTF-8."""
+    text = f"unix:{tmp_path}/" + os.fsdecode(b"s\xff\xfe")
+    listener, address = Address.parse(text).listen()
+    with listener:
+        with address.connect(1.0), listener.accept()[0]:
+            pass
+        assert [os.fsencode(path.name) for path in tmp_path.iterdir()] == [b"s\xff\xfe"]
+        assert json.loads(json.dumps({"address": str(address)}))["address"] == text
+    address.remove()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(ArgumentError, match="has 204 bytes"):
+        Address.parse("unix:" + os.fsdecode(b"\xff" * 204))
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "::1"])
+def test_a_host_is_listened_on_and_reached_whatever_family_it_has(host: str) -> None:
+    if host == "::1" and not _has_ipv6():
+        pytest.skip("this machine has no ::1")
+    listener, address = Address(host, 0, "").listen()
+    with listener, Address.parse(str(address)).connect(1.0) as made:
+        made.close()
+
+
+def test_a_name_with_only_an_aaaa_record_is_listened_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not _has_ipv6():
+        pytest.skip("this machine has no ::1")
+    real = socket.getaddrinfo
+
+    def only_v6(host: str, *args: Any, **named: Any) -> Any:
+        return real("::1" if host == "six.example" else host, *args, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", only_v6)
+    listener, address = Address("six.example", 0, "").listen()
+    with listener, address.connect(1.0):
+        assert listener.family == socket.AF_INET6
+
+
+def test_a_link_local_address_keeps_its_zone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bound with the scope that getaddrinfo finds for the zone: without it the kernel does not know which link."""
+    if not _has_ipv6():
+        pytest.skip("this machine has no IPv6")
+    bound: list[Any] = []
+
+    class Seen(socket.socket):
+        def bind(self, name: Any) -> None:
+            bound.append(name)
+            super().bind(("::1", 0))
+
+    monkeypatch.setattr(socket, "socket", Seen)
+    listener, _ = Address.parse("[fe80::1%lo]:0").listen()
+    listener.close()
+    assert [name[3] for name in bound] == [socket.if_nametoindex("lo")]
+
+
+def _has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True

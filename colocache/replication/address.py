@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import stat
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ class Address:
         """Read what the user wrote; ArgumentError says what is wrong with it."""
         if text.startswith("unix:"):
             path = text.removeprefix("unix:")
-            if not path or len(path.encode()) > UNIX_PATH_BYTES_MAX or "\0" in path:
+            n_bytes = len(os.fsencode(path))  # a path is bytes, whatever the terminal makes of them
+            if not path or n_bytes > UNIX_PATH_BYTES_MAX or "\0" in path:
                 raise ArgumentError(
-                    f"the path in {text[:200]!r} has {len(path.encode())} bytes, a Unix socket takes 1 to "
-                    f"{UNIX_PATH_BYTES_MAX}"
+                    f"the path in {_shown(text)} has {n_bytes} bytes, a Unix socket takes 1 to {UNIX_PATH_BYTES_MAX}"
                 )
             return cls("", 0, path)
         host, colon, port = text.removeprefix("tcp:").rpartition(":")
@@ -40,7 +41,13 @@ class Address:
         elif ":" in host:
             colon = ""
         if not colon or not host or not (port.isascii() and port.isdigit()) or int(port[:6]) > 65535:
-            raise ArgumentError(f"{text[:200]!r} is no address", hint="write HOST:PORT, [V6]:PORT or unix:PATH")
+            raise ArgumentError(f"{_shown(text)} is no address", hint="write HOST:PORT, [V6]:PORT or unix:PATH")
+        try:
+            host.encode("idna")  # what getaddrinfo would do with it; a v6 address and its zone pass
+        except UnicodeError as error:
+            raise ArgumentError(f"{_shown(text)} has no name of a host in it: {error}") from error
+        if not host.isprintable() or " " in host:
+            raise ArgumentError(f"{_shown(text)} has no name of a host in it")
         return cls(host, int(port[:6]), "")
 
     def __str__(self) -> str:
@@ -77,11 +84,28 @@ class Address:
                     made.close()
                     raise
                 return made, self
-            family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-            made = socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
-            return made, Address(self.host, made.getsockname()[1], "")
+            return self._listen_tcp()
         except OSError as error:
             raise SystemCallError(f"can't listen on {self}: {reason_of(error)}", errno=error.errno or 0) from error
+
+    def _listen_tcp(self) -> tuple[socket.socket, Address]:
+        """The first of the host's addresses that can be bound, whatever family it is of, with the zone it has."""
+        found = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        last: OSError | None = None
+        for family, _, _, _, name in found:
+            made = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if family == socket.AF_INET6:
+                    made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                made.bind(name)
+                made.listen(BACKLOG)
+            except OSError as error:
+                made.close()
+                last = error
+                continue
+            return made, Address(self.host, made.getsockname()[1], "")
+        raise last or OSError(f"{self.host} has no address")
 
     def remove(self) -> None:
         """Remove the file of a Unix socket; the other kind leaves nothing behind."""
@@ -104,3 +128,8 @@ class Address:
                 self.remove()
             except OSError:
                 return
+
+
+def _shown(text: str) -> str:
+    """For a sentence: short, on one line, and whatever bytes it was."""
+    return repr(text[:200])
