@@ -8,6 +8,7 @@ from __future__ import annotations
 GUESTS = {
     "kvm": "colocache.vmm.kvm:KvmMachine",
     "process": "colocache.vmm.process:ProcessMachine",
+    "qemu": "colocache.vmm.qemu.machine:QemuMachine",
 }
 GUEST_KINDS = ("auto", *GUESTS)
 
@@ -17,4 +18,5 @@ COPIES = ("auto", "libc", "avx2", "avx512", "neon")  # how the flush copies page
 VERIFY = ("all", "last", "none")  # the checkpoints whose every page is compared with the primary's hash of it
 KILL_POINTS = ("running", "receiving", "sealed", "random")  # where the demo's primary dies
 STREAMS_MAX = 16  # connections that carry the pages of one pair
+ACCELERATORS = ("auto", "kvm", "tcg")  # of the small QEMU guest
 TRANSPORTS = ("unix", "tcp")  # what the demo's two sides meet on

@@ -21,6 +21,7 @@ from colocache.results import COPY_NAMES
 from colocache.spec import BlockSpec
 from colocache.vmm.guests import guest_kind_available
 from colocache.vmm.kvm import kvm_trouble
+from colocache.vmm.qemu import availability
 
 DEMO_BYTES = 256 << 20  # guest RAM of the demo; it needs three images of it: one of the primary, two of the secondary
 SYS_USERFAULTFD = {"x86_64": 323, "aarch64": 282}
@@ -51,6 +52,7 @@ def examine() -> list[Finding]:
         memory(),
         dirty_log(),
         userfaultfd(),
+        qemu(),
         cpu(),
     ]
 
@@ -68,6 +70,15 @@ def kvm() -> Finding:
     if trouble is None:
         return Finding("KVM", True, "/dev/kvm works", needed)
     return Finding("KVM", False, trouble[0], needed, trouble[1])
+
+
+def qemu() -> Finding:
+    """A stock QEMU, and what drives it."""
+    trouble, needed = availability.trouble(), "--guest qemu"
+    if trouble is not None:
+        return Finding("QEMU", False, trouble[0], needed, trouble[1].strip("`"))
+    found = availability.version()
+    return Finding("QEMU", True, f"{availability.PROGRAM} {found[2] if found else ''}".strip(), needed)
 
 
 def huge_pages() -> Finding:

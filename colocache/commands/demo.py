@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from colocache.choices import KILL_POINTS, TRANSPORTS
+from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
     foreseen,
     guest_options,
@@ -53,6 +54,9 @@ from colocache.commands.options import (
     help="Kind of socket that the two sides meet on.",
 )
 @streams_option
+@click.option("--kernel", default="", metavar="FILE", help="With --guest qemu: a Linux kernel to boot in both QEMUs.")
+@click.option("--initrd", default="", metavar="FILE", help="Its initial file system.")
+@click.option("--append", default="", metavar="WORDS", help="Its command line.")
 @click.option("--seed", type=int, default=None, help="With --kill-primary-at random: the same moment again.")
 @json_option
 @foreseen
@@ -71,13 +75,14 @@ def demo(as_json: bool, **given: Any) -> None:
         from colocache.demo.run import DemoError, DemoOptions, DemoRun
         from colocache.demo.table import DemoTable
 
+        guest = chosen_guest({**given, "command": _command(given)})
         options = DemoOptions(
-            guest=given["guest"],
-            ram_bytes=given["ram"],
+            guest=guest.kind,
+            ram_bytes=sum(block.len_bytes for block in guest.blocks),
             working_set_bytes=given["working_set"],
             steps_per_second=given["steps_per_second"],
-            backing=given["backing"],
-            memory_mode=given["memory_mode"],
+            backing=guest.backing,
+            memory_mode=guest.memory_mode,
             checkpoints=given["checkpoints"],
             interval=given["interval"],
             kill_at=given["kill_primary_at"],
@@ -87,6 +92,9 @@ def demo(as_json: bool, **given: Any) -> None:
             transport=given["transport"],
             seed=given["seed"],
             streams=given["streams"],
+            accel=given["accel"],
+            console=given["console"],
+            command=guest.options.command,
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:
@@ -102,6 +110,20 @@ def demo(as_json: bool, **given: Any) -> None:
     else:
         click.echo(_in_words(report))
     sys.exit(1 if report["wrong_pages"] else 0)
+
+
+def _command(given: dict[str, Any]) -> tuple[str, ...]:
+    """The QEMU command line: the user's own, one for the kernel that was given, or none."""
+    parts = {name: given[name] for name in ("kernel", "initrd", "append") if given[name]}
+    if not parts or given["command"]:
+        if parts:
+            raise click.UsageError("give --kernel, --initrd and --append, or a command line after `--`, not both")
+        return tuple(given["command"])
+    if "kernel" not in parts:
+        raise click.UsageError("--initrd and --append need --kernel")
+    from colocache.vmm.qemu.guests import linux_command
+
+    return linux_command(given["ram"], given["accel"], parts)
 
 
 def _in_words(report: dict[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from colocache.choices import BACKINGS, GUEST_KINDS, MEMORY_MODES, STREAMS_MAX, VERIFY
+from colocache.choices import ACCELERATORS, BACKINGS, GUEST_KINDS, MEMORY_MODES, STREAMS_MAX, VERIFY
 from colocache.errors import ColocacheError
 
 if TYPE_CHECKING:
@@ -101,8 +101,8 @@ memory_option = click.option(
     "--memory",
     "memory_mode",
     type=click.Choice(MEMORY_MODES),
-    default="mirror",
-    show_default=True,
+    default=None,
+    show_default="mirror; with --guest qemu bounded",
     help="Memory of the secondary. mirror: two images of guest RAM; bounded: one, and what the primary has sent and "
     "the secondary has written since the last checkpoint.",
 )
@@ -117,6 +117,21 @@ guest_options = options(
     ),
     steps_option,
     backing_option,
+    click.option(
+        "--accel",
+        type=click.Choice(ACCELERATORS),
+        default="auto",
+        show_default=True,
+        help="With --guest qemu and no QEMU ARGS: what runs its small guest; auto takes kvm where it works.",
+    ),
+    click.option(
+        "--console",
+        default="",
+        metavar="FILE",
+        show_default="nowhere",
+        help="With --guest qemu: add to FILE what the guest writes to its console, on the side that the world sees.",
+    ),
+    click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGS...]"),
 )
 
 pair_option = click.option(

@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
     arbiter_option,
     foreseen,
@@ -86,7 +87,7 @@ def primary(**given: Any) -> None:
 
     TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
-    from colocache import BlockSpec, RamImage, Sender
+    from colocache import RamImage, Sender
     from colocache.children import die_with_parent
     from colocache.demo.checks import Checks
     from colocache.replication.address import Address
@@ -97,8 +98,7 @@ def primary(**given: Any) -> None:
     from colocache.replication.primary import Primary
     from colocache.replication.security import make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
-    from colocache.vmm.guests import blocks_for, guest_kind_available, make_machine
-    from colocache.vmm.workload import GuestOptions
+    from colocache.vmm.guests import make_machine
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -122,9 +122,7 @@ def primary(**given: Any) -> None:
     events = Events("primary", machine_readable=given["events"])
     security = security_of(given, events.emit)
     wrap = make_wrap(security, pair=given["pair"], role="primary", timeout=given["peer_timeout"])
-    kind, why = guest_kind_available(given["guest"])
-    specs: tuple[BlockSpec, ...] = blocks_for(given["ram"], kind)
-    guest = GuestOptions(working_set_bytes=given["working_set"], steps_per_second=given["steps_per_second"])
+    guest = chosen_guest(given)
     made: list[Primary] = []
 
     def request_checkpoint() -> None:
@@ -134,7 +132,7 @@ def primary(**given: Any) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
         stop = stack.enter_context(stop_on_signals({signal.SIGUSR1: request_checkpoint}))
-        images = [stack.enter_context(RamImage.create(spec, given["backing"])) for spec in specs]
+        images = [stack.enter_context(RamImage.create(spec, guest.backing)) for spec in guest.blocks]
         sender = stack.enter_context(Sender())
         for image in images:
             sender.add_block(image.spec.name, image.addr, image.spec.len_bytes, image.spec.page_size)
@@ -142,16 +140,17 @@ def primary(**given: Any) -> None:
         def mark_dirty(block: int, first_pfn: int, n_pages: int) -> None:
             made[0].mark_dirty(block, first_pfn, n_pages)
 
-        machine = stack.enter_context(contextlib.closing(make_machine(kind, rams_of_images(images), guest, mark_dirty)))
-        events.emit(
-            "start", f"guest {kind} ({why}), memory {images[0].backing}", guest=kind, backing=images[0].backing, why=why
-        )
+        machine = make_machine(guest.kind, rams_of_images(images), guest.options, mark_dirty)
+        stack.callback(machine.close)
+        backing = images[0].backing
+        sentence = f"guest {guest.kind} ({guest.why}), memory {backing}"
+        events.emit("start", sentence, guest=guest.kind, backing=backing, why=guest.why)
         made.append(
             Primary(
                 address=address,
                 machine=machine,
                 sender=sender,
-                blocks=hello_blocks(specs),
+                blocks=hello_blocks(guest.blocks),
                 machine_name=machine.identity,
                 options=options,
                 events=events,

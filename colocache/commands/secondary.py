@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from colocache.choices import COPIES
+from colocache.commands.guest_choice import GuestChoice, chosen_guest
 from colocache.commands.options import (
     arbiter_option,
     foreseen,
@@ -105,7 +106,6 @@ def secondary(**given: Any) -> None:
     from colocache.replication.keeper import Keeper
     from colocache.replication.security import check_plain, make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
-    from colocache.vmm.guests import guest_kind_available
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -115,7 +115,7 @@ def secondary(**given: Any) -> None:
     events = Events("secondary", machine_readable=given["events"])
     security = security_of(given, events.emit)
     make_wrap(security, pair=given["pair"], role="secondary", timeout=given["peer_timeout"])  # or say why not
-    kind, why = guest_kind_available(given["guest"])
+    guest = chosen_guest(given)
     keeper: list[Keeper] = []
 
     def pass_on(signum: int) -> None:
@@ -125,7 +125,7 @@ def secondary(**given: Any) -> None:
     actions: dict[int, Callable[[], object]] = {
         signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
     }
-    config = _config(given, kind, security)  # what is out of bounds is refused before anything is made
+    config = _config(given, guest, security)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
         stop = stack.enter_context(stop_on_signals(actions))
@@ -135,12 +135,13 @@ def secondary(**given: Any) -> None:
         stack.enter_context(listener)
         if not (security.certificates or security.insecure):
             check_plain(listener.family, listener.getsockname())
-        memory = _memory(given, kind, stack)
+        memory = _memory(given, guest, stack)
         events.emit(
             "start",
-            f"guest {kind} ({why}); memory {memory.backing}, {memory.memory_mode}, region {memory.name} ({memory.why})",
-            guest=kind,
-            why=why,
+            f"guest {guest.kind} ({guest.why}); "
+            f"memory {memory.backing}, {memory.memory_mode}, region {memory.name} ({memory.why})",
+            guest=guest.kind,
+            why=guest.why,
             backing=memory.backing,
             memory=memory.memory_mode,
             region=memory.name,
@@ -165,19 +166,13 @@ def secondary(**given: Any) -> None:
     sys.exit(status if status >= 0 else 128 - status)
 
 
-def _memory(given: dict[str, Any], kind: str, stack: contextlib.ExitStack) -> Memory:
+def _memory(given: dict[str, Any], guest: GuestChoice, stack: contextlib.ExitStack) -> Memory:
     """The region: fresh, or one that a killed secondary left. It goes with this process, in order or not."""
     from colocache import Memory
-    from colocache.vmm.guests import blocks_for
 
     if not given["attach"]:
         return stack.enter_context(
-            Memory.create(
-                given["name"],
-                blocks_for(given["ram"], kind),
-                backing=given["backing"],
-                memory_mode=given["memory_mode"],
-            )
+            Memory.create(given["name"], guest.blocks, backing=guest.backing, memory_mode=guest.memory_mode)
         )
     memory = Memory.open(given["name"])
     stack.callback(memory.close)
@@ -185,7 +180,7 @@ def _memory(given: dict[str, Any], kind: str, stack: contextlib.ExitStack) -> Me
     return memory
 
 
-def _config(given: dict[str, Any], kind: str, security: Security) -> Any:
+def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> Any:
     from colocache.replication.child import ChildConfig
     from colocache.replication.options import SecondaryOptions, Timing
 
@@ -206,8 +201,8 @@ def _config(given: dict[str, Any], kind: str, security: Security) -> Any:
             manifest=memory.manifest(),
             listener_fd=listener_fd,
             keeper_pid=os.getpid(),
-            guest=kind,
-            guest_options={"working_set_bytes": given["working_set"], "steps_per_second": given["steps_per_second"]},
+            guest=guest.kind,
+            guest_options=guest.as_json,
             options=dataclasses.asdict(options),
             arbiter=given["arbiter"],
             security=dataclasses.asdict(security),

@@ -20,6 +20,7 @@ from typing import Any
 
 from colocache import list_regions
 from colocache.children import python_command
+from colocache.demo.console import ConsoleTail
 from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
@@ -56,6 +57,9 @@ class DemoOptions:
     transport: str = "unix"
     seed: int | None = None
     streams: int = 1
+    accel: str = "auto"
+    console: str = ""
+    command: tuple[str, ...] = ()
 
 
 class Side:
@@ -66,7 +70,7 @@ class Side:
         self.ended = threading.Event()
         self._events = events
         self._said: list[str] = []
-        command = python_command("colocache.cli", "main", name, *args, "--die-with-parent", str(os.getpid()))
+        command = python_command("colocache.cli", "main", name, "--die-with-parent", str(os.getpid()), *args)
         # A session of its own: Ctrl-C reaches the demo alone, which then ends both in order.
         self.process = subprocess.Popen(
             command,
@@ -145,6 +149,7 @@ class DemoRun:
         self._random = random.Random(options.seed)  # noqa: S311 -- when to kill is no secret
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
         self._killed_ns: int | None = None
+        self._console: ConsoleTail | None = None
         self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
         self._kill_after = options.checkpoints
@@ -159,6 +164,8 @@ class DemoRun:
         kind, _ = guest_kind_available(self.options.guest)
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind))
         with contextlib.ExitStack() as stack:
+            if kind == "qemu":
+                self._console = stack.enter_context(ConsoleTail(self.options.console))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             secondary = Side("secondary", self._secondary_args(address), self._events)
             stack.callback(secondary.close)
@@ -193,13 +200,14 @@ class DemoRun:
             "--events", "--pair", self._name, "--guest", o.guest, "--ram", str(o.ram_bytes), "--backing", o.backing,
             "--working-set", str(o.working_set_bytes), "--steps-per-second", str(o.steps_per_second),
             "--run-on", str(o.run_on), "--peer-timeout", str(o.peer_timeout), "--streams", str(o.streams),
+            "--accel", o.accel, "--console", self._console.path if self._console else "",
         ]  # fmt: skip
 
     def _secondary_args(self, address: str) -> list[str]:
         limit = str(self.options.reconnect_limit)
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
         memory = ["--memory", self.options.memory_mode]
-        return [*self._common_args(), "--listen", address, "--name", self._name, *memory, *limits]
+        return self._with_command([*self._common_args(), "--listen", address, "--name", self._name, *memory, *limits])
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
@@ -207,10 +215,15 @@ class DemoRun:
         if o.kill_at in ("receiving", "sealed"):
             number = o.checkpoints + 1
             last = o.checkpoints if o.kill_at == "receiving" else number
-            return [*args, "--die-at", o.kill_at, "--die-at-checkpoint", str(number), "--hash-at", str(last)]
-        if o.kill_at == "random":
-            return [*args, "--hash-at", str(self._kill_after)]
-        return [*args, "--checkpoints", str(o.checkpoints), "--hold"]
+            args += ["--die-at", o.kill_at, "--die-at-checkpoint", str(number), "--hash-at", str(last)]
+        elif o.kill_at == "random":
+            args += ["--hash-at", str(self._kill_after)]
+        else:
+            args += ["--checkpoints", str(o.checkpoints), "--hold"]
+        return self._with_command(args)
+
+    def _with_command(self, args: list[str]) -> list[str]:
+        return [*args, "--", *self.options.command] if self.options.command else args
 
     # ---- the course of events ----
 
@@ -218,6 +231,8 @@ class DemoRun:
         """The next event of either side; None if there was none for a moment."""
         if self._stop.is_set():
             raise DemoError("stopped")
+        for line in self._console.lines() if self._console else ():
+            self._on_event({"event": "console", "side": "guest", "sentence": line})
         try:
             event = self._events.get(timeout=SLICE_SECONDS)
         except queue.Empty:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from colocache.fitted_table import Column, fitted
 
@@ -20,6 +21,7 @@ COLUMNS = (
     Column("MB", 5), Column("flush\nGB/s", 3), Column("SVM\npause ms"), Column("SVM\nstop ms", 1),
     Column("PVM\npause ms"), Column("wrong"),
 )  # fmt: skip
+CONSOLE_LINES = 4  # newest lines of the guest's console shown
 ROWS = 12  # newest checkpoints shown
 REFRESH_PER_SECOND = 8
 
@@ -34,6 +36,7 @@ class DemoTable:
         self._rows: list[dict[str, Any]] = []
         self._primary_pause: dict[int, float] = {}
         self._notes: list[str] = []
+        self._console_lines: list[str] = []  # the newest of the guest's
         self._done = 0
         self._live: Live | None = None
 
@@ -60,6 +63,8 @@ class DemoTable:
         elif name == "checkpoint":
             self._done = event["number"]
             self._rows = [*self._rows, event][-ROWS:]
+        elif name == "console":
+            self._console_lines = [*self._console_lines, event["sentence"]][-CONSOLE_LINES:]
         elif "sentence" in event and name not in ("start", "listening", "booted", "hello", "arbiter"):
             self._notes.append(f"{side}: {event['sentence']}")
         self._live.update(self._draw())
@@ -94,4 +99,6 @@ class DemoTable:
         frame.add_row(ProgressBar(total=max(1, self._wanted), completed=self._done, width=min(60, self._console.width)))
         for note in self._notes[-8:]:
             frame.add_row(note)
+        for line in self._console_lines:
+            frame.add_row(Text(f"│ {line}", style="dim"))
         return frame

@@ -25,6 +25,7 @@ class GuestOptions:
                         write the same pages, and a flush that forgets the secondary's writes would pass unseen.
     command             of a QEMU guest: the whole command line; none = a small guest that does the above
     accel               of that small guest: auto, kvm or tcg
+    console             of a QEMU guest: the file that its console is added to; none = it is not written down
     """
 
     working_set_bytes: int = 0
@@ -35,6 +36,7 @@ class GuestOptions:
     seed: int | None = None
     command: tuple[str, ...] = ()
     accel: str = "auto"
+    console: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "command", tuple(self.command))  # JSON has lists

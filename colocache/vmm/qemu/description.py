@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from colocache.vmm.qemu import memory_access
+from colocache.vmm.qemu.availability import OLDEST
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.errors import QemuError
 from colocache.vmm.qemu.process import QemuProcess
 
-OLDEST = (7, 2)
 FIRMWARE = "pc.bios"
 FIRMWARE_END = 1 << 32  # guest-physical: it ends here
 RAM_BLOCK = re.compile(r"^\s*(\S+)\s+\d+ [KMG]iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)", re.MULTILINE)

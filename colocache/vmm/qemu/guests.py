@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from colocache.vmm.qemu.availability import PROGRAM
 from colocache.vmm.qemu.command_line import CommandLine, read_command_line
 from colocache.vmm.qemu.guest_image import GuestImage, guest_image
 from colocache.vmm.qemu.wiring import fd_path
 from colocache.vmm.workload import GuestOptions
-
-PROGRAM = "qemu-system-x86_64"
 
 
 @dataclass
@@ -44,6 +44,14 @@ def guest_of(options: GuestOptions, ram_bytes: int) -> QemuGuest:
     line.descriptors.append(kernel)
     line.files[:] = [("kernel", image.name)]  # what it is asked to do need not be the same on both hosts
     return QemuGuest(line, image)
+
+
+def linux_command(ram_bytes: int, accel: str, parts: Mapping[str, str]) -> tuple[str, ...]:
+    """A command line that boots a kernel: parts of kernel, initrd and append."""
+    words = [PROGRAM, "-m", f"{ram_bytes}B", "-accel", "tcg" if accel == "auto" else accel, "-nodefaults"]
+    for name, value in parts.items():
+        words += [f"-{name}", value]
+    return tuple(words)
 
 
 def best_accelerator() -> str:

@@ -14,7 +14,6 @@ Which of the two a machine is shows by what it is asked first: boot, or load_dev
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -26,11 +25,12 @@ from colocache.vmm._native import ffi, lib
 from colocache.vmm.errors import MachineError
 from colocache.vmm.history import Words
 from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
-from colocache.vmm.qemu import guest_oracle
+from colocache.vmm.qemu import availability, guest_oracle
+from colocache.vmm.qemu.console import ConsoleFile
 from colocache.vmm.qemu.description import Description, describe, write_firmware
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH
-from colocache.vmm.qemu.guests import PROGRAM, guest_of
+from colocache.vmm.qemu.guests import guest_of
 from colocache.vmm.qemu.pool import Pool
 from colocache.vmm.qemu.process import OnOutput, QemuProcess
 from colocache.vmm.qemu.qmp import Event
@@ -60,17 +60,23 @@ class QemuMachine:
             raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {list(rams)}")
         (self.ram,) = rams
         self._mark_dirty = mark_dirty
-        self.on_output: OnOutput | None = None  # is given the console's bytes of the machine that runs
+        self._console = ConsoleFile(options.console) if options.console else None
+        self.on_output: OnOutput | None = self._console  # is given what the guest of the machine that runs says
         self._powered_off = False
         self._promoted = False
         self._stream = b""  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
+        self._old: QemuProcess | None = None  # dead or dying, not given back yet
         self._log: ProcessDirtyLog | None = None
         self._pool: Pool | None = None
         self._running = False
         self._closed = False
-        self._guest = guest_of(options, self.ram.len_bytes)
+        try:
+            self._guest = guest_of(options, self.ram.len_bytes)
+        except BaseException:
+            self._close_console()
+            raise
         try:
             asked = self._guest.line.ram_bytes
             if asked != self.ram.len_bytes:
@@ -80,14 +86,13 @@ class QemuMachine:
             self.description: Description = describe(self._guest.line)
         except BaseException:
             self._guest.close()
+            self._close_console()
             raise
 
     @classmethod
     def trouble(cls) -> tuple[str, str] | None:
         """See machine.Machine."""
-        if shutil.which(PROGRAM) is None:
-            return f"there is no {PROGRAM}", "on Debian or Ubuntu: `apt install qemu-system-x86`"
-        return None
+        return availability.trouble()
 
     @classmethod
     def blocks_for(cls, ram_bytes: int) -> tuple[BlockSpec, ...]:
@@ -107,6 +112,7 @@ class QemuMachine:
         # Firmware and kernel may lie in RAM already.
         self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
         self._log = self._make_log(self._process)
+        self._show()
 
     def resume(self) -> None:
         """See machine.Machine."""
@@ -115,6 +121,7 @@ class QemuMachine:
         if not self._running:
             self._unless_it_died(QemuProcess.cont)
             self._running = True
+            self._tidy_up()
 
     def pause(self) -> None:
         """Stop it. A secondary first waits for the process that shall take over its work."""
@@ -128,11 +135,13 @@ class QemuMachine:
 
     @property
     def steps(self) -> int:
-        """Of the small guest; 0 of any other."""
+        """Of the small guest; of another, microseconds of CPU time that its process took."""
         process = self._process
-        if self._guest.image is None or process is None or not process.alive:
+        if process is None or not process.alive:
             return 0
         try:
+            if self._guest.image is None:
+                return process.cpu_microseconds()
             return int.from_bytes(process.guest_memory(guest_oracle.STEP_ADDR, 8), "little")
         except QemuError:
             return 0  # it ended just now
@@ -156,6 +165,17 @@ class QemuMachine:
         """See machine.Machine. A machine that went astray is no machine for the world: a fresh one takes its place."""
         self._revive()
         self._promoted = True
+        self._show()
+
+    def _show(self) -> None:
+        if self._console is not None:
+            self._console.show()
+
+    def _close_console(self) -> None:
+        console, self._console = self._console, None
+        if console is not None:
+            self.on_output = None
+            console.close()
 
     def _unless_it_died(self, order: Callable[[QemuProcess], None]) -> None:
         """Give the process an order; a secondary's that died just now went astray."""
@@ -292,13 +312,25 @@ class QemuMachine:
         return report
 
     def _become(self, stream: bytes) -> None:
-        """The old process dies; a fresh one loads the state."""
-        old, self._process = self._process, None
-        if old is not None:
-            old.kill()
+        """The old process dies while a fresh one loads the state."""
+        self._tidy_up()
+        self._old, self._process = self._process, None
+        if self._old is not None:
+            self._old.begin_death()
         self._failure = None  # whatever the old one's was
         self._powered_off = False
-        self._process = self._load(stream)
+        fresh = self._load(stream)
+        if self._old is not None:
+            self._old.see_dead()  # before the fresh one may run
+        self._process = fresh
+
+    def _tidy_up(self) -> None:
+        """What can wait until the machine runs: the old process's descriptors, and the start of the next one."""
+        old, self._old = self._old, None
+        if old is not None:
+            old.kill()
+        if self._pool is not None:
+            self._pool.refill()
 
     def _waiting(self) -> Pool:
         if self._pool is None:
@@ -361,9 +393,8 @@ class QemuMachine:
         if self._closed:
             return
         self._closed = True
-        closing: list[Callable[[], None]] = [self._guest.close]
+        closing: list[Callable[[], None]] = [self._guest.close, self._close_console]
         closing += [one.close for one in (self._pool, self._log) if one is not None]
-        if self._process is not None:
-            closing.append(self._process.kill)
+        closing += [one.kill for one in (self._old, self._process) if one is not None]
         while closing:
             closing.pop()()

@@ -15,6 +15,9 @@ from colocache.vmm.qemu.process import START_SECONDS, QemuProcess
 class Pool:
     """Keeps `size` processes ready. `make` starts one that waits, and is called in the pool's own thread.
 
+    In place of one that was taken another is started by refill(): not at once, since a start takes the CPU that the
+    load needs.
+
     A process that has written guest RAM of its own before its load is useless: its copy would hide the image's page
     for ever. Such a one, and one that died, is never handed out.
     """
@@ -27,7 +30,14 @@ class Pool:
         self._closing = False
         self._thread = threading.Thread(target=self._work, name="colocache-qemu-pool", daemon=True)
         self._thread.start()
-        for _ in range(size):
+        self._size = size
+        self._n_coming = 0  # asked for and not seen yet
+        self.refill()
+
+    def refill(self) -> None:
+        """Start as many as are missing, in the background."""
+        while len(self._kept) + self._n_coming < self._size:
+            self._n_coming += 1
             self._wanted.put(True)
 
     def _work(self) -> None:
@@ -39,31 +49,31 @@ class Pool:
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
         """Back when one is ready; QemuError if it can't be started, QemuSlowError."""
+        self._kept, kept = [], self._kept
+        for process in kept:
+            self._keep(process)
         while not self._kept:
-            process = self._next(timeout)
-            if process.alive and process.private_bytes() == 0:
-                self._kept.append(process)
-            else:
-                process.kill()
-                self._wanted.put(True)
+            self.refill()
+            self._keep(self._next(timeout))
+
+    def _keep(self, process: QemuProcess) -> None:
+        if process.alive and process.private_bytes() == 0:
+            self._kept.append(process)
+        else:
+            process.kill()
 
     def take(self, timeout: float = START_SECONDS) -> QemuProcess:
-        """One that is ready, now the caller's; another is started in its place."""
-        while True:
-            self.wait_ready(timeout)
-            process = self._kept.pop()
-            self._wanted.put(True)
-            if process.alive:
-                return process
-            process.kill()
+        """One that is ready, now the caller's."""
+        self.wait_ready(timeout)
+        return self._kept.pop()
 
     def _next(self, timeout: float) -> QemuProcess:
         try:
             made = self._made.get(timeout=timeout)
         except queue.Empty:
             raise QemuSlowError(f"no QEMU was ready within {timeout:g} s") from None
+        self._n_coming -= 1
         if isinstance(made, MachineError):
-            self._wanted.put(True)  # what failed may be gone when it is asked for next
             raise QemuError(f"the QEMU that should wait for the next checkpoint did not start: {made}") from made
         return made
 

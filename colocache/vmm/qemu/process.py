@@ -16,6 +16,7 @@ import signal
 import socket
 import struct
 import subprocess
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ PRELOAD = Path(__file__).with_name("preload.so")
 START_SECONDS = 30.0
 LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
+CPU_CLOCK = 2  # with a process's number: the clock of its CPU time
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 HANDED = struct.Struct("=i")  # what preload.c sends with the descriptor: errno or 0
 
@@ -236,6 +238,13 @@ class QemuProcess:
         """Guest memory as the guest sees it, its private copies included."""
         return memory_access.read(self.pid, self.address() + offset, len_bytes)
 
+    def cpu_microseconds(self) -> int:
+        """CPU time that all its threads took."""
+        try:
+            return time.clock_gettime_ns(~self.pid << 3 | CPU_CLOCK) // 1000
+        except OSError as error:
+            raise QemuDiedError(f"QEMU (process {self.pid}) has ended") from error
+
     def write_console(self, data: bytes) -> int:
         """Give the guest console input: the number of bytes taken, which may be fewer."""
         if self._console is None:
@@ -308,14 +317,30 @@ class QemuProcess:
     # ---- the end -------------------------------------------------------------------------------------------------
 
     def kill(self) -> None:
-        """Kill it and see it dead. May be called twice; QemuSlowError if the kernel keeps it."""
+        """Kill it, see it dead, and give back what belonged to it. May be called twice; QemuSlowError."""
+        self.begin_death()
+        self.see_dead()
+        self.close()
+
+    def begin_death(self) -> None:
+        """Kill it and wait for nothing."""
         process = getattr(self, "_process", None)
-        if process is not None and process.poll() is None:
-            process.kill()
-            try:
-                process.wait(DEATH_SECONDS)
-            except subprocess.TimeoutExpired:
-                raise QemuSlowError(f"QEMU (process {process.pid}) did not die within {DEATH_SECONDS:g} s") from None
+        if process is not None:
+            process.kill()  # not one that was waited for: its number may be another's
+
+    def see_dead(self) -> None:
+        """Back when it is dead: it writes nothing any more. QemuSlowError if the kernel keeps it."""
+        process = getattr(self, "_process", None)
+        if process is None or process.poll() is not None:
+            return
+        poll = select.poll()
+        poll.register(self.pidfd, select.POLLIN)
+        if not poll.poll(DEATH_SECONDS * 1000):
+            raise QemuSlowError(f"QEMU (process {process.pid}) did not die within {DEATH_SECONDS:g} s")
+        process.wait()
+
+    def close(self) -> None:
+        """Give back what belonged to it; it is dead. May be called twice."""
         qmp, self._qmp = self._qmp, None
         if qmp is not None:
             qmp.close()

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest that a command was asked for: its kind, its options, its size, and what its memory is made of."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from colocache import BlockSpec
+    from colocache.vmm.workload import GuestOptions
+
+QEMU_BACKINGS = ("thp", "shm")  # a private copy of a huge page would be 2 MiB
+
+
+@dataclass(frozen=True)
+class GuestChoice:
+    """`why` says in one sentence why it is this kind; `memory_mode` is of a secondary."""
+
+    kind: str
+    why: str
+    options: GuestOptions
+    blocks: tuple[BlockSpec, ...]
+    backing: str
+    memory_mode: str
+
+    @property
+    def as_json(self) -> dict[str, Any]:
+        """The options, for a process that is told them in JSON."""
+        return asdict(self.options)
+
+
+def chosen_guest(given: dict[str, Any]) -> GuestChoice:
+    """By the options of options.guest_options. click.UsageError, ArgumentError, MachineError."""
+    from colocache.vmm.guests import blocks_for, guest_kind_available
+    from colocache.vmm.workload import GuestOptions
+
+    kind, why = guest_kind_available(given["guest"])
+    command, backing, ram_bytes = tuple(given["command"]), given["backing"], given["ram"]
+    memory_mode = given.get("memory_mode")
+    if kind == "qemu":
+        if memory_mode == "mirror":
+            raise click.UsageError(
+                "--guest qemu and --memory mirror: a QEMU that dies while it loads a device state would have written "
+                "the image, and its load's writes would be in no log; --memory bounded keeps them apart"
+            )
+        memory_mode = "bounded"
+        if backing not in ("auto", *QEMU_BACKINGS):
+            raise click.UsageError(
+                f"--guest qemu and --backing {backing}: each page that a secondary writes would be a copy of 2 MiB; "
+                f"give {' or '.join(QEMU_BACKINGS)}"
+            )
+        backing = "shm" if backing == "auto" else backing
+        if command:
+            from colocache.vmm.qemu.command_line import read_command_line
+
+            ram_bytes = read_command_line(command).ram_bytes
+    elif command:
+        raise click.UsageError(f"a command line after `--` is for --guest qemu, not for {kind}")
+    options = GuestOptions(
+        working_set_bytes=given["working_set"],
+        steps_per_second=given["steps_per_second"],
+        command=command,
+        accel=given["accel"],
+        console=given["console"],
+    )
+    return GuestChoice(kind, why, options, blocks_for(ram_bytes, kind), backing, memory_mode or "mirror")

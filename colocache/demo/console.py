@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guest's console during a demo: a file that both sides add to, read as it grows."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+
+READ_BYTES_MAX = 1 << 16  # at a time
+LINE_BYTES_MAX = 200  # shown of one
+
+
+class ConsoleTail:
+    """Context manager. `path` is the user's file, or one without a future; lines() are those that came since."""
+
+    def __init__(self, path: str) -> None:
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if not path:
+            self._folder = tempfile.TemporaryDirectory(prefix="colocache-console-")
+            path = os.path.join(self._folder.name, "console")  # noqa: PTH118 -- a string for a command line
+        self.path = path
+        # What is there already was said by another guest.
+        with contextlib.suppress(FileNotFoundError):
+            self._at = os.stat(path).st_size  # noqa: PTH116
+            return
+        self._at = 0
+
+    def lines(self) -> Iterator[str]:
+        """Whole lines that were added since the last call."""
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123
+                file.seek(self._at)
+                data = file.read(READ_BYTES_MAX)
+        except FileNotFoundError:
+            return
+        end = data.rfind(b"\n") + 1
+        if not end and len(data) == READ_BYTES_MAX:
+            end = len(data)  # a line without an end
+        self._at += end
+        for line in data[:end].splitlines():
+            text = "".join(char for char in line.decode(errors="replace") if char.isprintable()).strip()
+            if text:
+                yield text[:LINE_BYTES_MAX]
+
+    def __enter__(self) -> ConsoleTail:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._folder is not None:
+            self._folder.cleanup()

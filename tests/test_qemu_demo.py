@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`colocache demo --guest qemu` end to end: two stock QEMUs, a real kill, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import linux_guest
+import pytest
+from qemu_support import QEMU, needs_qemu
+from test_demo import command, demo, report_of
+
+from colocache.vmm.qemu import availability
+
+pytestmark = needs_qemu
+KVM = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="no /dev/kvm")
+SMALL = ("--guest", "qemu", "--ram", "24M", "--checkpoints", "3", "--interval", "0.1", "--run-on", "0.2", "--json")
+
+
+def qemus() -> list[str]:
+    """Processes that run a QEMU of a pair."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                words = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if QEMU.encode() in words and b"colocache.ram" in words:
+                found.append(entry.name)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("accel", "point"),
+    [
+        pytest.param("kvm", "running", marks=[pytest.mark.kvm, KVM]),
+        ("tcg", "receiving"),
+        pytest.param("kvm", "sealed", marks=[pytest.mark.kvm, KVM]),
+        ("tcg", "random"),
+    ],
+)
+def test_the_secondary_takes_over_and_no_page_is_wrong(accel: str, point: str) -> None:
+    before = set(qemus())
+    report = report_of(demo(*SMALL, "--accel", accel, "--kill-primary-at", point, timeout=120))
+    assert (report["guest"], report["wrong_pages"]) == ("qemu", 0)
+    assert report["verified_pages"] >= report["checkpoints"] * (24 << 20) // 4096
+    assert report["failover"]["steps_run_on"] > 0
+    assert set(qemus()) <= before
+
+
+def test_linux_is_whole_after_the_takeover(tmp_path: Path) -> None:
+    console = tmp_path / "console"
+    line = linux_guest.command(tmp_path)
+    args = ("--guest", "qemu", "--checkpoints", "6", "--interval", "1", "--run-on", "6", "--console", str(console))
+    report = report_of(demo(*args, "--json", "--", *line, timeout=300))
+    assert report["wrong_pages"] == 0
+    told = linux_guest.reports(console.read_bytes())
+    assert set(told) == {"one", "two"}
+    assert [bad for _, bad in told.values()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--backing", "hugetlb"], "a copy of 2 MiB"),
+        (["--ram", "8M"], "the small guest takes"),
+        (["--", QEMU, "-m", "64", "-daemonize"], "-daemonize can't be used in a pair"),
+        (["--", "no-such-qemu"], "there is no program no-such-qemu"),
+        (["--initrd", "x"], "need --kernel"),
+        (["--kernel", "x", "--", QEMU], "not both"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(args: list[str], words: str) -> None:
+    ran = demo("--guest", "qemu", *args)
+    assert ran.returncode != 0
+    assert words in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_a_command_line_is_for_qemu_only() -> None:
+    ran = subprocess.run(
+        command("secondary", "--guest", "process", "--listen", "127.0.0.1:0", "--", QEMU),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert "for --guest qemu, not for process" in ran.stderr
+
+
+def test_two_different_machines_are_no_pair(tmp_path: Path) -> None:
+    """They are told apart before a page is sent, and the sentence names both."""
+    where = f"unix:{tmp_path}/pair"
+    common = ("--guest", "qemu", "--connect-limit", "60")
+    one = (QEMU, "-m", "32", "-accel", "tcg")
+    with subprocess.Popen(
+        command("secondary", *common, "--listen", where, "--events", "--", *one, "-smp", "2"), stdout=subprocess.PIPE
+    ) as secondary:
+        assert secondary.stdout is not None
+        while b'"listening"' not in secondary.stdout.readline():
+            pass
+        primary = subprocess.run(
+            command("primary", *common, "--connect", where, "--", *one),
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        secondary.terminate()
+        secondary.wait(30)
+    assert primary.returncode != 0
+    assert re.search(r"qemu: \S+ tcg pc-i440fx-\S+ 1 x qemu64", primary.stderr + primary.stdout), primary.stderr
+    assert "2 x qemu64" in primary.stderr + primary.stdout
+
+
+def test_a_qemu_that_can_not_be_driven_comes_with_what_helps(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert availability.trouble() is None
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = availability.trouble()
+    assert found is not None
+    assert "apt install qemu-system-x86" in found[1]
+    old = tmp_path / QEMU
+    old.write_text("#!/bin/sh\necho QEMU emulator version 6.2.0\n")
+    old.chmod(0o755)
+    assert availability.trouble() == (f"{QEMU} is of version 6.2.0", "install 7.2 or newer")
