@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from colocache import cgroups
 from colocache.choices import BACKINGS
 from colocache.errors import (
     ArgumentError,
@@ -32,6 +33,8 @@ from colocache.errors import (
 HUGE = 2 << 20
 CHUNK = 128 << 20  # reserved at a time, so that Ctrl-C is heard in between
 MIB = 1 << 20
+SPARE = 256 * MIB  # left for everything else
+UNKNOWN = 1 << 62  # nothing is known of a limit, so the allocation itself must refuse
 
 SHM_DIR = Path("/dev/shm")  # noqa: S108 where glibc's shm_open keeps its objects
 HUGE_SYSFS = Path("/sys/kernel/mm/hugepages/hugepages-2048kB")
@@ -78,14 +81,19 @@ class HugePages:
     free: int
 
 
+def _text(path: Path) -> str:
+    """What a file of the kernel says; nothing where there is no such file, or no /proc at all."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def huge_pages() -> HugePages:
     """2 MiB huge pages of this machine; none where the kernel has no such pages."""
 
     def number(name: str) -> int:
-        try:
-            return int((HUGE_SYSFS / name).read_text())
-        except (OSError, ValueError):
-            return 0
+        return int(_text(HUGE_SYSFS / name) or 0)
 
     more = max(0, number("nr_overcommit_hugepages") - number("surplus_hugepages"))
     free = max(0, number("free_hugepages") - number("resv_hugepages"))
@@ -95,7 +103,7 @@ def huge_pages() -> HugePages:
 def hugetlbfs_mounts() -> list[Path]:
     """Mount points of hugetlbfs with 2 MiB pages, writable or not."""
     found = []
-    for line in Path("/proc/self/mounts").read_text().splitlines():
+    for line in _text(Path("/proc/self/mounts")).splitlines():
         _, where, kind, options = line.split()[:4]
         if kind == "hugetlbfs" and re.search(r"\bpagesize=(2M|2048k)\b", options, re.IGNORECASE):
             found.append(Path(where.encode().decode("unicode_escape")))
@@ -109,55 +117,33 @@ def writable_hugetlbfs() -> Path | None:
 
 def thp_mode() -> str:
     """The kernel's shmem_enabled: always, within_size, advise, never, deny, force; `never` where there is no THP."""
-    try:
-        match = re.search(r"\[(\w+)\]", THP_SYSFS.read_text())
-    except OSError:
-        return "never"
+    match = re.search(r"\[(\w+)\]", _text(THP_SYSFS))
     return match[1] if match else "never"
 
 
-def _cgroup_room() -> int | None:
-    """Bytes left under the tightest memory limit of this process's cgroups (v2); None without a limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return None
-    group = next((line[3:] for line in lines if line.startswith("0::")), None)
-    if group is None:
-        return None
-    room = None
-    top = Path("/sys/fs/cgroup")
-    path = top / group.lstrip("/")
-    for folder in [path, *path.parents]:
-        try:
-            limit = (folder / "memory.max").read_text().strip()
-            if limit != "max":
-                left = int(limit) - int((folder / "memory.current").read_text())
-                room = left if room is None else min(room, left)
-        except (OSError, ValueError):
-            pass
-        if folder == top:
-            break
-    return room
-
-
-def memory_available() -> int:
-    """Bytes of 4 KiB pages that can be taken without driving the machine, or this cgroup, out of memory."""
-    text = Path("/proc/meminfo").read_text()
+def _machine_memory() -> int:
+    text = _text(Path("/proc/meminfo"))
     match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     total = re.search(r"^MemTotal:\s+(\d+) kB", text, re.MULTILINE)
     if not match or not total:
-        return 1 << 62  # a /proc without them: nothing is known, so the allocation itself must refuse
-    spare = min(256 * MIB, int(total[1]) * 1024 // 32)
-    room = int(match[1]) * 1024 - spare
-    limit = _cgroup_room()
-    return max(0, room if limit is None else min(room, limit))
+        return UNKNOWN
+    return max(0, int(match[1]) * 1024 - min(SPARE, int(total[1]) * 1024 // 32))
+
+
+def _group_memory() -> int:
+    left = cgroups.memory_left()
+    return UNKNOWN if left is None else left - min(SPARE, left // 4)  # this process and its children need some too
+
+
+def memory_available() -> int:
+    """Bytes of 4 KiB pages that can be taken without driving the machine, or this control group, out of memory."""
+    return min(_machine_memory(), _group_memory())
 
 
 def shm_available() -> int:
     """Bytes that fit into /dev/shm by its size limit."""
     stat = os.statvfs(SHM_DIR)
-    return stat.f_bavail * stat.f_frsize if stat.f_blocks else 1 << 62
+    return stat.f_bavail * stat.f_frsize if stat.f_blocks else UNKNOWN
 
 
 # ---- what is missing, as sentences ------------------------------------------------------------------------
@@ -190,12 +176,26 @@ def _short_of_shm(needed: int, available: int) -> MemoryShortError:
 
 
 def _short_of_memory(needed: int, available: int) -> MemoryShortError:
+    command = f"use a guest of at most {_mib(available // 2)}, or stop other programs"
+    there = f"{_mib(available)} are available"
+    if _group_memory() < _machine_memory():
+        there = f"the control group of this process leaves it {_mib(available)}"
+        command = f"use a guest of at most {_mib(available // 2)}, or raise the group's memory limit"
     return MemoryShortError(
-        f"{_mib(needed)} of memory are needed and {_mib(available)} are available: "
-        f"{_mib(needed - available)} are missing",
+        f"{_mib(needed)} of memory are needed and {there}: {_mib(needed - available)} are missing",
         needed=needed,
         available=available,
-        command=f"use a guest of at most {_mib(available // 2)}, or stop other programs",
+        command=command,
+    )
+
+
+def _short_of_group_huge(needed: int, left: int) -> MemoryShortError:
+    return MemoryShortError(
+        f"{needed // HUGE} huge pages of 2 MiB are needed and the control group of this process leaves it "
+        f"{left // HUGE}: {(needed - left) // HUGE} are missing",
+        needed=needed,
+        available=left,
+        command="raise the group's limit (hugetlb.2MB.max, or hugetlb.2MB.limit_in_bytes)",
     )
 
 
@@ -262,6 +262,9 @@ def check_room(kind: Kind, needed: int, *, reserve: bool = True) -> None:
         have = huge_pages()
         if have.free * HUGE < needed:  # sparse ones too: the mappings of the engine reserve all of it
             raise _short_of_huge(needed, have)
+        left = cgroups.huge_left()
+        if left is not None and left // HUGE < needed // HUGE:
+            raise _short_of_group_huge(needed, left // HUGE * HUGE)
         return
     if kind.backing == "thp" and thp_mode() in ("never", "deny"):
         raise UnsupportedError(
@@ -336,6 +339,9 @@ def _failed(kind: Kind, size: int, error: OSError) -> ColocacheError:
     """Somebody else took the room after it was checked, or the kernel can't do it at all."""
     code = error.errno or errno.EIO
     if code in (errno.ENOMEM, errno.ENOSPC, errno.EFAULT):
+        left = cgroups.huge_left() if kind.backing == "hugetlb" else None
+        if left is not None and left < size:
+            return _short_of_group_huge(size, left // HUGE * HUGE)
         if kind.backing == "hugetlb":
             return _short_of_huge(size, HugePages(huge_pages().total, min(huge_pages().free, size // HUGE - 1)))
         if kind.folder == SHM_DIR and code == errno.ENOSPC:

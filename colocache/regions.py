@@ -130,10 +130,11 @@ def owner_of(control_fd: int) -> str:
     inode = os.fstat(control_fd).st_ino
     # The owner's lock belongs to an open file, which has no pid; who holds the memory took a lock that has one.
     pids = set()
-    for line in Path("/proc/locks").read_text().splitlines():
-        match = re.search(r"\bFLOCK\b.*?\s(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ", line)
-        if match and int(match[2]) == inode:
-            pids.add(int(match[1]))
+    with contextlib.suppress(OSError):  # no /proc: whoever it is stays unknown
+        for line in Path("/proc/locks").read_text().splitlines():
+            match = re.search(r"\bFLOCK\b.*?\s(\d+) [0-9a-f]+:[0-9a-f]+:(\d+) ", line)
+            if match and int(match[2]) == inode:
+                pids.add(int(match[1]))
     with contextlib.suppress(ColocacheError):  # not filled in yet, or damaged: it is owned all the same
         pids.add(inspect(control_fd).status.owner_pid)
     alive = sorted(pid for pid in pids if pid > 0 and Path(f"/proc/{pid}").exists())
