@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-import os
 import select
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
@@ -23,16 +22,15 @@ from colocache._arguments import (
     words_of,
 )
 from colocache._callbacks import Asked, Check, LogSink
+from colocache._creation import check_owned, images_of, lock_descriptor, options_of
 from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
 from colocache.block import Block, Blocks, Writers
-from colocache.choices import MEMORY_MODES
 from colocache.dirty_log import DirtyLog
-from colocache.errors import ArgumentError, BusyError, TimedOutError
-from colocache.holders import lock_holders
+from colocache.errors import ArgumentError, TimedOutError
 from colocache.memory import Memory
 from colocache.private import private_bytes
-from colocache.results import COPY_NAMES, Failover, FlushResult, Recovery, SealResult, Stats, Status
+from colocache.results import Failover, FlushResult, Recovery, SealResult, Stats, Status
 
 
 class Cache:
@@ -70,12 +68,13 @@ class Cache:
         BusyError, ExistsError, NoMemoryError, UnsupportedError.
         """
         memory.check_open()
-        options, keep = _options(memory, threads, copy, device_state_max, log)
+        options, keep = options_of(memory, threads, copy, device_state_max, log)
         out = ffi.new("struct colocache **")
-        _check_owned(lib.colocache_create(memory.control_fd, options, out), memory.control_fd)
+        with lock_descriptor(memory, options):
+            check_owned(lib.colocache_create(memory.control_fd, options, out), memory.control_fd)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
-            images, _names = _images(memory)
+            images, _names = images_of(memory)
             with handle as cc:
                 for index in range(len(memory.images)):
                     check(lib.colocache_add_block(cc, images + index, ffi.NULL))
@@ -91,12 +90,13 @@ class Cache:
         BusyError, NotColocacheError, LayoutError, CorruptError, ForeignImageError, BlockError, FailedOverError.
         """
         memory.check_open()
-        options, keep = _options(memory, threads, copy, 0, log)
-        images, _names = _images(memory)
+        options, keep = options_of(memory, threads, copy, 0, log)
+        images, _names = images_of(memory)
         report = ffi.new("struct colocache_recovery *")
         out = ffi.new("struct colocache **")
-        code = lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out)
-        _check_owned(code, memory.control_fd)
+        with lock_descriptor(memory, options):
+            code = lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out)
+            check_owned(code, memory.control_fd)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
             return cls(handle, keep, Recovery.of(report))
@@ -374,49 +374,6 @@ class Cache:
 
     def __repr__(self) -> str:
         return "<Cache: closed>" if self._handle.closed else f"<Cache: {self.status()}>"
-
-
-def _options(
-    memory: Memory, threads: int, copy: str, device_state_max: int, log: LogSink | None
-) -> tuple[Any, list[Any]]:
-    """The C struct, and what must live as long as the handle."""
-    if copy not in COPY_NAMES:
-        raise ArgumentError(f"copy is {copy!r}, known are {', '.join(COPY_NAMES)}")
-    if not 0 <= threads < 1 << 16:
-        raise ArgumentError(f"threads is {threads}: from 0 (as many as cores) to {(1 << 16) - 1}")
-    options = struct("colocache_options", n_threads=threads, copy_variant=COPY_NAMES[copy])
-    options.device_state_max_bytes = u64(device_state_max, "device_state_max")
-    options.memory_mode = MEMORY_MODES.index(memory.memory_mode)
-    keep: list[Any] = []
-    if log is not None:
-        keep.append(ffi.new_handle(log))
-        options.log, options.log_context = lib.colocache_py_log, keep[0]
-    return options, keep
-
-
-def _images(memory: Memory) -> tuple[Any, Sequence[Any]]:
-    """The C array of a memory's images, and the names that it points to."""
-    array = ffi.new("struct colocache_images[]", len(memory.images))
-    names = []
-    for c, one in zip(array, memory.images, strict=True):
-        names.append(ffi.new("char[]", one.spec.name.encode()))
-        c.struct_size = ffi.sizeof("struct colocache_images")
-        c.name, c.len_bytes, c.page_size = names[-1], one.spec.len_bytes, one.spec.page_size
-        c.sparse = int(one.sparse)
-        c.guest_fd, c.guest_offset = one.guest_fd, one.guest_offset
-        c.cache_fd, c.cache_offset = one.cache_fd, one.cache_offset
-    return array, names
-
-
-def _check_owned(code: int, control_fd: int) -> None:
-    if code >= 0:
-        return
-    error = error_from(code)
-    if isinstance(error, BusyError):  # the region names its owner; after a fork another process may hold the lock
-        holders = lock_holders(control_fd)
-        if holders and os.getpid() not in holders:
-            error.sentence += f"; held by process {', '.join(map(str, holders))}"
-    raise error
 
 
 def _check_received(code: int, n_pages: Any) -> None:

@@ -43,7 +43,8 @@ def adopt_orphans() -> None:
 def children() -> set[int]:
     """Processes whose parent is this one, those that ended and were not waited for included."""
     found = set()
-    for entry in Path("/proc").iterdir():
+    proc = Path("/proc")
+    for entry in proc.iterdir() if proc.is_dir() else ():
         if entry.name.isdigit():
             with contextlib.suppress(OSError):  # it ended meanwhile
                 # The name in parentheses may hold anything; after its end come state and parent.

@@ -12,12 +12,12 @@ SIGINT and SIGHUP that are ignored stay so: that is how shells start what runs i
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
-import resource
 import signal
 import sys
+
+from colocache import descriptors
 
 DESCRIPTORS_WANTED = 1 << 16
 
@@ -27,7 +27,7 @@ def settle() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     _open_standard_descriptors()
-    _raise_descriptor_limit()
+    descriptors.raise_limit(DESCRIPTORS_WANTED)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -46,11 +46,3 @@ def _open_standard_descriptors() -> None:
             os.set_inheritable(fd, True)
     if sys.stdout is None:
         sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115 -- a descriptor, for good
-
-
-def _raise_descriptor_limit() -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = DESCRIPTORS_WANTED if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS_WANTED)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with contextlib.suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -21,6 +21,7 @@ from types import TracebackType
 
 from colocache import backing as bk
 from colocache.choices import MEMORY_MODES
+from colocache.descriptors import need_for_blocks
 from colocache.errors import (
     ArgumentError,
     ClosedError,
@@ -28,6 +29,7 @@ from colocache.errors import (
     LengthError,
     MemoryShortError,
     NoStateError,
+    NotColocacheError,
     SystemCallError,
     UnsupportedError,
 )
@@ -99,6 +101,7 @@ class Memory:
         if memory_mode not in MEMORY_MODES:
             raise ArgumentError(f"memory mode is {memory_mode!r}, known are {', '.join(MEMORY_MODES)}")
         n_images = 1 if memory_mode == "bounded" else 2
+        need_for_blocks(len(specs))
         name = f"{os.getpid()}-{secrets.token_hex(4)}" if name is None else check_name(name)
         refused: list[str] = []
         for kind in bk.kinds(backing):
@@ -176,6 +179,7 @@ class Memory:
             found_there = inspect(memory.control_fd)
             memory.memory_mode = found_there.status.memory_mode
             blocks = found_there.blocks
+            need_for_blocks(len(blocks))
             found = []
             for block in blocks:
                 pair = [memory._old_image(f"{side}.{block.index}", block.len_bytes) for side in ("guest", "cache")]
@@ -287,7 +291,7 @@ class Memory:
             )
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"this is not a manifest of a region's memory: {error}") from error
-        check_blocks([one.spec for one in memory.images])
+        need_for_blocks(len(check_blocks([one.spec for one in memory.images])))
         fds = [memory.control_fd, *(fd for one in memory.images for fd in (one.guest_fd, one.cache_fd))]
         for fd in fds:
             try:
@@ -297,6 +301,15 @@ class Memory:
                 raise ArgumentError(f"descriptor {fd} of the manifest is not open here: pass it on") from error
         memory._fds = fds
         return memory
+
+    def open_control_again(self) -> int:
+        """A second descriptor of the control object, which is the caller's. NotColocacheError: it has no name now."""
+        self.check_open()
+        fd = open_shm(file_name(self.name, "control"))
+        if identity(fd) != identity(self.control_fd):
+            os.close(fd)
+            raise NotColocacheError(f"region {self.name} is another one now, and without /proc ours can't be opened")
+        return fd
 
     # ---- the end ----
 

@@ -131,6 +131,21 @@ def test_a_command_works_under_a_umask_that_allows_nothing(tmp_path: Path) -> No
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "doctor", "inspect", "clean", "recover nix", "teach --chapter death-idle",
+        f"demo {shlex.join(RAM)} --checkpoints 2 --interval 0.05 --run-on 0.1",
+    ],
+)  # fmt: skip
+def test_a_command_works_where_proc_is_not_mounted(command: str) -> None:
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user may not make a mount namespace")
+    ran = shell(f"unshare -m sh -c {shlex.quote('umount -l /proc; ' + COMMAND + ' ' + command)}")
+    assert "Traceback" not in ran.stderr
+    assert ran.returncode == (1 if command == "recover nix" else 0), ran.stdout + ran.stderr
+
+
 @pytest.mark.parametrize("sent_after", [0.05, 0.15, 0.3, 0.5])
 @pytest.mark.parametrize("command", ["demo --ram 16M", "doctor"])
 def test_ctrl_c_in_the_first_half_second_is_no_traceback(command: str, sent_after: float, tmp_path: Path) -> None:

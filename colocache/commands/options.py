@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from colocache.choices import ACCELERATORS, BACKINGS, GUEST_KINDS, MEMORY_MODES, STREAMS_MAX, VERIFY
+from colocache.choices import ACCELERATORS, BACKINGS, GUEST_KINDS, MEMORY_MODES, PAIR_BYTES_MAX, STREAMS_MAX, VERIFY
 from colocache.errors import ColocacheError
 
 if TYPE_CHECKING:
@@ -38,6 +38,26 @@ def parse_size(text: str) -> int:
     return n_bytes
 
 
+def bounded_size(most: int) -> Callable[[str], int]:
+    """parse_size with a bound of its own."""
+
+    def size(text: str) -> int:
+        n_bytes = parse_size(text)
+        if n_bytes > most:
+            raise click.BadParameter(f"{text!r} is more than {most >> 20}M")
+        return n_bytes
+
+    return size
+
+
+def pair_name(text: str) -> str:
+    """A name that both sides can say to each other."""
+    n_bytes = len(text.encode(errors="replace"))
+    if not text.isprintable() or not 1 <= n_bytes <= PAIR_BYTES_MAX:
+        raise click.BadParameter(f"{text!r} is not printable text of 1 to {PAIR_BYTES_MAX} bytes")
+    return text
+
+
 class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
     """A number with a fraction, from `least` to `most`. click's own range lets `nan` pass: it is on no side of any."""
 
@@ -55,9 +75,9 @@ class Number(click.ParamType):  # type: ignore[type-arg,unused-ignore]
         return number
 
 
-def size_option(*names: str, **given: Any) -> Callable[[F], F]:
-    """A click.option that takes a size."""
-    return click.option(*names, type=parse_size, metavar="SIZE", **given)
+def size_option(*names: str, most: int = SIZE_MAX, **given: Any) -> Callable[[F], F]:
+    """A click.option that takes a size of at most `most` bytes."""
+    return click.option(*names, type=bounded_size(most), metavar="SIZE", **given)
 
 
 def seconds_option(*names: str, default: float, least: float = 0.0, **given: Any) -> Callable[[F], F]:
@@ -135,7 +155,12 @@ guest_options = options(
 )
 
 pair_option = click.option(
-    "--pair", default="colocache", show_default=True, help="Name of the pair; both sides must give the same."
+    "--pair",
+    type=pair_name,
+    metavar="NAME",
+    default="colocache",
+    show_default=True,
+    help="Name of the pair; both sides must give the same.",
 )
 
 streams_option = click.option(

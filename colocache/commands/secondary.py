@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from colocache.choices import COPIES
+from colocache.choices import COPIES, DEVICE_STATE_MAX
 from colocache.commands.guest_choice import GuestChoice, chosen_guest
 from colocache.commands.options import (
     arbiter_option,
@@ -70,7 +70,11 @@ if TYPE_CHECKING:
     help="Ask the primary for a checkpoint when the guest has written this much memory since the last one.",
 )
 @size_option(
-    "--device-state-max", default="64M", show_default=True, help="Largest device state that is taken from the primary."
+    "--device-state-max",
+    most=DEVICE_STATE_MAX,
+    default="64M",
+    show_default=True,
+    help="Largest device state that is taken from the primary.",
 )
 @streams_option
 @timing_options

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from colocache.choices import STREAMS_MAX
+from colocache.choices import PAIR_BYTES_MAX, STREAMS_MAX
 from colocache.replication.errors import ProtocolError
-from colocache.replication.messages import CONVERSATION_VERSION, EPOCH_LIMIT, PAIR_BYTES_MAX, U64_MAX
+from colocache.replication.messages import CONVERSATION_VERSION, EPOCH_LIMIT, U64_MAX
 from colocache.spec import BLOCKS_MAX
 
 MACHINE_BYTES_MAX = 256

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from colocache import MSG_PAGES, parse_header
+from colocache.choices import PAIR_BYTES_MAX
 from colocache.errors import PacketError
 from colocache.replication.errors import ProtocolError
 
@@ -42,7 +43,6 @@ CONVERSATION_VERSION = 2
 EPOCH_LIMIT = 1 << 48  # numbers are below it, so that no message can drive a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
-PAIR_BYTES_MAX = 64
 STREAM_TOKEN_BYTES_MAX = 32 + PAIR_BYTES_MAX
 U64_MAX = (1 << 64) - 1
 

@@ -9,9 +9,12 @@ from colocache.errors import ArgumentError
 
 
 def kernel_page_size(addr: int) -> int:
-    """The page size in bytes that the kernel uses for the mapping at addr: 4096, or that of hugetlb."""
+    """The page size in bytes that the kernel uses for the mapping at addr: 4096 or that of hugetlb; 0 without /proc."""
     inside = False
-    with Path("/proc/self/smaps").open(encoding="ascii", errors="replace") as lines:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.exists():
+        return 0
+    with smaps.open(encoding="ascii", errors="replace") as lines:
         for line in lines:
             head = line.split(None, 1)[0]
             if not head.endswith(":"):
