@@ -88,8 +88,8 @@ class Soak:
             with self._lock:
                 number, self._next_pair = self._next_pair, self._next_pair + 1
             rng = random.Random(f"{self.options.seed}/{number}")
-            guest, kind = self._ways[number % len(self._ways)]
-            plan = Plan.draw(rng, guest, kind)
+            guest, kind, memory = self._ways[number % len(self._ways)]
+            plan = Plan.draw(rng, guest, kind, memory)
             counts = Counts()
             name = f"soak-{os.getpid()}-{number}"
             pair = Pair(name, plan, rng, self.folder, counts, self.claim)
@@ -127,8 +127,8 @@ class Soak:
         return len(left)
 
 
-def ways(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """The kinds of pairs, (guest, backing), that are wanted and can be had; says which can't."""
+def ways(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
+    """The kinds of pairs, (guest, backing, memory), that are wanted and can be had; says which can't."""
     trouble = kvm_trouble()
     needed, free = options.pairs * HUGE_PAGES_PER_PAIR, backing.huge_pages().free
     for guest in options.guest or ("process", "kvm"):
@@ -138,7 +138,9 @@ def ways(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
             elif kind == "hugetlb" and free < needed and not options.backing:
                 print(f"no hugetlb: {free} huge pages are free, {needed} are needed", file=sys.stderr)
             else:
-                yield guest, kind
+                for memory in options.memory or ("mirror", "bounded"):
+                    if memory == "mirror" or kind != "hugetlb":
+                        yield guest, kind, memory
 
 
 def report(soak: Soak, seconds: float, left: int) -> str:
@@ -168,6 +170,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one, printed")
     parser.add_argument("--backing", action="append", choices=("shm", "hugetlb", "thp"), help="shm and hugetlb")
     parser.add_argument("--guest", action="append", choices=("kvm", "process"), help="both")
+    parser.add_argument("--memory", action="append", choices=("mirror", "bounded"), help="both")
     parser.add_argument("--pairs", type=int, default=3, help="at a time (default: %(default)s)")
     parser.add_argument("--report-every", type=float, default=30, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

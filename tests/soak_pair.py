@@ -34,18 +34,19 @@ class Plan:
 
     guest: str
     backing: str
+    memory: str
     middle: int
     end: str
     interval: float
 
     @classmethod
-    def draw(cls, rng: random.Random, guest: str, backing: str) -> Plan:
+    def draw(cls, rng: random.Random, guest: str, backing: str, memory: str = "mirror") -> Plan:
         """One at random."""
         end = rng.choices(ENDS, weights=(8, 7, 3, 3, 1, 1))[0]
         middle = 0 if end in ("primary, too early", "keeper for good") else rng.randint(1, 8)
         if end == "primary" and rng.random() < 0.5:
             middle = 0  # these have a short reconnect limit, and so the arbiter is asked
-        return cls(guest, backing, middle, end, rng.choice((0.02, 0.02, 0.04, 0.12)))
+        return cls(guest, backing, memory, middle, end, rng.choice((0.02, 0.02, 0.04, 0.12)))
 
     @property
     def asks_arbiter(self) -> bool:
@@ -59,7 +60,7 @@ class Pair(Watched):
     def __init__(
         self, name: str, plan: Plan, rng: random.Random, folder: Path, counts: Counts, claim: Callable[[], bool]
     ) -> None:
-        super().__init__(name, folder, plan.guest, plan.backing, plan.interval, counts)
+        super().__init__(name, folder, plan.guest, plan.backing, plan.interval, counts, memory=plan.memory)
         self.plan, self.rng = plan, rng
         self.moment = "start"  # for the report of a failure
         self._claim = claim
@@ -71,7 +72,9 @@ class Pair(Watched):
         """Kill until the plan is done or no more kills are wanted. BrokenError."""
         plan = self.plan
         alone = plan.end == "keeper for good"
-        self._start_secondary(limit=0.1 if plan.asks_arbiter else 0.3 if plan.end == "primary, too early" else PATIENT)
+        # One that has nothing sealed waits for its primary as for the first time.
+        early = ("--connect-limit", "10") if plan.end == "primary, too early" else ()
+        self._start_secondary(*early, limit=0.1 if plan.asks_arbiter else PATIENT)
         self._region = Region(self.name)
         self._stack.callback(self._region.close)
         begin = time.monotonic_ns()

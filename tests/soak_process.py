@@ -114,6 +114,7 @@ class Found:
     sealed: int
     committed: int
     receiving: int
+    bounded: bool = False
 
     @property
     def action(self) -> str:
@@ -122,7 +123,7 @@ class Found:
             return "NOTHING"
         if self.committed < self.sealed:
             return "REPLAYED"
-        return "NO_RESTART" if self.receiving > self.sealed else "RESTART"
+        return "NO_RESTART" if self.receiving > self.sealed and not self.bounded else "RESTART"
 
     @property
     def sentence(self) -> str:
@@ -130,14 +131,16 @@ class Found:
         return {
             "NOTHING": "no epoch was sealed yet",
             "REPLAYED": f"epoch {self.sealed} was sealed but not committed: replayed its flush",
-            "RESTART": f"epoch {self.sealed} is committed and no newer page had come: restarted from epoch "
-            f"{self.sealed},",
+            "RESTART": f"epoch {self.sealed} is committed and guest RAM is exactly that: restarted from epoch "
+            f"{self.sealed}"
+            if self.bounded
+            else f"epoch {self.sealed} is committed and no newer page had come: restarted from epoch {self.sealed},",
             "NO_RESTART": f"cannot restart: pages of epoch {self.receiving} had already come over epoch {self.sealed} ",
         }[self.action]
 
     def after_recover(self) -> Found:
         """What the next attach finds."""
-        return Found(self.sealed, self.sealed, self.receiving)
+        return Found(self.sealed, self.sealed, self.receiving, self.bounded)
 
 
 class Region:
@@ -155,7 +158,8 @@ class Region:
             status = inspect(self._fd).status
         except ColocacheError:
             return None
-        return Found(status.sealed_epoch, status.committed_epoch, status.receiving_epoch)
+        bounded = status.memory_mode == "bounded"
+        return Found(status.sealed_epoch, status.committed_epoch, status.receiving_epoch, bounded)
 
     def close(self) -> None:
         """Only the descriptor: the region is its secondary's."""

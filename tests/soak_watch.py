@@ -33,10 +33,21 @@ class Counts(dict[str, int]):
 class Watched:
     """A primary and a secondary on 64 MiB. Everything either says is looked at."""
 
-    def __init__(self, name: str, folder: Path, guest: str, backing: str, interval: float, counts: Counts) -> None:
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        guest: str,
+        backing: str,
+        interval: float,
+        counts: Counts,
+        *,
+        memory: str = "mirror",
+    ) -> None:
         self.name, self.counts = name, counts
         self.persistent = False  # the memory outlives its keeper
         self._ways = ["--guest", guest, "--backing", backing]
+        self._memory = memory
         self._interval = interval
         self._folder = folder
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -75,8 +86,9 @@ class Watched:
     def _start_secondary(self, *args: str, limit: float = PATIENT) -> None:
         after = time.monotonic_ns()
         self._secondary = self._start(
-            "secondary", "--listen", self._address, "--name", self.name, "--reconnect-limit", str(limit), *args
-        )
+            "secondary", "--listen", self._address, "--name", self.name, "--memory", self._memory,
+            "--reconnect-limit", str(limit), *args,
+        )  # fmt: skip
         self.persistent = self._wait("secondary", "start", after)["persistent"]
         self._wait("secondary", "listening", after)
 

@@ -162,7 +162,7 @@ class DemoRun:
         """From start to end: the report. DemoError: something was not as claimed, or a side failed."""
         begin = time.monotonic()
         kind, _ = guest_kind_available(self.options.guest)
-        check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind))
+        check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
             if kind == "qemu":
                 self._console = stack.enter_context(ConsoleTail(self.options.console))
