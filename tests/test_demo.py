@@ -18,6 +18,7 @@ import pytest
 import colocache
 from colocache import backing as bk
 from colocache.children import python_command
+from colocache.choices import MEMORY_MODES
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally, percentile, summary_of
 from colocache.vmm import blocks_for
