@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import os
 import subprocess
@@ -14,9 +15,11 @@ import pytest
 
 import colocache
 from colocache import (
+    Action,
     ArgumentError,
     BlockError,
     BlockSpec,
+    Cache,
     ClosedError,
     ExistsError,
     LengthError,
@@ -123,6 +126,53 @@ def test_sparse_images_take_no_memory_before_they_are_used(make_memory: Callable
     assert memory.images[0].sparse
     assert os.fstat(memory.images[0].guest_fd).st_size == 1 << 36
     assert os.fstat(memory.images[0].guest_fd).st_blocks == 0
+
+
+def test_a_bounded_region_reserves_one_image_and_stays_so(region_name: str) -> None:
+    with Memory.create(region_name, [BlockSpec("ram", 1 << 20)], backing="shm", memory_mode="bounded") as memory:
+        (image,) = memory.images
+        assert os.fstat(image.guest_fd).st_blocks * 512 == 1 << 20
+        assert os.fstat(image.cache_fd).st_blocks == 0
+        assert os.fstat(image.cache_fd).st_size == 1 << 20
+        with Cache.create(memory) as cache:
+            assert cache.status().memory_mode == "bounded"
+            cache.receive_zero(1, 0, 0, 256)
+            cache.device_state_buffer(1, 0)
+            cache.seal(1)
+            cache.flush()
+            cache.loaded()
+            cache.receive(2, 0, 3, bytes([7]) * 4096)
+            assert cache.status().staged_bytes == 4096
+            with cache.blocks[0].writable(5, 2) as pages:
+                pages[:] = 1
+                del pages
+            assert cache.private_bytes() == 2 * 4096
+        for again in Memory.open(region_name), Memory.from_manifest(copied(memory.manifest())):
+            assert again.memory_mode == "bounded"
+            with Cache.attach(again) as cache:
+                assert cache.recovery is not None
+                assert cache.recovery.action == Action.RESTART
+                assert cache.status().staged_bytes == 0
+            again.close()
+
+
+def copied(manifest: str) -> str:
+    """The same for descriptors of their own, which whoever reads it closes."""
+    facts = json.loads(manifest)
+    facts["control_fd"] = os.dup(facts["control_fd"])
+    for image in facts["images"]:
+        image["guest_fd"], image["cache_fd"] = os.dup(image["guest_fd"]), os.dup(image["cache_fd"])
+    return json.dumps(facts)
+
+
+def test_bounded_memory_on_hugetlb_is_refused_with_the_reason(region_name: str) -> None:
+    with pytest.raises(UnsupportedError, match="each page that the secondary writes would take 2 MiB"):
+        Memory.create(region_name, [BlockSpec("ram", 1 << 20)], backing="hugetlb", memory_mode="bounded")
+
+
+def test_an_unknown_memory_mode_is_refused_with_those_there_are(region_name: str) -> None:
+    with pytest.raises(ArgumentError, match="known are mirror, bounded"):
+        Memory.create(region_name, [BlockSpec("ram", 1 << 20)], memory_mode="unbounded")
 
 
 def test_a_free_name_is_chosen_where_none_is_given() -> None:

@@ -19,6 +19,8 @@ import pytest
 import soak_watch
 from soak_process import BROKEN_LINE, BrokenError
 
+from colocache.choices import MEMORY_MODES
+
 SOAK = Path(__file__).with_name("soak.py")
 KILLS = int(os.environ.get("COLOCACHE_SOAK_KILLS", "200"))
 SECONDS = float(os.environ.get("COLOCACHE_SOAK_SECONDS", "0"))
@@ -32,10 +34,11 @@ def soak(*args: str, timeout: float) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_no_kill_of_either_side_ever_costs_a_page(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_no_kill_of_either_side_ever_costs_a_page(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Wrong pages, recoveries that do not fit, takeovers that do not come and leftovers all end it with status 1."""
     wanted = ("--seconds", str(SECONDS)) if SECONDS else ("--kills", str(KILLS))
-    ran = soak(*wanted, timeout=SECONDS + 300 + 2 * KILLS)
+    ran = soak(*wanted, "--memory", memory, timeout=SECONDS + 300 + 2 * KILLS)
     with capsys.disabled():
         print("\n" + ran.stdout.strip())
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -45,8 +48,10 @@ def test_no_kill_of_either_side_ever_costs_a_page(capsys: pytest.CaptureFixture[
     if not SECONDS:
         assert done == KILLS
     if done >= 200:  # so many that each kind comes
-        for what in ("takeovers", "replayed", "restarted", "could not restart", "reconnections"):
+        for what in ("takeovers", "replayed", "restarted", "reconnections"):
             assert counts[what], f"{done} kills and not once: {what}"
+        assert memory == "bounded" or counts["could not restart"]
+    assert memory == "mirror" or not counts["could not restart"], "bounded memory always restarts"
     assert counts["pages verified"] >= 16384 * done // 2
 
 
