@@ -64,6 +64,7 @@ class QemuMachine:
         self.on_output: OnOutput | None = self._console  # is given what the guest of the machine that runs says
         self._powered_off = False
         self._promoted = False
+        self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
         self._stream = b""  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
@@ -119,19 +120,36 @@ class QemuMachine:
         self._refuse_closed()
         self._alive()
         if not self._running:
+            self._saved = None
             self._unless_it_died(QemuProcess.cont)
             self._running = True
             self._tidy_up()
 
     def pause(self) -> None:
-        """Stop it. A secondary first waits for the process that shall take over its work."""
+        """Stop it. A secondary first waits for the process that shall take over its work.
+
+        Of a primary the device state is saved in the same breath, for save_device_state: one wait less in its pause.
+        """
         self._refuse_closed()
         if self._running:
             if self._pool is not None:
                 self._pool.wait_ready()
-            if not self._went_astray():
-                self._unless_it_died(QemuProcess.stop)
+                if not self._went_astray():
+                    self._unless_it_died(QemuProcess.stop)
+            else:
+                self._saved = self._stop_and_save()
             self._running = False
+
+    def _stop_and_save(self) -> bytes | QemuError:
+        """The device state, or why there is none; raises what keeps the machine from standing."""
+        process = self._alive()
+        try:
+            return process.stop_and_save(STATE_MAX)
+        except QemuDiedError:
+            raise
+        except QemuError as error:
+            process.stop()
+            return error
 
     @property
     def steps(self) -> int:
@@ -290,7 +308,10 @@ class QemuMachine:
     def save_device_state(self, *, with_hashes: bool = False) -> bytes:
         """See machine.Machine. Saving may write guest RAM: the log is taken again after it."""
         self._standing("save_device_state")
-        stream = self._alive().save(STATE_MAX)
+        process = self._alive()
+        stream = process.save(STATE_MAX) if self._saved is None else self._saved
+        if isinstance(stream, QemuError):
+            raise stream
         return pack(self.description.digest, SavedState(stream, self._hashes() if with_hashes else None))
 
     def check_device_state(self, state: memoryview | bytes) -> None:

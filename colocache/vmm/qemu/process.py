@@ -21,6 +21,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from colocache.errors import SystemCallError
+from colocache.private import private_bytes
 from colocache.vmm.qemu import mapping, memory_access
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.driver import driver
@@ -232,7 +234,12 @@ class QemuProcess:
 
     def private_bytes(self) -> int:
         """Bytes of guest memory of which it has copies of its own."""
-        return mapping.private_bytes(self.pid, self._file)
+        try:
+            return private_bytes(self.pid, self.address(), self._len_bytes)
+        except SystemCallError as error:
+            if self.alive:
+                raise
+            raise QemuDiedError(f"QEMU (process {self.pid}) has ended") from error
 
     def guest_memory(self, offset: int, len_bytes: int) -> bytearray:
         """Guest memory as the guest sees it, its private copies included."""
@@ -279,10 +286,18 @@ class QemuProcess:
 
         Saving may write guest RAM. The log is taken again after it.
         """
-        status = self.status()
-        if status == "running":
+        return self._saved(limit_bytes, stop=False)
+
+    def stop_and_save(self, limit_bytes: int) -> bytes:
+        """Both, asked for at once: each wait for an answer would be a part of the pause."""
+        return self._saved(limit_bytes, stop=True)
+
+    def _saved(self, limit_bytes: int, *, stop: bool) -> bytes:
+        save = {"filename": fd_path(self._state), "live": False}
+        commands = [*([("stop", {})] if stop else []), ("query-status", {}), ("xen-save-devices-state", save)]
+        *_, status, _ = self.qmp.execute_all(commands)
+        if status["running"]:
             raise QemuError("a device state of a running QEMU would be torn: stop it first")
-        self.qmp.execute("xen-save-devices-state", filename=fd_path(self._state), live=False)
         n_bytes = os.fstat(self._state).st_size
         if not 0 < n_bytes <= limit_bytes:
             raise QemuError(f"QEMU saved a device state of {n_bytes} bytes; at most {limit_bytes} are allowed")
