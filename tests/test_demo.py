@@ -260,6 +260,15 @@ def test_percentiles_are_of_the_values_themselves() -> None:
     assert summary_of([5.0]) == {"p50": 5.0, "p99": 5.0, "max": 5.0}
 
 
+def test_a_bounded_secondary_needs_one_image_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bk, "memory_available", lambda: 300 << 20)
+    monkeypatch.setattr(bk, "shm_available", lambda: 1 << 50)
+    specs = blocks_for(128 << 20, "process")
+    check_pair_fits("shm", specs, "bounded")
+    with pytest.raises(colocache.MemoryShortError):
+        check_pair_fits("shm", specs, "mirror")
+
+
 def test_the_tally_adds_each_checkpoint_once_and_only_the_secondarys_pages() -> None:
     tally = Tally()
     checkpoint = {
