@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 from colocache import RamImage, Sender, UffdDirtyLog, UffdRange
 from colocache import backing as bk
-from colocache._native import lib
+from colocache._native import ffi, lib
 from colocache.errors import ColocacheError
+from colocache.private import private_bytes, private_forget
 from colocache.results import COPY_NAMES
 from colocache.spec import BlockSpec
 from colocache.vmm.guests import guest_kind_available
@@ -49,6 +50,7 @@ def examine() -> list[Finding]:
         hugetlbfs(),
         posix_shm(),
         transparent_huge_pages(),
+        bounded_memory(),
         memory(),
         dirty_log(),
         userfaultfd(),
@@ -123,6 +125,30 @@ def transparent_huge_pages() -> Finding:
     ok = mode not in ("never", "deny")
     fix = "" if ok else f"echo advise > {bk.THP_SYSFS}"
     return Finding("THP", ok, f"shmem_enabled is {mode}", "--backing thp", fix)
+
+
+def bounded_memory() -> Finding:
+    """Tried on one page: a private copy is counted, and forgotten."""
+
+    needed = "--memory bounded"
+    fd = os.memfd_create("colocache.doctor")
+    try:
+        os.ftruncate(fd, mmap.PAGESIZE)
+        with mmap.mmap(fd, mmap.PAGESIZE, mmap.MAP_PRIVATE) as page:
+            addr = int(ffi.cast("uintptr_t", ffi.from_buffer(page)))
+            page[0] = 1
+            counted = private_bytes(0, addr, mmap.PAGESIZE)
+            private_forget(addr, mmap.PAGESIZE)
+            if (counted, page[0]) != (mmap.PAGESIZE, 0):
+                return Finding("bounded memory", False, "private pages are not told from others", needed)
+    except (ColocacheError, OSError) as error:
+        return Finding("bounded memory", False, str(error), needed, "mount /proc")
+    finally:
+        os.close(fd)
+    if bk.thp_mode() in ("never", "deny"):
+        what = "works; a secondary's pause is much shorter on transparent huge pages"
+        return Finding("bounded memory", True, what, needed, f"echo advise > {bk.THP_SYSFS}")
+    return Finding("bounded memory", True, "works", needed)
 
 
 def memory() -> Finding:
