@@ -23,7 +23,7 @@ class Process:
     def __init__(self, side: str, *args: str) -> None:
         self.events: list[dict[str, Any]] = []
         self._queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        command = python_command("colocache.cli", "main", side, *RAM, *args, "--events")
+        command = python_command("colocache.cli", "main", side, "--events", *RAM, *args)  # args may end with `-- words`
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
         )

@@ -43,6 +43,7 @@ worker() {
 }
 worker one & worker two &
 echo READY
+grep -q switch_off /proc/cmdline && { sleep 3; poweroff -f; } &
 while read line; do case $line in
   reboot) reboot -f;; poweroff) poweroff -f;; panic) echo c > /proc/sysrq-trigger;; *) echo "heard $line";;
 esac; done < /dev/ttyS0
@@ -61,16 +62,16 @@ def folder() -> Path:
     return Path(found)
 
 
-def command(where: Path, accel: str = "tcg", ram: str = "96") -> tuple[str, ...]:
-    """The command line of a Linux guest; its initrd is made in `where`."""
+def command(where: Path, *, switch_off: bool = False) -> tuple[str, ...]:
+    """The command line of a Linux guest; its initrd is made in `where`. `switch_off`: by itself, after some seconds."""
     source = folder()
     initrd = where / "initrd"
     modules = {f"m/{path.name}": path.read_bytes() for path in (source / "modules").glob("*.ko")}
     busybox = Path(shutil.which("busybox") or "").read_bytes()
     initrd.write_bytes(cpio({"init": INIT.encode(), "bin/busybox": busybox, **modules}))
-    append = "console=ttyS0 quiet panic=-1 sysrq_always_enabled"
+    append = "console=ttyS0 quiet panic=-1 sysrq_always_enabled" + (" switch_off" if switch_off else "")
     kernel = str(source / "vmlinuz")
-    return (QEMU, "-m", ram, "-accel", accel, "-nodefaults", "-kernel", kernel, "-initrd", str(initrd),
+    return (QEMU, "-m", "96", "-accel", "tcg", "-nodefaults", "-kernel", kernel, "-initrd", str(initrd),
             "-append", append)  # fmt: skip
 
 

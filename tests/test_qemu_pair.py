@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import linux_guest
 import pytest
 from cli_sides import Process, Sides, wrong_pages
 from qemu_support import needs_qemu, wait_until
@@ -92,4 +93,17 @@ def test_a_killed_secondary_process_restarts_from_the_newest_epoch_and_the_pair_
     primary.process.kill()
     assert secondary.until("ran_on", timeout=60)["steps"] > 0
     assert secondary.end()[0] == 0
+    assert wrong_pages(secondary) == 0
+
+
+def test_a_guest_that_powers_off_ends_both_sides_after_a_last_checkpoint(sides: Sides, tmp_path: Path) -> None:
+    line = ("--", *linux_guest.command(tmp_path, switch_off=True))
+    console = tmp_path / "console"
+    secondary = sides.secondary("--guest", "qemu", *line)
+    primary = sides.primary("--guest", "qemu", "--interval", "0.5", "--console", str(console), *line)
+    assert primary.end(120)[0] == 0
+    assert secondary.end(30)[0] == 0
+    assert b"reboot: Power down" in console.read_bytes()
+    assert "powered off" in secondary.until("end")["sentence"]
+    assert [len([e for e in side.events if e["event"] == "takeover"]) for side in (primary, secondary)] == [0, 0]
     assert wrong_pages(secondary) == 0
