@@ -245,21 +245,22 @@ def test_bad_input_is_one_sentence_and_status_not_0(tmp_path: Path, side: str, a
     assert "Traceback" not in ran.stderr
 
 
-def test_a_wrong_peer_ends_both_sides_with_one_sentence(sides: Sides) -> None:
+def test_a_wrong_peer_ends_with_one_sentence_and_the_secondary_waits_on_for_the_right_one(sides: Sides) -> None:
     secondary = sides.secondary("--pair", "mine")
     primary = sides.primary("--pair", "yours")
     status, errors = primary.end()
     assert status == 1
     assert "the secondary refuses this primary: the peer belongs to pair 'yours'" in errors
-    status, _ = secondary.end()
-    assert status == 1
-    assert (
-        "belongs to pair 'yours'" in next(event for event in secondary.events if event["event"] == "error")["sentence"]
-    )
+    assert "belongs to pair 'yours'" in secondary.until("refused")["sentence"]
+    right = sides.primary("--pair", "mine")
+    secondary.until("checkpoint", 2)
+    right.process.send_signal(signal.SIGTERM)
+    right.end()
+    assert secondary.end()[0] == 0
 
 
 def test_two_sizes_of_ram_are_told_apart(sides: Sides) -> None:
     secondary = sides.secondary("--ram", "32M")
     primary = sides.primary()
     assert "RAM block" in primary.end()[1]
-    assert secondary.end()[0] == 1
+    assert "RAM block" in secondary.until("refused")["sentence"]

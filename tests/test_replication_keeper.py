@@ -22,7 +22,10 @@ from colocache.replication.child import EXIT_AGAIN, EXIT_LOAD_FAILED, ChildConfi
 from colocache.replication.keeper import RESTARTS_MAX, Keeper
 from colocache.replication.signals import Stop
 
-CONFIG = ChildConfig("", -1, 0, "process", {}, {}, "solo", 0, "auto", 0, False, False)
+CONFIG = ChildConfig(
+    manifest="", listener_fd=-1, keeper_pid=0, guest="process", guest_options={}, options={}, arbiter="solo",
+    security={}, threads=0, copy="auto", device_state_max=0, machine_readable=False, as_json=False,
+)  # fmt: skip
 
 
 @pytest.fixture

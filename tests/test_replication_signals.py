@@ -23,7 +23,7 @@ from colocache.replication.signals import Flag, Wakeup, stop_on_signals
 
 wakeup, counted = Wakeup(), 0
 primary = Primary.__new__(Primary)
-primary.checkpoint_wanted = Flag()
+primary._checkpoint_wanted = Flag()
 
 def on_wakeup():
     global counted
@@ -40,8 +40,8 @@ with stop_on_signals(actions) as stop:
         wakeup.wait(0)
         wakeup.set()
         wakeup.clear()
-        primary.checkpoint_wanted.is_set()
-        primary.checkpoint_wanted.clear()
+        primary._checkpoint_wanted.is_set()
+        primary._checkpoint_wanted.clear()
         primary.request_checkpoint()
     print("alive", flush=True)
     sys.stdin.read()  # no signal after the handlers are gone
