@@ -57,7 +57,8 @@ class QemuMachine:
 
     def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None:
         if len(rams) != 1 or rams[0].name != RAM or rams[0].page_size != PAGE or rams[0].fd < 0:
-            raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {list(rams)}")
+            given = ", ".join(f"{ram.name} (pages of {ram.page_size}, descriptor {ram.fd})" for ram in rams)
+            raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {given}")
         (self.ram,) = rams
         self._mark_dirty = mark_dirty
         self._console = ConsoleFile(options.console) if options.console else None
