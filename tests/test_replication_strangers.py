@@ -61,6 +61,8 @@ BAD_PACKETS = {
     "too many pages": packet(1, [(0, 5000, 1)]),
     "wrong checksum": packet(1, [(3, 1, 0)])[:32] + bytes(8) + packet(1, [(3, 1, 0)])[40:],
     "epoch 0": packet(1, [(3, 1, 0)], epoch=0),
+    "an epoch past the last": packet(1, [(3, 1, 0)], epoch=1 << 48),
+    "the last number there is": packet(1, [(3, 1, 0)], epoch=(1 << 64) - 1),
     "wrong magic": b"OLOC" + packet(1, [(3, 1, 0)])[4:],
 }
 

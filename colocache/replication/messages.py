@@ -40,7 +40,7 @@ from colocache.errors import PacketError
 from colocache.replication.errors import ProtocolError
 
 CONVERSATION_VERSION = 2
-EPOCH_LIMIT = 1 << 48  # numbers are below it, so that no message can drive a pair to the end of its numbers
+EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
 STREAM_TOKEN_BYTES_MAX = 32 + PAIR_BYTES_MAX
@@ -113,7 +113,7 @@ class Message:
 
 
 def parse_message(header: bytes, device_state_max: int = 0) -> Message:
-    """A message without its body, whose length and epoch are within their bounds. ProtocolError."""
+    """A message without its body, its length within its bound; the C library looked at the epoch. ProtocolError."""
     try:
         fields = parse_header(header)
     except PacketError as error:
@@ -122,8 +122,6 @@ def parse_message(header: bytes, device_state_max: int = 0) -> Message:
         kind = MessageType(fields.type)
     except ValueError:
         raise ProtocolError(f"the peer sent {name_of(fields.type)}, which does not exist") from None
-    if fields.epoch >= EPOCH_LIMIT:
-        raise ProtocolError(f"the peer sent {kind.name} of epoch {fields.epoch}; epoch numbers are below 2^48")
     bound = body_bytes_max(kind, device_state_max)
     if kind is not MessageType.PAGES and fields.body_len > bound:
         raise ProtocolError(f"the peer announced {fields.body_len} bytes for {kind.name}, at most {bound} are allowed")
