@@ -30,7 +30,8 @@
 
 struct state_header { /* little-endian; then records of blocks, history, registers, hashes, a hash of it all */
     char magic[8];
-    uint32_t version, kind;
+    uint32_t version;
+    char kind[12]; /* of guest, by name */
     uint64_t total;
     uint32_t flags, n_blocks, n_history, n_registers;
     uint64_t program, step, loads, nonce, first_page, n_pages, run_pages, rewrite_below, run_below;
@@ -42,7 +43,7 @@ struct state_block {
     uint32_t page_size, reserved;
 };
 
-_Static_assert(sizeof(struct state_header) == 112 && sizeof(struct state_block) == 48, "as the Python machine packs them");
+_Static_assert(sizeof(struct state_header) == 120 && sizeof(struct state_block) == 48, "as the Python machine packs them");
 
 static int fail(const char *what)
 {
@@ -295,12 +296,12 @@ int guest_check_state(void *context, const void *state, uint64_t len_bytes)
     const struct guest *guest = context;
     const struct state_header *header = state;
     const struct state_block *blocks = (const void *)(header + 1);
-    if (len_bytes < sizeof *header + 8 || len_bytes % 8 || memcmp(header->magic, "COLOVMST", 8) != 0 || header->version != 1 ||
+    if (len_bytes < sizeof *header + 8 || len_bytes % 8 || memcmp(header->magic, "COLOVMST", 8) != 0 || header->version != 2 ||
         header->total != len_bytes)
         return 1;
     uint64_t n_hashes = header->flags & 1 ? guest->boot_pages + guest->ram_pages : 0;
     uint64_t regs = sizeof(struct kvm_regs) + sizeof(struct kvm_sregs);
-    if (header->kind != 1 || header->n_blocks != 2 || header->n_registers != regs || header->n_history > 1u << 20 ||
+    if (memcmp(header->kind, "kvm", 4) != 0 || header->n_blocks != 2 || header->n_registers != regs || header->n_history > 1u << 20 ||
         len_bytes != sizeof *header + 2 * sizeof *blocks + header->n_history * 16ull + regs + n_hashes * 8 + 8)
         return 2;
     uint64_t hash;
