@@ -13,7 +13,6 @@ Which of the two a machine is shows by what it is asked first: boot, or load_dev
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -21,9 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from colocache.errors import ArgumentError, ClosedError, OrderError
-from colocache.vmm._native import ffi, lib
 from colocache.vmm.errors import MachineError
-from colocache.vmm.history import Words
 from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
 from colocache.vmm.qemu import availability, guest_oracle
 from colocache.vmm.qemu.console import ConsoleFile
@@ -31,8 +28,10 @@ from colocache.vmm.qemu.description import Description, describe, write_firmware
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH
 from colocache.vmm.qemu.guests import guest_of
+from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
 from colocache.vmm.qemu.pool import Pool
 from colocache.vmm.qemu.process import OnOutput, QemuProcess
+from colocache.vmm.qemu.process_log import log_of
 from colocache.vmm.qemu.qmp import Event
 from colocache.vmm.qemu.state import SavedState, pack, parse
 from colocache.vmm.workload import PAGE, GuestOptions
@@ -113,7 +112,7 @@ class QemuMachine:
         self._process = self._start(shared=True, incoming=False)
         # Firmware and kernel may lie in RAM already.
         self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
-        self._log = self._make_log(self._process)
+        self._log = log_of(self._process, self.ram, kvm_maps_it=self.description.kvm)
         self._show()
 
     def resume(self) -> None:
@@ -267,16 +266,6 @@ class QemuMachine:
 
     # ---- dirty log -----------------------------------------------------------------------------------------------
 
-    def _make_log(self, process: QemuProcess) -> ProcessDirtyLog:
-        from colocache import ProcessDirtyLog, UffdRange
-
-        ranges = [UffdRange(self.ram.index, 0, self.ram.n_pages, process.address())]
-        pagemap = os.open(f"/proc/{process.pid}/pagemap", os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            return ProcessDirtyLog(process.userfault, pagemap, ranges, kvm_maps_it=self.description.kvm)
-        finally:
-            os.close(pagemap)
-
     @property
     def dirty_source(self) -> str:
         """The kernel's log; of a secondary there is none, as its writes are private."""
@@ -313,7 +302,7 @@ class QemuMachine:
         stream = process.save(STATE_MAX) if self._saved is None else self._saved
         if isinstance(stream, QemuError):
             raise stream
-        return pack(self.description.digest, SavedState(stream, self._hashes() if with_hashes else None))
+        return pack(self.description.digest, SavedState(stream, page_hashes(self.ram) if with_hashes else None))
 
     def check_device_state(self, state: memoryview | bytes) -> None:
         """Checksum, form, lengths, and whether it is of the same machine. What else may be wrong only a load shows."""
@@ -327,7 +316,7 @@ class QemuMachine:
         if self._log is not None:
             raise OrderError("a primary takes no device state")
         parsed = parse(self.description.digest, bytes(state), self.ram.n_pages)
-        report = self._compare(parsed.hashes)
+        report = compare_pages(self.ram, parsed.hashes)
         self._stream = b""
         self._become(parsed.stream)
         self._stream = parsed.stream
@@ -380,20 +369,6 @@ class QemuMachine:
                 if not left or not isinstance(error, QemuError):
                     raise
         raise AssertionError("unreachable")
-
-    def _hashes(self) -> Words:
-        """A hash of each page of the image, shape (n_pages,)."""
-        hashes = np.empty(self.ram.n_pages, dtype=np.uint64)
-        with ffi.from_buffer("uint64_t[]", hashes) as out:
-            lib.guest_hash_pages(ffi.cast("void *", self.ram.addr), self.ram.n_pages, PAGE, out)
-        return hashes
-
-    def _compare(self, hashes: Words | None) -> LoadReport:
-        if hashes is None:
-            return LoadReport(0, (), 0)
-        begin = time.perf_counter_ns()
-        wrong = np.flatnonzero(self._hashes() != hashes)
-        return LoadReport(len(hashes), tuple((RAM, int(page)) for page in wrong), time.perf_counter_ns() - begin)
 
     # ---- the check of every page -----------------------------------------------------------------------------------
 
