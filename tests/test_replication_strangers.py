@@ -192,7 +192,7 @@ def test_a_port_scanner_and_a_silent_caller_are_ignored(pair: Pair) -> None:
         pass
     with pair.address.connect(1.0) as silent:
         silent.settimeout(10)
-        assert silent.recv(1) == b""  # sent away after the time for a first word
+        assert silent.recv(1) == b""  # its connection is closed after the time for a first word
     with fake_primary(pair) as peer:
         accepted(peer)
         peer.say(M.ABORT, a=int(AbortKind.END))
