@@ -90,7 +90,7 @@ def test_a_primary_that_talks_without_end_holds_the_secondary_no_longer_than_a_c
 
 
 def test_a_secondary_that_takes_two_bytes_now_and_then_holds_the_primary_no_longer(pair: Pair, tmp_path: Path) -> None:
-    pair.timing = replace(pair.timing, reconnect_limit=0.0)
+    pair.timing = replace(pair.timing, reconnect_limit=0.0, peer_timeout=5.0)  # else that may come first
     pair.make_primary()
     pair.pvm.save_device_state = lambda **_: bytes(8 << 20)  # type: ignore[method-assign]
     stop = threading.Event()

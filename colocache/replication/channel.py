@@ -62,6 +62,7 @@ class Channel:
         self._limit: tuple[float, str] | None = None
         self.over = ""  # the sentence of the limit that was reached
         self._broken = False  # half a message went out: nothing may follow it
+        self._cause: PeerLostError | TimedOutError | None = None  # of that
         self.last_heard = time.monotonic()
         self.last_sent = time.monotonic()
         self.streams: tuple[Channel, ...] = ()  # further connections of the session: they end with this one
@@ -163,16 +164,18 @@ class Channel:
                     sent -= len(parts.pop(0))
                 if parts:
                     parts[0] = parts[0][sent:]
-        except (PeerLostError, TimedOutError):
-            self._broken = True
+        except (PeerLostError, TimedOutError) as error:
+            self._cause, self._broken = error, True
             raise
         self.last_sent = time.monotonic()
 
     def _check_open(self) -> None:
         if self._closed:
             raise PeerLostError("this side has closed the connection")
-        if self._broken:
-            raise PeerLostError("the connection broke in the middle of a message")
+        if self._broken:  # both threads of a side tell the cause, not what followed from it
+            if self.over:
+                raise TimedOutError(self.over)
+            raise self._cause or PeerLostError("the connection broke in the middle of a message")
 
     # ---- receiving ----
 
