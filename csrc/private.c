@@ -164,7 +164,7 @@ static int zap_runs(int pagemap, uint64_t begin, uint64_t end)
     struct cc_page_region regions[REGIONS];
     struct runs runs = {.most_bytes = (end - begin) / WHOLE_SHARE};
     runs.room = runs.most_bytes / CC_PAGE < RUNS_MAX ? runs.most_bytes / CC_PAGE : RUNS_MAX;
-    runs.at = calloc(runs.room ? runs.room : 1, sizeof *runs.at);
+    runs.at = malloc((runs.room ? runs.room : 1) * sizeof *runs.at);
     uint64_t at = begin;
     int rc = runs.at != NULL;
     while (rc == 1 && at < end) {

@@ -23,6 +23,7 @@ CANNOT_FAIL = {
     "pthread_mutex_destroy pthread_cond_init pthread_cond_wait pthread_cond_signal pthread_cond_broadcast "
     "pthread_cond_destroy pthread_join",
     "the descriptor is gone whatever it returns": "close fclose",
+    "without it a whole range is zapped, which does as well": "malloc",
     "waking early only means looking again": "usleep",
     "a list of mappings that breaks off is a mapping that is not covered: refused": "fgets sscanf",
     "a cgroup that can't be read has no quota": "read strtoll strrchr strsep strcspn",
