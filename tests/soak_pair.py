@@ -74,7 +74,8 @@ class Pair(Watched):
         alone = plan.end == "keeper for good"
         # One that has nothing sealed waits for its primary as for the first time.
         early = ("--connect-limit", "10") if plan.end == "primary, too early" else ()
-        self._start_secondary(*early, limit=0.1 if plan.asks_arbiter else PATIENT)
+        # If it has sealed epoch 1 after all, before the kill came, it takes over after that time.
+        self._start_secondary(*early, limit=0.1 if plan.asks_arbiter else 0.3 if early else PATIENT)
         self._region = Region(self.name)
         self._stack.callback(self._region.close)
         begin = time.monotonic_ns()
