@@ -44,7 +44,7 @@ for test in "$@"; do echo "$test"; done |
 
 ASAN_OPTIONS=${ASAN_OPTIONS:-detect_leaks=1:abort_on_error=0}
 UBSAN_OPTIONS=${UBSAN_OPTIONS:-print_stacktrace=1}
-TSAN_OPTIONS=${TSAN_OPTIONS:-halt_on_error=0:exitcode=66:suppressions=$here/tsan.supp}
+TSAN_OPTIONS=${TSAN_OPTIONS:-"halt_on_error=0:exitcode=66:suppressions='$here/tsan.supp'"} # the path may have spaces
 export ASAN_OPTIONS UBSAN_OPTIONS TSAN_OPTIONS
 
 passed=0 failed=0 skipped=0
