@@ -84,7 +84,7 @@ static void put_message(struct input *input)
     if (colocache_message_header(header, type, epoch, body, (uint32_t)take(input, 1), (uint32_t)take(input, 1)) == 0)
         put(header, sizeof header);
     else
-        PROMISE(type == COLOCACHE_MSG_PAGES, "no header for type %u", type);
+        PROMISE(type == COLOCACHE_MSG_PAGES || epoch > COLOCACHE_EPOCH_MAX, "no header for type %u", type);
 }
 
 static void make_stream(struct input *input)
@@ -119,7 +119,7 @@ static void make_stream(struct input *input)
 
 /* ---- the second parser ---------------------------------------------------------------------------------------------------- */
 
-enum verdict { MESSAGE, REFUSED, BROKE_OFF, EITHER }; /* EITHER: an epoch number that builds may limit */
+enum verdict { MESSAGE, REFUSED, BROKE_OFF };
 
 struct oracle {
     uint8_t cache[BLOCKS][PAGES_MAX * PAGE];
@@ -183,7 +183,7 @@ static enum verdict parse(uint64_t expected_epoch)
         memcpy(&header, wire + at, sizeof header);
         oracle.message_at = at;
         at += sizeof header;
-        if (header.magic != 0x4f4c4f43 || header.version != COLOCACHE_WIRE_VERSION)
+        if (header.magic != 0x4f4c4f43 || header.version != COLOCACHE_WIRE_VERSION || header.epoch > COLOCACHE_EPOCH_MAX)
             return REFUSED;
         if (header.type != COLOCACHE_MSG_PAGES)
             return header.checksum == checksum(&header, NULL, 0) ? MESSAGE : REFUSED;
@@ -196,11 +196,8 @@ static enum verdict parse(uint64_t expected_epoch)
         at += header.b * sizeof *runs;
         if (header.checksum != checksum(&header, runs, header.b) || !runs_fit(&header, runs))
             return REFUSED;
-        if (header.epoch == 0 || header.epoch < oracle.open || (!oracle.open && header.epoch <= oracle.newest) ||
-            header.epoch == UINT64_MAX)
+        if (header.epoch == 0 || (oracle.open ? header.epoch != oracle.open : header.epoch <= oracle.newest))
             return REFUSED;
-        if (header.epoch >= 1ull << 47)
-            return EITHER;
         oracle.newest = oracle.open = header.epoch;
         if (!take_packet(&header, runs, &at))
             return BROKE_OFF;
@@ -259,8 +256,6 @@ static void receive(struct world *world, uint64_t expected_epoch)
     enum verdict verdict = parse(expected_epoch);
     int rc = colocache_receive_stream(world->cc, pair[1], 1000, expected_epoch, header, &n_pages);
     close(pair[1]);
-    if (verdict == EITHER)
-        return;
     if (verdict == MESSAGE) {
         PROMISE(rc == 0 && memcmp(header, wire + oracle.message_at, sizeof header) == 0, "a message was not handed over (%d)", rc);
     } else if (verdict == BROKE_OFF) {

@@ -7,7 +7,8 @@
 #     tests/fuzz/run.sh replay                  the seeds and what was found once, with any compiler ($CC)
 #
 # Inputs that break a promise are left in tests/fuzz/found: mend the library, then `git add` the input, so that it is
-# replayed from then on. FUZZ_CORPUS=DIR keeps what was learnt for the next run. CFLAGS is heard.
+# replayed from then on. FUZZ_CORPUS=DIR keeps what was learnt for the next run, FUZZ_SEED=N repeats one (0, by default, is
+# another each time). CFLAGS is heard.
 set -eu
 
 here=$(cd "$(dirname "$0")" && pwd)
@@ -69,7 +70,7 @@ replay)
     for name in $names; do
         corpus=${FUZZ_CORPUS:-$work/corpus}/$name
         mkdir -p "$corpus"
-        timeout $((seconds + 120)) $fixed "$work/fuzz_$name" -max_total_time="$seconds" -max_len=1024 -timeout=10 \
+        timeout $((seconds + 120)) $fixed "$work/fuzz_$name" -seed="${FUZZ_SEED:-0}" -max_total_time="$seconds" -max_len=1024 -timeout=10 \
             -rss_limit_mb=1024 -malloc_limit_mb=256 -use_value_profile=1 -print_final_stats=1 -artifact_prefix="$found/$name-" \
             "$corpus" "$work/seeds/$name" >"$work/$name.log" 2>&1 &
         running="$running $!"
