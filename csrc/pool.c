@@ -27,6 +27,7 @@ struct cc_pool {
     void (*start)(void *context, uint32_t i); /* the host program's, in each worker before its first job; or NULL */
     void *start_context;
     uint32_t n_started; /* workers that have a number */
+    uint32_t n_ready;   /* workers that were introduced */
     uint32_t n_workers; /* without the caller */
     pthread_t workers[];
 };
@@ -71,6 +72,8 @@ static void *worker(void *arg)
     pthread_mutex_unlock(&pool->lock);
     introduce(pool, i);
     pthread_mutex_lock(&pool->lock);
+    pool->n_ready++;
+    pthread_cond_signal(&pool->done);
     for (;;) {
         while (!pool->to_start && !pool->stopping)
             pthread_cond_wait(&pool->wake, &pool->lock);
@@ -113,6 +116,11 @@ int cc_pool_create(uint32_t n_threads, void (*start)(void *context, uint32_t i),
             pool->n_workers++;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
+    /* A thread makes system calls of its own while it is born: they are over when the caller may lock its process in (seccomp). */
+    pthread_mutex_lock(&pool->lock);
+    while (pool->n_ready < pool->n_workers)
+        pthread_cond_wait(&pool->done, &pool->lock);
+    pthread_mutex_unlock(&pool->lock);
     if (rc) {
         cc_pool_destroy(pool);
         return -rc;

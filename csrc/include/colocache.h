@@ -138,6 +138,10 @@
  *  if it has a log of its own, you hand that to colocache_sync_words.  Too many dirty bits cost a
  *  copy, a missing one is a wrong page for ever.
  *  The cache images are the library's: read them if you like, write them never.
+ *  On a CPU whose instruction cache does not see stores (ARM) the flush may have rewritten code of
+ *  the guest through the host's mapping, and KVM cleans caches only when it maps a page, not when
+ *  you write it later: invalidate the guest's instruction cache after colocache_flush (after
+ *  colocache_attach and colocache_private_forget too), before its vCPUs run.
  *  Each log is got, ORed and cleared before the vCPUs run again.  A log that is cleared after they
  *  run loses what was written in between.  A log that can't be read (COLOCACHE_E_LOG_LOST):
  *  colocache_dirty_log_lost, and go on.
@@ -409,7 +413,8 @@ struct colocache_options {
     void (*log)(void *log_context, int level, const char *sentence);
     void *log_context;
     /* Called in worker thread i (1 to n_threads-1) before its first work, for names, CPUs and
-     * priorities; NULL = a name only.  It calls nothing of this library. */
+     * priorities; NULL = a name only.  It calls nothing of this library.  Create and attach return
+     * when all of them have: a seccomp filter can be laid over them then. */
     void (*thread_start)(void *thread_context, uint32_t i);
     void *thread_context;              /* lives as long as the handle */
     int32_t lock_fd;                   /* 0 = the region is opened again through /proc; else a

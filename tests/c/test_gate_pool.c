@@ -8,6 +8,7 @@
 
 #include <errno.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -171,6 +172,23 @@ static void each_worker_is_named_and_introduced_before_it_works(void)
     cc_pool_destroy(pool);
 }
 
+static void introduced_late(void *context, uint32_t i)
+{
+    (void)i;
+    usleep(20000);
+    __atomic_add_fetch((unsigned *)context, 1, __ATOMIC_RELEASE);
+}
+
+/* Who locks its process in after create must find no thread that is still being born: that makes system calls. */
+static void a_pool_that_is_made_has_introduced_all_its_workers(void)
+{
+    struct cc_pool *pool = NULL;
+    unsigned introduced = 0;
+    REQUIRE(cc_pool_create(5, introduced_late, &introduced, &pool) == 0);
+    CHECK_EQ(4, __atomic_load_n(&introduced, __ATOMIC_ACQUIRE));
+    cc_pool_destroy(pool);
+}
+
 static void pool_is_bounded(void)
 {
     struct cc_pool *pool = NULL;
@@ -188,6 +206,7 @@ int main(void)
     RUN(all_the_work_is_done_once_before_run_returns);
     RUN(as_many_threads_come_as_were_asked_for);
     RUN(each_worker_is_named_and_introduced_before_it_works);
+    RUN(a_pool_that_is_made_has_introduced_all_its_workers);
     RUN(pool_is_bounded);
     return DONE();
 }
