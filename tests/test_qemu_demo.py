@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import linux_guest
@@ -122,3 +124,25 @@ def test_a_qemu_that_can_not_be_driven_comes_with_what_helps(monkeypatch: pytest
     old.write_text("#!/bin/sh\necho QEMU emulator version 6.2.0\n")
     old.chmod(0o755)
     assert availability.trouble() == (f"{QEMU} is of version 6.2.0", "install 7.2 or newer")
+
+
+@pytest.mark.kvm
+@KVM
+def test_both_pairs_are_measured_side_by_side() -> None:
+    """bench/beside_qemu.py, with the least of everything."""
+    script = Path(__file__).resolve().parent.parent / "bench" / "beside_qemu.py"
+    if not script.is_file():
+        pytest.skip("these tests are not in a source tree")
+    least = ["--ram", "64M", "--working-set", "4M", "--checkpoints", "1", "--rounds", "1", "--interval", "0.3"]
+    done = subprocess.run(
+        [sys.executable, script, *least, "--json"], capture_output=True, text=True, timeout=120, check=False
+    )
+    if "x-colo" in done.stderr and "refused" in done.stderr:
+        pytest.skip("this QEMU was built without x-colo")
+    assert done.returncode == 0, done.stderr
+    own, ours = json.loads(done.stdout)
+    assert (own["pair"], ours["pair"]) == ("x-colo", "colocache")
+    (own_figures,), (our_figures,) = own["rounds"], ours["rounds"]
+    assert own_figures["pvm_stands"][0] > 0
+    assert our_figures["pvm_stands"][0] > 0
+    assert own_figures["extra_mib"] > 64  # its cache is as large as guest RAM
