@@ -139,7 +139,7 @@ def ways(options: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
                 print(f"no hugetlb: {free} huge pages are free, {needed} are needed", file=sys.stderr)
             else:
                 for memory in options.memory or ("mirror", "bounded"):
-                    if memory == "mirror" or kind != "hugetlb":
+                    if (memory == "mirror" or kind != "hugetlb") and (memory == "bounded" or guest != "qemu"):
                         yield guest, kind, memory
 
 
@@ -169,7 +169,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=0, help="end after so many seconds")
     parser.add_argument("--seed", type=int, default=None, help="default: a fresh one, printed")
     parser.add_argument("--backing", action="append", choices=("shm", "hugetlb", "thp"), help="shm and hugetlb")
-    parser.add_argument("--guest", action="append", choices=("kvm", "process"), help="both")
+    parser.add_argument("--guest", action="append", choices=("kvm", "process", "qemu"), help="kvm and process")
     parser.add_argument("--memory", action="append", choices=("mirror", "bounded"), help="both")
     parser.add_argument("--pairs", type=int, default=3, help="at a time (default: %(default)s)")
     parser.add_argument("--report-every", type=float, default=30, metavar="SECONDS", help=argparse.SUPPRESS)

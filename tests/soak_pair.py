@@ -7,6 +7,7 @@ What attach must find is told by the region itself, read from outside while nobo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from soak_process import BrokenError, Event, Found, Region, child_of, wait_dead
+from soak_process import BrokenError, Event, Found, Region, child_of, children_of, wait_dead
 from soak_watch import LATE_SECONDS_MAX, PATIENT, Counts, Watched
 
 from colocache import clean
@@ -97,7 +98,9 @@ class Pair(Watched):
             if not self._claim():
                 break
             self._aim(self.rng.choice(MOMENTS))
-            if self.persistent and self.rng.random() < 0.15:
+            if self.plan.guest == "qemu" and self.rng.random() < 0.4:
+                self._kill_qemu()
+            elif self.persistent and self.rng.random() < 0.15:
                 self._kill_keeper()
             else:
                 self._kill_secondary()
@@ -162,6 +165,19 @@ class Pair(Watched):
             self._wait("secondary", "restarted", killed)
         self._back_in_step(found, killed)
 
+    def _kill_qemu(self) -> None:
+        """The secondary's machine, or the QEMU that waits to be the next: nobody restarts, the next epoch is whole."""
+        qemus = children_of(self._child)
+        self.moment += f", one of its {len(qemus)} QEMUs"
+        if not qemus:
+            return  # between two of them
+        killed = time.monotonic_ns()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.rng.choice(qemus), signal.SIGKILL)
+        self.counts.add("kills: a QEMU of the secondary")
+        for _ in range(2):  # the first may have been sealed before
+            killed = self._wait("secondary", "checkpoint", killed)["t"]
+
     def _kill_keeper(self) -> None:
         self.moment += ", with its keeper"
         killed = time.monotonic_ns()
@@ -209,8 +225,9 @@ class Pair(Watched):
         return event
 
     def _check_all(self, event: Event) -> None:
-        if event["verified_pages"] != self._n_pages:
-            raise BrokenError(f"{event['verified_pages']} of {self._n_pages} pages were verified: {event}")
+        must = self._own_pages if event["event"] in ("takeover", "ran_on", "end") else self._n_pages
+        if event["verified_pages"] != must:
+            raise BrokenError(f"{event['verified_pages']} of {must} pages were verified: {event}")
 
     def _back_in_step(self, found: Found | None, killed: int) -> None:
         """The primary finds the secondary again, goes on from where both are, and one checkpoint makes it whole."""

@@ -84,12 +84,16 @@ class Process:
 
 def child_of(pid: int) -> int:
     """The one child process of `pid`; 0 if there is none at the moment."""
+    return next(iter(children_of(pid)), 0)
+
+
+def children_of(pid: int) -> list[int]:
+    """All child processes of `pid`."""
+    found: list[int] = []
     with contextlib.suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
-            children = (task / "children").read_text().split()
-            if children:
-                return int(children[0])
-    return 0
+            found += [int(word) for word in (task / "children").read_text().split()]
+    return found
 
 
 def wait_dead(pid: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 
 from colocache.vmm.errors import MachineError
 from colocache.vmm.qemu.errors import QemuError, QemuSlowError
 from colocache.vmm.qemu.process import START_SECONDS, QemuProcess
+
+START_TRIES = 3  # a process may be killed while it starts, as later
 
 
 class Pool:
@@ -49,15 +52,27 @@ class Pool:
 
     def wait_ready(self, timeout: float = START_SECONDS) -> None:
         """Back when one is ready; QemuError if it can't be started, QemuSlowError."""
+        deadline = time.monotonic() + timeout
         self._kept, kept = [], self._kept
         for process in kept:
             self._keep(process)
+        n_failed = 0
         while not self._kept:
             self.refill()
-            self._keep(self._next(timeout))
+            made = self._next(max(0.0, deadline - time.monotonic()))
+            if isinstance(made, QemuProcess):
+                self._keep(made)
+                continue
+            n_failed += 1
+            if n_failed == START_TRIES:
+                raise QemuError(f"the QEMU that should wait for the next checkpoint did not start: {made}") from made
 
     def _keep(self, process: QemuProcess) -> None:
-        if process.alive and process.private_bytes() == 0:
+        try:
+            fit = process.alive and process.private_bytes() == 0
+        except QemuError:
+            fit = False  # it ended just now
+        if fit:
             self._kept.append(process)
         else:
             process.kill()
@@ -67,14 +82,12 @@ class Pool:
         self.wait_ready(timeout)
         return self._kept.pop()
 
-    def _next(self, timeout: float) -> QemuProcess:
+    def _next(self, timeout: float) -> QemuProcess | MachineError:
         try:
             made = self._made.get(timeout=timeout)
         except queue.Empty:
-            raise QemuSlowError(f"no QEMU was ready within {timeout:g} s") from None
+            raise QemuSlowError("no QEMU that has written none of its memory was ready in time") from None
         self._n_coming -= 1
-        if isinstance(made, MachineError):
-            raise QemuError(f"the QEMU that should wait for the next checkpoint did not start: {made}") from made
         return made
 
     def close(self) -> None:

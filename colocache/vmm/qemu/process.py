@@ -10,6 +10,7 @@ what it maps.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import signal
@@ -237,7 +238,7 @@ class QemuProcess:
         try:
             return private_bytes(self.pid, self.address(), self._len_bytes)
         except SystemCallError as error:
-            if self.alive:
+            if self.alive and error.errno != errno.ESRCH:  # which a dying process says that is not dead yet
                 raise
             raise QemuDiedError(f"QEMU (process {self.pid}) has ended") from error
 
