@@ -364,6 +364,33 @@ def test_a_quick_run_does_the_same_work_however_large_the_l3_is_and_says_why(
     assert any("the L3 has 480 MiB" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("seconds", [0.0, 3600.0])
+def test_a_quick_run_gives_three_rounds_and_a_verdict_however_slow_the_machine_is_and_says_what_it_left_out(
+    seconds: float,
+) -> None:
+    large = dataclasses.replace(examine(), l3_bytes=480 << 20)
+    found = Session(Plan((RAM,), ("shm",), (1, 2), quick=True, seconds=seconds), large).run()
+    assert {row.rounds for row in found.rows} == {3}
+    assert found.noise is not None
+    assert not any("fewer than 3" in line for line in report.verdicts(found))
+    assert any(row.case == "pause" and row.threads == 2 for row in found.rows), "the answer is measured in any case"
+    n_cells = sum(len(cells_for(found.plan, N_PAGES, n, 2)) for n in (1, 2))
+    left_out = [note for note in found.notes if "are left out" in note]
+    if seconds:
+        assert (len(found.rows), left_out) == (n_cells, [])
+    else:
+        assert len(found.rows) == 1
+        assert left_out == [
+            f"--quick had no time for 3 rounds of every cell on shm: {n_cells - 1} of {n_cells} are left out"
+        ]
+
+
+def test_a_quick_run_without_time_for_another_backing_says_so() -> None:
+    found = Session(Plan((RAM,), ("shm", "shm"), (1,), quick=True, seconds=0.0), small_host()).run()
+    assert "no shm: --quick had no time left for it" in found.notes
+    assert len(found.rows) == 1
+
+
 def test_lines_that_are_pushed_out_keep_their_bytes() -> None:
     memory = np.frombuffer(mmap.mmap(-1, 1 << 20), np.uint8)
     memory[:] = np.random.default_rng(7).integers(0, 256, memory.size, np.uint8)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from colocache import backing as bk
 from colocache.errors import ColocacheError, MemoryShortError
-from colocache.measure import bitmaps
+from colocache.measure import bitmaps, words
 from colocache.measure.baseline import Eviction, can_evict
 from colocache.measure.cases import RECEIVE_BYTES, measure, peak
 from colocache.measure.cells import CASES, RUNS, SHARES, Cell, Sample, fits
@@ -43,6 +43,7 @@ class Plan:
     warm: bool = False
     quick: bool = False
     full: bool = False  # every share, run length and case with every number of threads
+    seconds: float = QUICK_SECONDS  # of a quick run whose rounds are not given
 
     @property
     def n_rounds(self) -> int:
@@ -141,7 +142,8 @@ class Cooling:
         l3 = f"--quick, and the L3 has {host.l3_bytes >> 20} MiB: "
         if can_evict():
             how = f"guest RAM is {QUICK_RAM >> 20} MiB unless given, and what is timed was pushed out of the caches"
-            return cls(QUICK_LINES_TOUCH, True, QUICK_RAM, f"{l3}{how} line by line" if less else "")
+            how += " line by line; what is copied may stay in them, which flatters QEMU's way"
+            return cls(QUICK_LINES_TOUCH, True, QUICK_RAM, l3 + how if less else "")
         touch = min(host.touch_bytes, QUICK_TOUCH)
         how = f"only {touch >> 20} MiB of other memory were touched before each timed call, so its data may be cached"
         return cls(touch, False, QUICK_RAM, l3 + how if less else "")
@@ -155,6 +157,31 @@ class Cooling:
         while ram_bytes > RAM_MIN and self.needed(ram_bytes) > available:
             ram_bytes //= 2
         return max(RAM_MIN, bk.round_up(ram_bytes, 2 << 20))
+
+
+def importance(cell: Cell) -> tuple[int, float]:
+    """The place of a cell in a run that has no time for all: the answer first."""
+    return ("pause", "flush", "checkpoint", "receive", "union").index(cell.case), -cell.share
+
+
+def _may_be_had(backing: str) -> bool:
+    """Whether this machine may have any of that memory; of huge pages a run may borrow what is missing."""
+    try:
+        for kind in bk.kinds(backing):
+            bk.check_room(kind, 0)
+    except ColocacheError:
+        return False
+    return True
+
+
+@dataclass
+class _Taken:
+    """What the rounds on one backing gave, per number of threads and cell."""
+
+    samples: dict[tuple[int, Cell], list[Sample]] = field(default_factory=dict)
+    wrong: dict[tuple[int, Cell], str] = field(default_factory=dict)
+    left_out: dict[tuple[int, Cell], None] = field(default_factory=dict)
+    first: tuple[int, Cell] | None = None
 
 
 def _mib(n_bytes: int) -> str:
@@ -183,12 +210,14 @@ class Session:
         start = time.monotonic()
         work = [(ram, backing) for ram in self._sizes() for backing in self._backings()]
         self._total = sum(self._steps(ram) for ram, _ in work) + (0 if self.plan.quick else 4 * self.plan.n_rounds)
+        short = self.plan.quick and not self.plan.rounds
         for number, (ram_bytes, backing) in enumerate(work):
-            budget = None
-            if self.plan.quick and not self.plan.rounds:
-                left = QUICK_SECONDS - (time.monotonic() - start)
-                budget = left / (len(work) - number)
-            self._one_size(ram_bytes, backing, budget)
+            until = None
+            if short:
+                now = time.monotonic()
+                sharers = 1 + sum(_may_be_had(other) for _, other in work[number + 1 :])
+                until = now + (start + self.plan.seconds - now) / sharers
+            self._one_size(ram_bytes, backing, until)
         if not self.plan.quick:
             self._large_guests()
         self.result.seconds = time.monotonic() - start
@@ -227,7 +256,10 @@ class Session:
 
     # ---- one guest size on one backing ----
 
-    def _one_size(self, ram_bytes: int, backing: str, budget: float | None) -> None:
+    def _one_size(self, ram_bytes: int, backing: str, until: float | None) -> None:
+        if until is not None and until <= time.monotonic() and self.result.rows:
+            self.result.notes.append(f"no {backing}: --quick had no time left for it")
+            return
         pages = 2 * bk.round_up(ram_bytes, bk.HUGE) // bk.HUGE if backing == "hugetlb" else 0
         steps = self._done + self._steps(ram_bytes)
         with contextlib.ExitStack() as stack:
@@ -252,55 +284,62 @@ class Session:
                 self.result.notes.append(f"no {backing}: {error}")
                 self._done = steps
                 return
-            self._rounds(rig, budget)
+            self._rounds(rig, until)
         self._done = max(self._done, steps)
 
-    def _rounds(self, rig: Rig, budget: float | None) -> None:
-        """All rounds; of each, every thread count and every cell, in changing order."""
-        samples: dict[tuple[int, Cell], list[Sample]] = {}
-        wrong: dict[tuple[int, Cell], str] = {}
+    def _rounds(self, rig: Rig, until: float | None) -> None:
+        """All rounds; of each, every thread count and every cell, in changing order.
+
+        `until`, on the monotonic clock: each round has an equal part of the time till then, and a cell that one round
+        has no time for is left out of all. So whatever is reported has all its rounds, however slow the machine is. The
+        first round goes by importance, and the first cell of all is measured even if there is no time.
+        """
+        taken = _Taken()
         start = time.monotonic()
         for number in range(self.plan.n_rounds):
-            spent = time.monotonic() - start
-            if budget is not None and number and spent / number * (number + 1) > budget:
-                self.result.notes.append(
-                    f"{number} rounds on {rig.backing} instead of {self.plan.n_rounds}: --quick had no time for more"
+            first = until is not None and number == 0
+            end = None if until is None else start + (until - start) * (number + 1) / self.plan.n_rounds
+            for n_threads in sorted(self._threads, reverse=True) if first else rig.rng.permutation(self._threads):
+                cells = cells_for(self.plan, rig.n_pages, int(n_threads), self._most)
+                order = (
+                    sorted(cells, key=importance) if first else [cells[at] for at in rig.rng.permutation(len(cells))]
                 )
-                break
-            for n_threads in rig.rng.permutation(self._threads).tolist():
-                with rig.threads(n_threads):
+                with rig.threads(int(n_threads)):
                     if number == 0:
                         for _ in range(WARM_UP_PASSES):
                             peak(rig)
-                    self._round(rig, n_threads, number, samples, wrong)
-        for (n_threads, cell), taken in samples.items():
-            if (n_threads, cell) not in wrong:
-                self.result.rows.append(Row.of(cell, taken, backing=rig.backing, threads=n_threads))
-        for (n_threads, cell), sentence in wrong.items():
+                    self._round(rig, int(n_threads), number, order, taken, end)
+        kept = {key: samples for key, samples in taken.samples.items() if key not in {*taken.wrong, *taken.left_out}}
+        for (n_threads, cell), samples in kept.items():
+            self.result.rows.append(Row.of(cell, samples, backing=rig.backing, threads=n_threads))
+        for (n_threads, cell), sentence in taken.wrong.items():
             row = Row.failed(cell, sentence, backing=rig.backing, threads=n_threads, ram_bytes=rig.ram_bytes)
             self.result.rows.append(row)
+        if taken.left_out:
+            self.result.notes.append(
+                f"--quick had no time for {words.rounds(self.plan.n_rounds)} of every cell on {rig.backing}: "
+                f"{len(taken.left_out)} of {len(kept) + len(taken.wrong) + len(taken.left_out)} are left out"
+            )
 
     def _round(
-        self,
-        rig: Rig,
-        n_threads: int,
-        number: int,
-        samples: dict[tuple[int, Cell], list[Sample]],
-        wrong: dict[tuple[int, Cell], str],
+        self, rig: Rig, n_threads: int, number: int, cells: Sequence[Cell], taken: _Taken, end: float | None
     ) -> None:
-        cells = cells_for(self.plan, rig.n_pages, n_threads, self._most)
-        for index in rig.rng.permutation(len(cells)).tolist():
-            cell = cells[index]
+        for cell in cells:
             self._step(f"{rig.backing}, threads {n_threads}, round {number + 1}: {cell}")
-            if (n_threads, cell) in wrong:
+            key = (n_threads, cell)
+            taken.first = taken.first or key
+            if key in taken.wrong or key in taken.left_out:
+                continue
+            if end is not None and time.monotonic() >= end and key != taken.first:
+                taken.left_out[key] = None
                 continue
             try:
                 sample = measure(rig, cell, number)
             except WrongResultError as error:
-                wrong[n_threads, cell] = str(error)
+                taken.wrong[key] = str(error)
                 rig.settle()
                 continue
-            samples.setdefault((n_threads, cell), []).append(sample)
+            taken.samples.setdefault(key, []).append(sample)
             if sample.peak_ns:
                 threads = 1 if cell.case == "receive" else n_threads
                 speed = sample.peak_bytes / sample.peak_ns
