@@ -23,13 +23,15 @@ WORKING_SET_BYTES = RAM_BYTES // 2  # so much that many pages are written by one
 QEMU_RAM_BYTES = 24 << 20  # of the small guest that needs only a QEMU
 
 
-def own_pages_of_the_small_guest() -> int:
-    """How many pages of a QEMU's memory the small guest's history says something of."""
+def own_pages_of_the_small_guest() -> tuple[int, int]:
+    """How many pages of a QEMU's memory the small guest's history says something of, and before it has begun."""
     from colocache.vmm.qemu import guest_image as image  # only these pairs need a QEMU
 
     box = image.guest_image(QEMU_RAM_BYTES, GuestOptions(working_set_bytes=WORKING_SET_BYTES), kvm=False).pages
     first, n = box[image.MAILBOX_PAGE, 4:6].tolist()
-    return len(image.CONSTANT_PAGES) + image.RING_PAGES + first + n - image.WORK_ADDR // 4096
+    begin = image.WORK_ADDR // 4096
+    unborn = (QEMU_RAM_BYTES - image.TOP_FREE) // 4096 - begin
+    return len(image.CONSTANT_PAGES) + image.RING_PAGES + first + n - begin, unborn
 
 
 class Counts(dict[str, int]):
@@ -68,7 +70,7 @@ class Watched:
         self._ram_bytes = RAM_BYTES
         specs = blocks_for(RAM_BYTES)
         self._n_pages = sum(spec.n_pages for spec in specs)  # compared at each checkpoint
-        self._own_pages = self._n_pages  # that a machine checks against its own history
+        self._own_pages: tuple[int, ...] = (self._n_pages,)  # that a machine checks against its own history
         self._dirty_pages_max = WORKING_SET_BYTES // 4096 + specs[0].n_pages
         if guest == "qemu":
             self._ram_bytes = QEMU_RAM_BYTES
@@ -134,7 +136,7 @@ class Watched:
             raise BrokenError(f"{event['wrong_pages']} wrong pages: {event}")
         if name == "end" and side == "secondary":
             return  # its sum is of pages counted before
-        if pages not in (0, self._n_pages, self._own_pages) or (
+        if pages not in (0, self._n_pages, *self._own_pages) or (
             (side, name) == ("secondary", "checkpoint") and not pages
         ):
             raise BrokenError(f"{pages} of {self._n_pages} pages were verified: {event}")

@@ -10,7 +10,15 @@ import pytest
 from qemu_support import SMALL_RAM, every_accel, image_file, needs_qemu, wait_until
 
 from colocache.errors import ArgumentError
-from colocache.vmm.qemu.guest_image import CONSTANT_PAGES, LOAD, MAILBOX_PAGE, RAM_MAX, RAM_MIN, guest_image
+from colocache.vmm.qemu.guest_image import (
+    CONSTANT_PAGES,
+    LOAD,
+    MAILBOX_PAGE,
+    RAM_MAX,
+    RAM_MIN,
+    WORK_ADDR,
+    guest_image,
+)
 from colocache.vmm.qemu.guest_oracle import check, step_of
 from colocache.vmm.qemu.guests import guest_of
 from colocache.vmm.qemu.process import QemuProcess
@@ -49,6 +57,30 @@ def test_every_page_is_as_its_history_says_wherever_the_guest_is_stopped(accel: 
             copy[page, word] ^= np.uint64(1)
             assert page in check(copy, guest.image).wrong
             copy[page, word] ^= np.uint64(1)
+
+
+@every_accel
+def test_a_guest_that_its_firmware_still_loads_has_no_wrong_page(accel: str) -> None:
+    """Wherever it is stopped on its way from its first instruction to its first step."""
+    guest = guest_of(GuestOptions(working_set_bytes=2 << 20, accel=accel), SMALL_RAM)
+    assert guest.image is not None
+    with image_file(SMALL_RAM) as fd:
+        memory = np.frombuffer(mmap.mmap(fd, SMALL_RAM), dtype=np.uint64).reshape(-1, 512)
+        process = QemuProcess(guest.line, fd, shared=True)
+        try:
+            found = check(memory, guest.image)
+            assert found.wrong == ()
+            assert found.n_pages > 0
+            damaged = memory.copy()
+            damaged[WORK_ADDR // 4096 + 1, 511] = 1
+            assert check(damaged, guest.image).wrong == (WORK_ADDR // 4096 + 1,)
+            while not step_of(memory):
+                process.cont()
+                process.stop()
+                assert check(memory, guest.image).wrong == ()
+        finally:
+            process.kill()
+            guest.close()
 
 
 @pytest.mark.parametrize("ram_bytes", [0, RAM_MIN - 4096, RAM_MAX + 4096, RAM_MIN + 1])

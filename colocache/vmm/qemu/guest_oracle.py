@@ -11,12 +11,14 @@ from colocache.vmm.history import History, Words, consult, page_words, stores, w
 from colocache.vmm.qemu.guest_image import (
     CONSTANT_PAGES,
     CONTROL_PAGE,
+    END_PAGE,
     LOAD,
     MAILBOX_ADDR,
     MAILBOX_PAGE,
     RING_ENTRIES,
     RING_PAGE,
     RING_PAGES,
+    TOP_FREE,
     WORK_ADDR,
     GuestImage,
 )
@@ -25,6 +27,7 @@ from colocache.vmm.workload import PAGE, Workload
 N_SALTS = 10  # the word of struct guest_control
 FIRST = LOAD // PAGE  # page of pc.ram where the guest begins
 STEP_ADDR = MAILBOX_ADDR  # of the step, in pc.ram
+STARTED_PAGE = FIRST + END_PAGE  # its first word: GUEST_STARTED
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,12 @@ def check(memory: Words, image: GuestImage) -> Findings:
     """Compare guest RAM, shape (pages of pc.ram, 512), standing, with what its own history says.
 
     What it was asked to do is read from its memory too: the machine whose state was loaded may have been asked for
-    something else than this one.
+    something else than this one. While a firmware still loads it, only the area where it will work can be told: zeros.
     """
+    if not memory[STARTED_PAGE, 0]:
+        area = range(WORK_ADDR // PAGE, len(memory) - TOP_FREE // PAGE)
+        written = np.flatnonzero(memory[area.start : area.stop].any(axis=1)) + area.start
+        return Findings(len(area), tuple(written.tolist()), 0)
     constant = image.pages
     wrong = {FIRST + page for page in CONSTANT_PAGES if (memory[FIRST + page] != constant[page]).any()}
     box = memory[FIRST + MAILBOX_PAGE].tolist()
