@@ -208,7 +208,7 @@ class BuildEngine(build_ext):
 
     def compile_all(self, sources: list[Path], flags: list[str]) -> list[str]:
         """Object files of `sources`: those older than their source, a header or this file, or of other flags, anew."""
-        temp = Path(self.build_temp) / "csrc"
+        temp = Path(self.build_temp) / "libcolocache"  # modules that have a source of csrc use csrc/, with other flags
         temp.mkdir(parents=True, exist_ok=True)
         stamp = temp / "flags"
         # CFLAGS of the environment come last; those that Python itself was built with are its own business.

@@ -158,7 +158,10 @@ class Pair(Watched):
         if self.rng.random() < 0.15:  # attach is killable too
             self.moment += ", and again while it attaches"
             time.sleep(self.rng.uniform(0, 0.8))
-            self._child = child_of(self._secondary.pid)
+            deadline = time.monotonic() + LATE_SECONDS_MAX
+            while not (child := child_of(self._secondary.pid)) and time.monotonic() < deadline:
+                time.sleep(0.001)  # QEMUs of the old one are still dying
+            self._child = child
             killed = time.monotonic_ns()
             found = self._kill_child()
             self.counts.add("more kills, of a secondary that attaches")

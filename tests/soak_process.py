@@ -83,8 +83,15 @@ class Process:
 
 
 def child_of(pid: int) -> int:
-    """The one child process of `pid`; 0 if there is none at the moment."""
-    return next(iter(children_of(pid)), 0)
+    """The one process that keeper `pid` has started; 0 if there is none at the moment.
+
+    Its other children are QEMUs whose driver died, about to die too: they are given to the keeper.
+    """
+    for child in children_of(pid):
+        with contextlib.suppress(OSError):
+            if b"python" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[0]:
+                return child
+    return 0
 
 
 def children_of(pid: int) -> list[int]:
