@@ -13,10 +13,12 @@ from colocache._arguments import u64
 from colocache._callbacks import LogSink
 from colocache._native import error_from, ffi, lib, struct
 from colocache.choices import MEMORY_MODES
-from colocache.errors import ArgumentError, BusyError
+from colocache.errors import ArgumentError, BusyError, ColocacheError
 from colocache.holders import lock_holders
+from colocache.inspection import inspect
 from colocache.memory import Memory
 from colocache.results import COPY_NAMES
+from colocache.spec import Images
 
 
 @contextlib.contextmanager
@@ -50,11 +52,20 @@ def options_of(
     return options, keep
 
 
-def images_of(memory: Memory) -> tuple[Any, Sequence[Any]]:
-    """The C array of a memory's images, and the names that it points to."""
-    array = ffi.new("struct colocache_images[]", len(memory.images))
+def images_of_region(memory: Memory) -> tuple[Images, ...]:
+    """Of a memory's images those of blocks that its region has: an add_block may have come to nothing when it died."""
+    try:
+        names = {block.name for block in inspect(memory).blocks}
+    except ColocacheError:
+        return memory.images  # attach says what is wrong
+    return tuple(one for one in memory.images if one.spec.name in names)
+
+
+def images_array(images: Sequence[Images]) -> tuple[Any, Sequence[Any]]:
+    """The C array of images, and the names that it points to."""
+    array = ffi.new("struct colocache_images[]", len(images))
     names = []
-    for c, one in zip(array, memory.images, strict=True):
+    for c, one in zip(array, images, strict=True):
         names.append(ffi.new("char[]", one.spec.name.encode()))
         c.struct_size = ffi.sizeof("struct colocache_images")
         c.name, c.len_bytes, c.page_size = names[-1], one.spec.len_bytes, one.spec.page_size

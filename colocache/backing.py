@@ -230,6 +230,15 @@ def nameless(kind: Kind) -> Kind:
     return Kind("hugetlb", None, HUGE, _HUGE_WITHOUT_NAME) if kind.backing == "hugetlb" else _shm_without_name()
 
 
+@dataclass
+class Making:
+    """How a memory's images are made, and how many blocks have some: their files are numbered as the region's."""
+
+    kind: Kind
+    reserve: bool
+    n_blocks: int = 0
+
+
 def kinds(backing: str) -> list[Kind]:
     """The ways to try for a backing, best first. ArgumentError for an unknown one."""
     if backing not in BACKINGS:

@@ -153,8 +153,15 @@ class Blocks(Mapping[str, Block]):
     """The blocks of a cache in the order in which they were added, by name or by index."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self._blocks = tuple(blocks)
-        self._by_name = {block.name: block for block in blocks}
+        self._set({block.index: block for block in blocks})
+
+    def _set(self, blocks: dict[int, Block]) -> None:
+        """Whoever is in the middle of a look has the blocks that there were."""
+        self._blocks, self._by_name = blocks, {block.name: block for block in blocks.values()}
+
+    def _add(self, block: Block) -> Block:
+        self._set({**self._blocks, block.index: block})
+        return block
 
     def __getitem__(self, key: str | int) -> Block:
         try:
@@ -162,7 +169,7 @@ class Blocks(Mapping[str, Block]):
                 return self._by_name[key]
             return self._blocks[u64(key, "block")]
         except LookupError as error:
-            names = ", ".join(f"{block.index} {block.name}" for block in self._blocks)
+            names = ", ".join(f"{block.index} {block.name}" for block in self._blocks.values())
             raise BlockError(f"there is no block {key!r}; there are {names}") from error
 
     def __iter__(self) -> Iterator[str]:

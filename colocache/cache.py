@@ -22,7 +22,7 @@ from colocache._arguments import (
     words_of,
 )
 from colocache._callbacks import Asked, Check, LogSink
-from colocache._creation import check_owned, images_of, lock_descriptor, options_of
+from colocache._creation import check_owned, images_array, images_of_region, lock_descriptor, options_of
 from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
 from colocache.block import Block, Blocks, Writers
@@ -31,6 +31,7 @@ from colocache.errors import ArgumentError, TimedOutError
 from colocache.memory import Memory
 from colocache.private import private_bytes
 from colocache.results import Failover, FlushResult, Recovery, SealResult, Stats, Status
+from colocache.spec import Images
 
 
 class Cache:
@@ -74,7 +75,7 @@ class Cache:
             check_owned(lib.colocache_create(memory.control_fd, options, out), memory.control_fd)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
-            images, _names = images_of(memory)
+            images, _names = images_array(memory.images)
             with handle as cc:
                 for index in range(len(memory.images)):
                     check(lib.colocache_add_block(cc, images + index, ffi.NULL))
@@ -87,15 +88,17 @@ class Cache:
     def attach(cls, memory: Memory, *, threads: int = 0, copy: str = "auto", log: LogSink | None = None) -> Cache:
         """Take over the secondary of a process that died: what was sealed is finished first; see `.recovery`.
 
+        Images in `memory` of blocks that the region does not have are left alone; `.blocks` are the region's.
         BusyError, NotColocacheError, LayoutError, CorruptError, ForeignImageError, BlockError, FailedOverError.
         """
         memory.check_open()
         options, keep = options_of(memory, threads, copy, 0, log)
-        images, _names = images_of(memory)
+        given = images_of_region(memory)
+        images, _names = images_array(given)
         report = ffi.new("struct colocache_recovery *")
         out = ffi.new("struct colocache **")
         with lock_descriptor(memory, options):
-            code = lib.colocache_attach(memory.control_fd, options, images, len(memory.images), report, out)
+            code = lib.colocache_attach(memory.control_fd, options, images, len(given), report, out)
             check_owned(code, memory.control_fd)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
@@ -118,6 +121,20 @@ class Cache:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.leave()
+
+    # ---- blocks that come and go ----
+
+    def add_block(self, images: Images) -> Block:
+        """One more RAM block, with images that memory.add_block (or add_images) made; at any time but seal to loaded.
+
+        It is in the next epoch that is sealed, and all of it counts as written by the SVM; after a death before that
+        seal it is all zero bytes. The primary adds it too, in the same order. SealedError, BlockError, NoMemoryError.
+        """
+        array, _names = images_array([images])
+        index = ffi.new("uint32_t *")
+        with self._handle as cc:
+            check(lib.colocache_add_block(cc, array, index))
+        return self.blocks._add(Block(self._handle, int(index[0]), self._writers))
 
     # ---- receive ----
 

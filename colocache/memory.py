@@ -13,8 +13,7 @@ import fcntl
 import json
 import os
 import secrets
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -34,19 +33,19 @@ from colocache.errors import (
     UnsupportedError,
 )
 from colocache.inspection import inspect
-from colocache.names import check_name, file_name, hold, identity, open_file, open_shm, remove_file
+from colocache.names import (
+    check_name,
+    file_name,
+    hold,
+    identity,
+    is_still,
+    open_file,
+    open_shm,
+    remove_file,
+    signals_wait,
+)
 from colocache.regions import remove_region
-from colocache.spec import BlockSpec, Images, check_blocks
-
-
-@contextlib.contextmanager
-def _signals_wait() -> Iterator[None]:
-    """Ctrl-C between making a name and noting it would leave the name behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+from colocache.spec import BlockSpec, Images, check_blocks, facts_of, images_from
 
 
 class Memory:
@@ -76,6 +75,7 @@ class Memory:
         self._made: list[tuple[Path, str, tuple[int, int]]] = []  # folder, file, device and inode
         self._pid = os.getpid()
         self._opened = False
+        self._making: bk.Making | None = None  # how the images are made; None: they were made elsewhere
 
     # ---- making ----
 
@@ -128,31 +128,77 @@ class Memory:
     ) -> Memory:
         why = "; ".join([kind.why, *refused])
         memory = cls(name, kind.backing, persistent=kind.persistent, why=why, memory_mode=memory_mode)
-        # What is staged comes and goes in pages of 4 KiB, whatever guest RAM is of.
-        mirror = memory_mode == "mirror"
-        cache_kind, cache_reserve = (kind, reserve) if mirror else (bk.small_pages(kind), False)
         try:
             memory.control_fd = memory._new_file(bk.SHM_DIR, "control")
             hold(memory.control_fd, name)
-            made = []
-            for index, spec in enumerate(specs):
-                guest = memory._new_image(kind, f"guest.{index}", spec, reserve=reserve)
-                cache = memory._new_image(cache_kind, f"cache.{index}", spec, reserve=cache_reserve)
-                made.append(Images(spec, guest, 0, cache, 0, not reserve))
-            memory.images = tuple(made)
+            memory._making = bk.Making(kind, reserve=reserve)
+            for spec in specs:
+                memory._make_images(memory._making, spec)
         except BaseException:
             memory.unlink()
             memory.close()
             raise
         return memory
 
+    def add_block(self, spec: BlockSpec) -> Images:
+        """Make the images of one more block, all zero bytes, as those before it were made; Cache.add_block takes them.
+
+        After `open` too; memory from elsewhere has no way to make more: add_images. MemoryShortError, BlockError.
+        """
+        self._check_new(spec)
+        if self._making is None:
+            raise UnsupportedError(f"the memory of region {self.name} was made elsewhere: make the images there")
+        n_images = 1 if self.memory_mode == "bounded" else 2
+        kind = self._making.kind
+        bk.check_room(kind, n_images * kind.size_of(spec.len_bytes), reserve=self._making.reserve)
+        before = len(self._fds), len(self._made)
+        try:
+            return self._make_images(self._making, spec)
+        except BaseException:
+            for fd in self._fds[before[0] :]:
+                os.close(fd)
+            for folder, file, _which in self._made[before[1] :]:
+                remove_file(folder, file)
+            del self._fds[before[0] :], self._made[before[1] :]
+            raise
+
+    def add_images(self, images: Images) -> Images:
+        """Images of one more block that the caller made, as for from_fds; the descriptors are duplicated."""
+        self._check_new(images.spec)
+        pair: list[int] = []
+        try:
+            pair += [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3) for fd in (images.guest_fd, images.cache_fd)]
+        except (OSError, OverflowError, TypeError) as error:
+            raise ArgumentError(f"a descriptor of block {images.spec.name} is not open: {error}") from error
+        self._fds += pair
+        self.images = (*self.images, replace(images, guest_fd=pair[0], cache_fd=pair[1]))
+        return self.images[-1]
+
+    def _check_new(self, spec: BlockSpec) -> None:
+        self.check_open()
+        need_for_blocks(len(check_blocks([*(one.spec for one in self.images), spec])))
+
+    def _make_images(self, making: bk.Making, spec: BlockSpec) -> Images:
+        kind, reserve, index = making.kind, making.reserve, making.n_blocks
+        # What is staged comes and goes in pages of 4 KiB, whatever guest RAM is of.
+        mirror = self.memory_mode == "mirror"
+        cache_kind, cache_reserve = (kind, reserve) if mirror else (bk.small_pages(kind), False)
+        guest = self._new_image(kind, f"guest.{index}", spec, reserve=reserve)
+        cache = self._new_image(cache_kind, f"cache.{index}", spec, reserve=cache_reserve)
+        making.n_blocks += 1
+        self.images = (*self.images, Images(spec, guest, 0, cache, 0, not reserve))
+        return self.images[-1]
+
     def _new_file(self, folder: Path, part: str) -> int:
         file = file_name(self.name, part)
-        with _signals_wait():
+        with signals_wait():
+            if self._opened:  # what a process left that died before its block was one of the region's
+                remove_file(folder, file)
             fd = open_file(folder, file, create=True)
             self._fds.append(fd)
             self._made.append((folder, file, identity(fd)))
-            _unfinished.add(self)
+            if not self._opened:
+                _unfinished.add(self)
         return fd
 
     def _new_image(self, kind: bk.Kind, part: str, spec: BlockSpec, *, reserve: bool) -> int:
@@ -186,6 +232,9 @@ class Memory:
                 spec = BlockSpec(block.name, block.len_bytes, block.page_size)
                 found.append(Images(spec, pair[0], 0, pair[1], 0, block.sparse))
             memory.images = tuple(found)
+            if blocks:
+                reserve = not any(block.sparse for block in blocks)
+                memory._making = bk.Making(bk.kinds(memory.backing)[0], reserve=reserve, n_blocks=len(blocks))
         except BaseException:
             memory.close()
             raise
@@ -217,27 +266,16 @@ class Memory:
     def manifest(self) -> str:
         """JSON that from_manifest reads in a child which inherited `fds` under the same numbers."""
         self.check_open()
-        images = [
-            {
-                "name": one.spec.name,
-                "len_bytes": one.spec.len_bytes,
-                "page_size": one.spec.page_size,
-                "guest_fd": one.guest_fd,
-                "guest_offset": one.guest_offset,
-                "cache_fd": one.cache_fd,
-                "cache_offset": one.cache_offset,
-                "sparse": one.sparse,
-            }
-            for one in self.images
-        ]
         facts = {
             "name": self.name,
             "backing": self.backing,
             "persistent": self.persistent,
             "why": self.why,
             "memory_mode": self.memory_mode,
+            "control_fd": self.control_fd,
+            "images": [facts_of(one) for one in self.images],
         }
-        return json.dumps({**facts, "control_fd": self.control_fd, "images": images})
+        return json.dumps(facts)
 
     @classmethod
     def from_fds(cls, control_fd: int, images: Sequence[Images], *, persistent: bool = False) -> Memory:
@@ -278,17 +316,7 @@ class Memory:
                 memory_mode=str(facts["memory_mode"]),
             )
             memory.control_fd = int(facts["control_fd"])
-            memory.images = tuple(
-                Images(
-                    BlockSpec(str(one["name"]), int(one["len_bytes"]), int(one["page_size"])),
-                    int(one["guest_fd"]),
-                    int(one["guest_offset"]),
-                    int(one["cache_fd"]),
-                    int(one["cache_offset"]),
-                    bool(one["sparse"]),
-                )
-                for one in facts["images"]
-            )
+            memory.images = tuple(images_from(one) for one in facts["images"])
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"this is not a manifest of a region's memory: {error}") from error
         need_for_blocks(len(check_blocks([one.spec for one in memory.images])))
@@ -340,7 +368,7 @@ class Memory:
         _unfinished.discard(self)
         # The control object goes last: as long as it is there, the images have a lock to ask.
         for folder, file, which in reversed(made):
-            if self._is_still(folder, file, which):
+            if is_still(folder, file, which):
                 remove_file(folder, file)
 
     def _unlink_opened(self) -> None:
@@ -351,15 +379,6 @@ class Memory:
         finally:
             with contextlib.suppress(ColocacheError):  # removed, or somebody else is removing it
                 hold(self.control_fd, self.name)
-
-    @staticmethod
-    def _is_still(folder: Path, file: str, which: tuple[int, int]) -> bool:
-        """False if somebody removed the name and another region has it now."""
-        try:
-            stat = (folder / file).stat()
-        except OSError:
-            return False
-        return (stat.st_dev, stat.st_ino) == which
 
     def __enter__(self) -> Memory:
         self.check_open()

@@ -11,10 +11,13 @@ takes: while either is held, `clean` leaves the region alone. The kernel drops b
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
 import re
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import posix_ipc
@@ -88,9 +91,28 @@ def remove_file(folder: Path, file: str) -> None:
         raise SystemCallError(f"{folder / file} can't be removed: {error}", errno=errno.EACCES) from error
 
 
+@contextlib.contextmanager
+def signals_wait() -> Iterator[None]:
+    """Ctrl-C between making a name and noting it would leave the name behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def identity(fd: int) -> tuple[int, int]:
     stat = os.fstat(fd)
     return stat.st_dev, stat.st_ino
+
+
+def is_still(folder: Path, file: str, which: tuple[int, int]) -> bool:
+    """False if somebody removed the name and another region has it now."""
+    try:
+        stat = (folder / file).stat()
+    except OSError:
+        return False
+    return (stat.st_dev, stat.st_ino) == which
 
 
 def hold(control_fd: int, name: str) -> None:

@@ -33,7 +33,10 @@ class Sender:
         self._n_pages: list[int] = []
 
     def add_block(self, name: str, addr: int, len_bytes: int, page_size: int = 4096) -> int:
-        """Add guest RAM that is mapped at addr and stays so until close; returns the index of the block."""
+        """Add guest RAM that is mapped at addr and stays so until close; returns the index of the block.
+
+        Once pages were sent, all of a new block is pending: the secondary has nothing of it.
+        """
         index = ffi.new("uint32_t *")
         where = ffi.cast("void *", u64(addr, "address"))
         encoded = ffi.new("char[]", name.encode())

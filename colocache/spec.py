@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from colocache._native import lib
 from colocache.errors import BlockError, LengthError
@@ -52,6 +53,23 @@ class Images:
     cache_fd: int
     cache_offset: int
     sparse: bool
+
+
+def facts_of(images: Images) -> dict[str, object]:
+    """For a manifest, which images_from reads."""
+    return {**asdict(images.spec), **{key: value for key, value in asdict(images).items() if key != "spec"}}
+
+
+def images_from(facts: Mapping[str, Any]) -> Images:
+    """What facts_of wrote. ValueError, KeyError, TypeError."""
+    return Images(
+        BlockSpec(str(facts["name"]), int(facts["len_bytes"]), int(facts["page_size"])),
+        int(facts["guest_fd"]),
+        int(facts["guest_offset"]),
+        int(facts["cache_fd"]),
+        int(facts["cache_offset"]),
+        bool(facts["sparse"]),
+    )
 
 
 def check_blocks(blocks: Sequence[BlockSpec]) -> tuple[BlockSpec, ...]:

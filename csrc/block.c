@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * block.c -- RAM blocks: what may be one, its entry and its bitmaps in the control region, its two images (image.c); bounds of pages.
+ * block.c -- a RAM block: what may be one, its entry and its bitmaps in the control region, its two images (image.c); bounds of pages.
  */
 #include "internal.h"
 
@@ -15,17 +15,15 @@
 #include "bounds.h"
 #include "checksum.h"
 #include "error.h"
-#include "fault.h"
 #include "image.h"
 #include "map.h"
 #include "staging.h"
-#include "version.h"
-#include "word.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
 {
-    if (!cc || index >= cc->n_blocks)
-        return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, there are %u", index, cc ? cc->n_blocks : 0);
+    const uint32_t n_blocks = cc ? cc_observe32(&cc->n_blocks) : 0; /* any thread: one may be added just now */
+    if (index >= n_blocks)
+        return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, there are %u", index, n_blocks);
     *out = &cc->blocks[index];
     return 0;
 }
@@ -38,10 +36,11 @@ int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_
 /* ---- checking what the caller gives ----------------------------------------------------------------------------- */
 
 /* check_bounded -- what bounded memory needs: a file that a VM can map privately, in pages that are cheap to copy */
-static int check_bounded(const struct colocache_images *images, const struct cc_block_entry *entry, uint64_t guest_granule,
-                         uint64_t cache_granule)
+static int check_bounded(const struct colocache_images *images, const struct cc_block_plan *plan)
 {
     const char *name = images->name;
+    const struct cc_block_entry *entry = &plan->entry;
+    const uint64_t granule = plan->guest_granule > plan->cache_granule ? plan->guest_granule : plan->cache_granule;
     if (images->guest_fd < 0)
         return cc_fail(COLOCACHE_E_UNSUPPORTED, "block %s is given by address: bounded memory needs descriptors of both images", name);
     if (images->flags & COLOCACHE_IMAGES_SHARED_ELSEWHERE)
@@ -49,11 +48,11 @@ static int check_bounded(const struct colocache_images *images, const struct cc_
                        "block %s is mapped by another process or device: with bounded memory that would write the epoch "
                        "itself, use memory mode mirror",
                        name);
-    if (guest_granule != CC_PAGE || cache_granule != CC_PAGE)
+    if (granule != CC_PAGE)
         return cc_fail(COLOCACHE_E_UNSUPPORTED,
                        "block %s is on hugetlb: a private copy of a page would take %llu bytes, use 4 KiB or transparent "
                        "huge pages for bounded memory",
-                       name, (unsigned long long)(guest_granule > cache_granule ? guest_granule : cache_granule));
+                       name, (unsigned long long)granule);
     if (entry->guest.device == entry->cache.device && entry->guest.inode == entry->cache.inode)
         return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: with bounded memory the cache needs a file of its own", name);
     return 0;
@@ -81,7 +80,7 @@ static int check_images(const struct colocache_images *images)
 
 /* ---- bitmaps of a block in the control region ------------------------------------------------------------------------ */
 
-static uint64_t bitmap_bytes_for(uint64_t n_pages)
+uint64_t cc_block_bitmap_bytes(uint64_t n_pages)
 {
     uint64_t n_words = cc_words_for(n_pages);
     return CC_BITMAPS * (cc_round_to_page(n_words * 8) + cc_round_to_page(cc_words_for(n_words) * 8));
@@ -101,7 +100,7 @@ void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint
                        (uint64_t *)(void *)(summaries + kind * summary_bytes), n_pages);
 }
 
-static uint64_t entry_checksum(const struct cc_block_entry *entry)
+uint64_t cc_block_checksum(const struct cc_block_entry *entry)
 {
     return cc_checksum(entry, offsetof(struct cc_block_entry, checksum));
 }
@@ -111,11 +110,11 @@ static int check_entry(const struct cc_block_entry *entry, uint64_t offset, uint
 {
     if (strnlen(entry->name, COLOCACHE_NAME_BYTES) == COLOCACHE_NAME_BYTES || !entry->name[0])
         return cc_fail(COLOCACHE_E_CORRUPT, "a block in the control region has no proper name");
-    if (entry->checksum != entry_checksum(entry))
+    if (entry->checksum != cc_block_checksum(entry))
         return cc_fail(COLOCACHE_E_CORRUPT, "block %s: its entry in the control region does not fit its checksum", entry->name);
     if (cc_bounds_block(entry->name, entry->len_bytes, entry->page_size))
         return COLOCACHE_E_CORRUPT; /* the sentence has been left */
-    uint64_t expected = bitmap_bytes_for(entry->len_bytes / entry->page_size);
+    uint64_t expected = cc_block_bitmap_bytes(entry->len_bytes / entry->page_size);
     bool fits =
         entry->bitmap_offset == offset && entry->bitmap_bytes == expected && offset <= file_bytes && expected <= file_bytes - offset;
     uint64_t reserved = entry->sparse > 1;
@@ -155,10 +154,21 @@ static int check_mappings(const struct colocache_images *images, bool bounded)
     return rc;
 }
 
-/* build -- everything of a block but its entry; on error what was made is given back */
-static int build(struct colocache *cc, struct cc_block *block, const struct colocache_images *images, const struct cc_block_entry *entry,
-                 uint64_t guest_granule, uint64_t cache_granule)
+/* reserve -- whatever is not sparse is there from now on, in the cache of bounded memory nothing */
+static int reserve(const struct colocache *cc, const struct colocache_images *images, const struct cc_block_plan *plan)
 {
+    if (plan->entry.sparse)
+        return 0;
+    int rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, plan->guest_granule, images->name);
+    if (rc == 0 && !cc->bounded)
+        rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, plan->cache_granule, images->name);
+    return rc;
+}
+
+int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_images *images, const struct cc_block_plan *plan)
+{
+    struct cc_block *block = &cc->blocks[index];
+    const struct cc_block_entry *entry = &plan->entry;
     memset(block, 0, sizeof *block);
     block->guest.fd = block->cache.fd = -1;
     memcpy(block->name, entry->name, sizeof block->name);
@@ -168,13 +178,17 @@ static int build(struct colocache *cc, struct cc_block *block, const struct colo
     block->n_pages = entry->len_bytes / entry->page_size;
     block->sparse = entry->sparse;
 
-    int rc = check_mappings(images, cc->bounded);
+    int rc = cc->bounded ? check_bounded(images, plan) : 0;
+    if (rc == 0)
+        rc = reserve(cc, images, plan);
+    if (rc == 0)
+        rc = check_mappings(images, cc->bounded);
     if (rc)
         return rc;
-    rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, guest_granule, images->guest_addr,
+    rc = cc_image_open(&block->guest, images->guest_fd, images->guest_offset, block->len_bytes, plan->guest_granule, images->guest_addr,
                        cc->bounded);
     if (rc == 0)
-        rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, cache_granule, images->cache_addr,
+        rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, plan->cache_granule, images->cache_addr,
                            false);
     if (rc == 0 && block->sparse) {
         block->allocated = calloc(cc_words_for(block->n_pages), 8);
@@ -207,140 +221,51 @@ void cc_block_release(struct cc_block *block)
     block->guest.fd = block->cache.fd = -1;
 }
 
-static bool overlap(const struct cc_image_identity *a, uint64_t a_bytes, const struct cc_image_identity *b, uint64_t b_bytes)
+bool cc_block_overlap(const struct cc_image_identity *a, uint64_t a_bytes, const struct cc_image_identity *b, uint64_t b_bytes)
 {
     return a->device == b->device && a->inode == b->inode && a->offset < b->offset + b_bytes && b->offset < a->offset + a_bytes;
 }
 
-/* check_disjoint -- no byte of the new block's images is a byte of another block's: each would be the other's damage */
-static int check_disjoint(const struct colocache *cc, const struct cc_block_entry *entry)
-{
-    const struct cc_image_identity *ours[] = {&entry->guest, &entry->cache};
-    for (uint32_t i = 0; i < cc->n_blocks && entry->guest.inode; i++) {
-        const struct cc_block_entry *other = &cc->region.table[i];
-        for (int k = 0; k < 2; k++) {
-            if (overlap(ours[k], entry->len_bytes, &other->guest, other->len_bytes) ||
-                overlap(ours[k], entry->len_bytes, &other->cache, other->len_bytes))
-                return cc_fail(COLOCACHE_E_ARGUMENT, "block %s: its %s is memory of block %s", entry->name, k ? "cache" : "guest RAM",
-                               other->name);
-        }
-    }
-    return 0;
-}
-
-static int identify_both(const struct colocache_images *images, struct cc_block_entry *entry, uint64_t *guest_granule,
-                         uint64_t *cache_granule)
-{
-    *guest_granule = *cache_granule = CC_PAGE;
-    if (images->guest_fd < 0)
-        return 0;
-    int rc = cc_image_identify(images->name, images->guest_fd, images->guest_offset, images->len_bytes, &entry->guest, guest_granule);
-    if (rc == 0)
-        rc = cc_image_identify(images->name, images->cache_fd, images->cache_offset, images->len_bytes, &entry->cache, cache_granule);
-    if (rc == 0 && overlap(&entry->guest, images->len_bytes, &entry->cache, images->len_bytes))
-        rc = cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest RAM and cache are the same memory", images->name);
-    return rc;
-}
-
-/* cc_block_add -- a new block: its bitmaps at the end of the region, then its entry, then the count that publishes it */
-int cc_block_add(struct colocache *cc, const struct colocache_images *images)
+int cc_block_identify(const struct colocache_images *images, struct cc_block_plan *plan)
 {
     int rc = check_images(images);
     if (rc)
         return rc;
-    if (cc->n_blocks == COLOCACHE_BLOCKS_MAX)
-        return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, the most there can be", COLOCACHE_BLOCKS_MAX);
-    for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        if (strcmp(cc->blocks[i].name, images->name) == 0)
-            return cc_fail(COLOCACHE_E_BLOCK, "there is a block %s already", images->name);
-    }
-    struct cc_block_entry entry = {.len_bytes = images->len_bytes, .page_size = images->page_size, .sparse = images->sparse != 0};
-    strcpy(entry.name, images->name); /* its length was checked */
-    uint64_t guest_granule, cache_granule;
-    rc = identify_both(images, &entry, &guest_granule, &cache_granule);
+    *plan = (struct cc_block_plan){.guest_granule = CC_PAGE, .cache_granule = CC_PAGE};
+    struct cc_block_entry *entry = &plan->entry;
+    strcpy(entry->name, images->name); /* its length was checked */
+    entry->len_bytes = images->len_bytes;
+    entry->page_size = images->page_size;
+    entry->sparse = images->sparse != 0;
+    if (images->guest_fd < 0)
+        return 0;
+    rc = cc_image_identify(images->name, images->guest_fd, images->guest_offset, images->len_bytes, &entry->guest, &plan->guest_granule);
     if (rc == 0)
-        rc = check_disjoint(cc, &entry);
-    if (rc == 0 && cc->bounded)
-        rc = check_bounded(images, &entry, guest_granule, cache_granule);
-    if (rc == 0 && !entry.sparse)
-        rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
-    if (rc == 0 && !entry.sparse && !cc->bounded)
-        rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
-    if (rc)
-        return rc;
-    entry.bitmap_offset = cc->region.end_bytes;
-    entry.bitmap_bytes = bitmap_bytes_for(entry.len_bytes / entry.page_size);
-    entry.checksum = entry_checksum(&entry);
-    uint64_t end = entry.bitmap_offset + entry.bitmap_bytes;
-    if (ftruncate(cc->region.fd, (off_t)end) != 0)
-        return cc_fail_errno("enlarging the control region");
-    CC_CRASH_POINT("add_block: the region is larger");
-    rc = build(cc, &cc->blocks[cc->n_blocks], images, &entry, guest_granule, cache_granule);
-    if (rc == 0 && cc->bounded) {
-        rc = cc_staging_empty_one(&cc->blocks[cc->n_blocks]); /* what was allocated, perhaps: memory comes with the pages */
-        if (rc)
-            cc_block_release(&cc->blocks[cc->n_blocks]);
-    }
-    if (rc) { /* as before the call */
-        if (ftruncate(cc->region.fd, (off_t)entry.bitmap_offset) != 0)
-            cc_log(cc, COLOCACHE_LOG_WARN, "could not shrink the control region after an error");
-        return rc;
-    }
-    CC_CRASH_POINT("add_block: before the entry");
-    CC_HALF(&cc->region.table[cc->n_blocks], &entry, sizeof entry, "add_block: half an entry");
-    cc->region.table[cc->n_blocks] = entry;
-    CC_CRASH_POINT("add_block: after the entry");
-    cc->n_blocks++;
-    cc_poke(&cc->region.end_bytes, end);
-    cc_word_publish(&cc->region.control->n_blocks, cc->n_blocks);
-    CC_CRASH_POINT("add_block: after the count");
-    return 0;
+        rc =
+            cc_image_identify(images->name, images->cache_fd, images->cache_offset, images->len_bytes, &entry->cache, &plan->cache_granule);
+    if (rc == 0 && cc_block_overlap(&entry->guest, images->len_bytes, &entry->cache, images->len_bytes))
+        rc = cc_fail(COLOCACHE_E_ARGUMENT, "block %s: guest RAM and cache are the same memory", images->name);
+    return rc;
 }
 
 /* cc_block_reattach -- block `index` of an existing region, with the images it names and no others */
 int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images)
 {
-    int rc = check_images(images);
+    struct cc_block_plan plan;
+    const struct cc_block_entry *entry = &cc->region.table[index];
+    int rc = cc_block_identify(images, &plan);
     if (rc)
         return rc;
-    const struct cc_block_entry *entry = &cc->region.table[index];
     if (images->guest_fd < 0)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s was given by address: such memory dies with its process", entry->name);
     if (images->len_bytes != entry->len_bytes || images->page_size != entry->page_size)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s has %llu bytes in pages of %u in the region, %llu in pages of %u were given",
                        entry->name, (unsigned long long)entry->len_bytes, entry->page_size, (unsigned long long)images->len_bytes,
                        images->page_size);
-    struct cc_block_entry found = *entry;
-    uint64_t guest_granule, cache_granule;
-    rc = identify_both(images, &found, &guest_granule, &cache_granule);
-    if (rc)
-        return rc;
-    const bool same_guest = memcmp(&found.guest, &entry->guest, sizeof found.guest) == 0;
-    if (!same_guest || memcmp(&found.cache, &entry->cache, sizeof found.cache) != 0)
+    const bool same_guest = memcmp(&plan.entry.guest, &entry->guest, sizeof entry->guest) == 0;
+    if (!same_guest || memcmp(&plan.entry.cache, &entry->cache, sizeof entry->cache) != 0)
         return cc_fail(COLOCACHE_E_FOREIGN_IMAGE, "block %s: the %s image is not the one this control region was made with", entry->name,
                        same_guest ? "cache" : "guest RAM");
-    rc = cc->bounded ? check_bounded(images, entry, guest_granule, cache_granule) : 0;
-    if (rc == 0 && !entry->sparse)
-        rc = cc_image_reserve(images->guest_fd, images->guest_offset, images->len_bytes, guest_granule, images->name);
-    if (rc == 0 && !entry->sparse && !cc->bounded)
-        rc = cc_image_reserve(images->cache_fd, images->cache_offset, images->len_bytes, cache_granule, images->name);
-    if (rc)
-        return rc;
-    return build(cc, &cc->blocks[index], images, entry, guest_granule, cache_granule);
-}
-
-int colocache_add_block(struct colocache *cc, const struct colocache_images *images, uint32_t *block_out)
-{
-    struct colocache_images given;
-    int rc = cc_take_struct(&given, sizeof given, images, COLOCACHE_IMAGES_LEAST, "images");
-    if (rc)
-        return rc;
-    if (!cc)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    if (cc_peek(&cc->region.control->receiving) || cc_peek(&cc->region.control->commit_word))
-        return cc_fail(COLOCACHE_E_ORDER, "blocks are added before the first page comes");
-    rc = cc_block_add(cc, &given);
-    if (rc == 0 && block_out)
-        *block_out = cc->n_blocks - 1;
-    return rc;
+    plan.entry = *entry;
+    return cc_block_build(cc, index, images, &plan);
 }

@@ -9,8 +9,19 @@
 
 #define COLOCACHE_IMAGES_LEAST offsetof(struct colocache_images, flags) /* what the first callers gave */
 
-/* A new block: its bitmaps at the end of the region, then its entry, then the count that publishes it. */
-int cc_block_add(struct colocache *cc, const struct colocache_images *images);
+/* What images a caller gave, as an entry; the allocation units of their files. */
+struct cc_block_plan {
+    struct cc_block_entry entry;
+    uint64_t guest_granule, cache_granule;
+};
+
+/* Are these images that a block can have?  The entry without its bitmaps. */
+int cc_block_identify(const struct colocache_images *images, struct cc_block_plan *plan);
+/* Everything of block `index` but its entry in the region; on error what was made is given back. */
+int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_images *images, const struct cc_block_plan *plan);
+bool cc_block_overlap(const struct cc_image_identity *a, uint64_t a_bytes, const struct cc_image_identity *b, uint64_t b_bytes);
+uint64_t cc_block_bitmap_bytes(uint64_t n_pages); /* of the six parts together */
+uint64_t cc_block_checksum(const struct cc_block_entry *entry);
 /* Block `index` of an existing region, with the images it names and no others. */
 int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images);
 void cc_block_release(struct cc_block *block);

@@ -77,7 +77,7 @@ int cc_flush_set_allocate(struct colocache *cc)
 
 void cc_flush_set_drop(struct colocache *cc)
 {
-    for (uint32_t i = 0; i < cc->n_blocks; i++)
+    for (uint32_t i = 0; i < cc_observe32(&cc->n_blocks); i++) /* an abort is any thread's */
         cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
 }
 

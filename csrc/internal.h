@@ -11,7 +11,7 @@
  *   device-state areas                     the caller, at the address device_state.c gave out
  *   commit word, records                   commit.c            everybody
  *   `receiving`, `taken_over`; state, open epoch, staged device state, receive gate   epoch.c   everybody
- *   table, n_blocks                        block.c             everybody
+ *   table, n_blocks                        block_change.c            everybody
  *   magic, sizes, history id, owner        control.c           everybody
  *
  * Setting a bit and clearing it are two writers of one word: sets are atomic and come through a gate, clears are flush_set.c's while
@@ -86,7 +86,7 @@ struct colocache {
     struct cc_region region;
     bool bounded; /* memory mode of the region */
 
-    uint32_t n_blocks;
+    uint32_t n_blocks;       /* grows while other threads receive: those observe it */
     struct cc_block *blocks; /* COLOCACHE_BLOCKS_MAX, so that their addresses stay */
 
     struct cc_pool *pool;

@@ -47,35 +47,62 @@ static const struct colocache_images *nth_images(const struct colocache_images *
     return (const void *)((const char *)images + n * images->struct_size);
 }
 
+/* find_images -- those that were given for a block; NULL: none */
+static const struct colocache_images *find_images(const struct colocache_images *images, uint32_t n_images, const char *name)
+{
+    for (uint32_t i = 0; i < n_images; i++) {
+        const struct colocache_images *one = nth_images(images, i);
+        if (one->name && strncmp(one->name, name, COLOCACHE_NAME_BYTES) == 0)
+            return one;
+    }
+    return NULL;
+}
+
+/* check_names -- images for every block of the region and for no other: a block that was being added, or removed, when its owner died may
+ * be one of the region's or not, and a VM that runs on a block which is none would lose it at the next takeover */
+static int check_names(const struct cc_block_entry *table, uint64_t n_blocks, const struct colocache_images *images, uint32_t n_images)
+{
+    for (uint64_t b = 0; b < n_blocks; b++) {
+        if (!find_images(images, n_images, table[b].name))
+            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s: the control region has %llu blocks, inspect names them",
+                           table[b].name, (unsigned long long)n_blocks);
+    }
+    for (uint32_t i = 0; i < n_images; i++) {
+        const struct colocache_images *one = nth_images(images, i);
+        uint64_t b = 0;
+        while (one->name && b < n_blocks && strncmp(one->name, table[b].name, COLOCACHE_NAME_BYTES) != 0)
+            b++;
+        if (!one->name || b == n_blocks)
+            return cc_fail(COLOCACHE_E_BLOCK,
+                           "images were given for block %s, which the control region does not have: it has %llu blocks, inspect names them",
+                           one->name ? one->name : "without a name", (unsigned long long)n_blocks);
+        if (find_images(images, n_images, one->name) != one)
+            return cc_fail(COLOCACHE_E_BLOCK, "images were given twice for block %s", one->name);
+    }
+    return 0;
+}
+
 /* bind_blocks -- every block of the region with the images that were given for its name */
 static int bind_blocks(struct colocache *cc, const struct colocache_images *images, uint32_t n_images, uint64_t n_blocks,
                        uint64_t file_bytes)
 {
-    if (n_images != n_blocks)
-        return cc_fail(COLOCACHE_E_BLOCK, "the control region has %llu blocks, images were given for %u", (unsigned long long)n_blocks,
-                       n_images);
-    int rc = cc_block_check_table(cc->region.table, n_blocks, cc->region.head_bytes, file_bytes, &cc->region.end_bytes);
-    if (rc)
-        return rc;
-    for (uint32_t b = 0; b < n_blocks; b++) {
-        const struct colocache_images *found = NULL;
-        struct colocache_images given = {0};
-        for (uint32_t i = 0; i < n_images && !found; i++) {
-            const struct colocache_images *one = nth_images(images, i);
-            rc = cc_take_struct(&given, sizeof given, one, COLOCACHE_IMAGES_LEAST, "images");
-            if (rc)
-                return rc;
-            if (given.name && strncmp(given.name, cc->region.table[b].name, COLOCACHE_NAME_BYTES) == 0)
-                found = one;
-        }
-        if (!found)
-            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s", cc->region.table[b].name);
-        rc = cc_block_reattach(cc, b, found);
-        if (rc)
-            return rc;
-        cc->n_blocks = b + 1;
+    struct colocache_images given;
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < n_images; i++)
+        rc = cc_take_struct(&given, sizeof given, nth_images(images, i), COLOCACHE_IMAGES_LEAST, "images");
+    if (rc == 0)
+        rc = cc_block_check_table(cc->region.table, n_blocks, cc->region.head_bytes, file_bytes, &cc->region.end_bytes);
+    if (rc == 0)
+        rc = check_names(cc->region.table, n_blocks, images, n_images);
+    for (uint32_t b = 0; rc == 0 && b < n_blocks; b++) {
+        const struct colocache_images *found = find_images(images, n_images, cc->region.table[b].name);
+        rc = cc_take_struct(&given, sizeof given, found, COLOCACHE_IMAGES_LEAST, "images");
+        if (rc == 0)
+            rc = cc_block_reattach(cc, b, &given);
+        if (rc == 0)
+            cc->n_blocks = b + 1;
     }
-    return 0;
+    return rc;
 }
 
 /* start_again -- nothing was ever sealed: as good as new, but epoch numbers that were used stay used */

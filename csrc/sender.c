@@ -41,8 +41,6 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
         return cc_fail(COLOCACHE_E_ARGUMENT, "the sender or the block's address is NULL");
     if (cc_bounds_name(name))
         return COLOCACHE_E_ARGUMENT; /* the sentence has been left */
-    if (cc_observe32(&sender->sent))
-        return cc_fail(COLOCACHE_E_ORDER, "block %s: blocks are added before the first page is sent", name);
     if (sender->n_blocks == COLOCACHE_BLOCKS_MAX)
         return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, the most there can be", COLOCACHE_BLOCKS_MAX);
     for (uint32_t i = 0; i < sender->n_blocks; i++) {
@@ -64,9 +62,11 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
     block->page_shift = (uint32_t)__builtin_ctz(page_size);
     cc_bitmap_init(&block->pending, block->memory, block->memory + 2 * n_words, n_pages);
     cc_bitmap_init(&block->unacked, block->memory + n_words, block->memory + 2 * n_words + n_summary, n_pages);
+    if (cc_observe32(&sender->sent)) /* the peer has nothing of it; before the first page the caller says what is to be sent */
+        cc_sender_mark_again(block, 0, n_pages);
     if (block_out)
         *block_out = sender->n_blocks;
-    sender->n_blocks++;
+    cc_publish32(&sender->n_blocks, sender->n_blocks + 1); /* sending threads may find it now */
     return 0;
 }
 
@@ -90,8 +90,9 @@ void cc_sender_mark_again(struct cc_sender_block *block, uint64_t first_pfn, uin
 
 static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
 {
-    if (!sender || index >= sender->n_blocks)
-        return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, the sender has %u", index, sender ? sender->n_blocks : 0);
+    const uint32_t n_blocks = sender ? cc_observe32(&sender->n_blocks) : 0;
+    if (index >= n_blocks)
+        return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, the sender has %u", index, n_blocks);
     struct cc_sender_block *block = &sender->blocks[index];
     int rc = cc_bounds_range(block->name, block->n_pages, first_pfn, n_pages);
     if (rc)

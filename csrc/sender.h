@@ -25,8 +25,8 @@ struct cc_sender_block {
 };
 
 struct colocache_sender {
-    uint32_t n_blocks;
-    uint32_t sent; /* pages went out: the blocks stay as they are */
+    uint32_t n_blocks; /* grows while other threads send: those observe it */
+    uint32_t sent;     /* pages went out: all of a block that is added now must follow */
     struct cc_sender_block blocks[COLOCACHE_BLOCKS_MAX];
 };
 

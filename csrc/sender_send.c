@@ -47,7 +47,7 @@ static struct walk walk_from(struct colocache_sender *sender, uint32_t stripe, u
 static bool next_page(struct walk *walk, uint64_t *pfn)
 {
     while (!walk->bits) {
-        if (walk->block == walk->sender->n_blocks)
+        if (walk->block == cc_observe32(&walk->sender->n_blocks))
             return false;
         struct cc_bitmap *pending = &walk->sender->blocks[walk->block].pending;
         uint64_t end = walk->group_end < pending->n_words ? walk->group_end : pending->n_words;

@@ -115,7 +115,7 @@ int cc_staging_empty_one(struct cc_block *block)
 int cc_staging_empty(struct colocache *cc)
 {
     int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
+    for (uint32_t i = 0; rc == 0 && i < cc_observe32(&cc->n_blocks); i++)
         rc = cc_staging_empty_one(&cc->blocks[i]);
     return rc;
 }
@@ -135,7 +135,7 @@ static bool counted_before(const struct colocache *cc, uint32_t index)
 int cc_staging_bytes(const struct colocache *cc, uint64_t *n_bytes_out)
 {
     uint64_t n_bytes = 0;
-    for (uint32_t i = 0; cc->bounded && i < cc->n_blocks; i++) {
+    for (uint32_t i = 0; cc->bounded && i < cc_observe32(&cc->n_blocks); i++) {
         struct stat st;
         if (counted_before(cc, i))
             continue;

@@ -72,7 +72,7 @@ class Model:
 
     def __init__(self, n_pages: list[int], memory_mode: str = "mirror") -> None:
         self.bounded = memory_mode == "bounded"
-        self.blocks = [ModelBlock(n) for n in n_pages]
+        self.blocks = {index: ModelBlock(n) for index, n in enumerate(n_pages)}  # a dict, as indices outlive blocks
         self.phase = Phase.EMPTY
         self.sealed = self.committed = self.receiving = 0
         self.open = 0  # the epoch that is arriving; 0 = none
@@ -82,6 +82,16 @@ class Model:
         self.pending = False  # failover was asked for between the start of a seal and loaded
         self.sealing_first = False
         self.taken_over = False
+
+    # ---- blocks that come and go ----
+
+    def add_block(self, n_pages: int) -> int:
+        self._refuse_phases({Phase.SEALING: c.SealedError})
+        index = len(self.blocks)
+        self.blocks[index] = ModelBlock(n_pages)
+        if self.sealed and not self.bounded:
+            self.blocks[index].svm = set(range(n_pages))
+        return index
 
     # ---- an epoch arrives ----
 
@@ -95,7 +105,7 @@ class Model:
         if epoch <= self.receiving:
             raise c.EpochError("used")
         if self.bounded:
-            for block in self.blocks:
+            for block in self.blocks.values():
                 block.drop_staged()  # what a committed epoch left
         self.open = self.receiving = epoch
         self.received = 0
@@ -123,7 +133,7 @@ class Model:
     def _give_up(self) -> None:
         """Bits and cache stay until an epoch with them is sealed; in bounded memory they go."""
         if self.bounded:
-            for block in self.blocks:
+            for block in self.blocks.values():
                 block.drop_staged()
         self._close_epoch()
 
@@ -133,7 +143,7 @@ class Model:
 
     def free_staged(self) -> None:
         if self.bounded and not self.open and self.committed == self.sealed:
-            for block in self.blocks:
+            for block in self.blocks.values():
                 block.drop_staged()
 
     # ---- the SVM writes ----
@@ -149,7 +159,7 @@ class Model:
             self.blocks[block].svm |= pages
 
     def log_lost(self) -> None:
-        for block in self.blocks if not self.bounded else []:
+        for block in self.blocks.values() if not self.bounded else []:
             block.svm = set(range(block.n_pages))
 
     # ---- a checkpoint ----
@@ -169,7 +179,7 @@ class Model:
                 self._take_over()
             raise c.VetoError("refused")
         pvm_only = svm_only = both = 0
-        for block in self.blocks:
+        for block in self.blocks.values():
             block.flush = block.pvm | block.svm
             both += len(block.pvm & block.svm)
             pvm_only += len(block.pvm - block.svm)
@@ -184,10 +194,10 @@ class Model:
         if self.phase != Phase.SEALING or self.committed == self.sealed:
             raise c.NotSealedError("nothing to flush")
         self._copy_flush_set()
-        return sum(len(block.flush) for block in self.blocks)
+        return sum(len(block.flush) for block in self.blocks.values())
 
     def _copy_flush_set(self) -> None:
-        for block in self.blocks:
+        for block in self.blocks.values():
             for pfn in block.flush:
                 block.guest[pfn] = block.cache[pfn]
             block.private = {}
@@ -211,7 +221,7 @@ class Model:
         if self.phase != Phase.EMPTY or self.sealed:
             raise c.OrderError("only before the first seal")
         n = 0
-        for block in self.blocks:
+        for block in self.blocks.values():
             for pfn in block.pvm:
                 block.guest[pfn] = block.cache[pfn]
             n += len(block.pvm)
@@ -239,7 +249,7 @@ class Model:
     def die(self) -> None:
         """The process is gone: what lived in it alone is lost."""
         self._close_epoch()
-        for block in self.blocks:
+        for block in self.blocks.values():
             block.private = {}
         self.pending = False
         self.received = 0
@@ -248,7 +258,7 @@ class Model:
         if self.taken_over:
             raise c.FailedOverError("the world has moved on")
         if self.sealed == 0:
-            for block in self.blocks:
+            for block in self.blocks.values():
                 block.pvm, block.svm, block.flush = set(), set(), set()
             self.phase = Phase.EMPTY
             return c.Action.NOTHING
@@ -257,7 +267,7 @@ class Model:
             self._recovered()
             return c.Action.REPLAYED
         if self.receiving == self.sealed or self.bounded:
-            for block in self.blocks if not self.bounded else []:
+            for block in self.blocks.values() if not self.bounded else []:
                 block.guest = list(block.cache)
             self._recovered()
             return c.Action.RESTART
@@ -267,7 +277,7 @@ class Model:
 
     def _recovered(self) -> None:
         self.phase = Phase.LIVE
-        for block in self.blocks if self.bounded else []:
+        for block in self.blocks.values() if self.bounded else []:
             block.drop_staged()
 
     def _refuse_phases(self, more: dict[Phase, type[c.ColocacheError]]) -> None:

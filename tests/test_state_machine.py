@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 import colocache as c
-from colocache import BlockSpec, Cache, Memory, Phase
+from colocache import BlockSpec, Cache, Images, Memory, Phase
 from colocache.errors import ColocacheError
 
 from model import PAGE, Model, page_of, pages_of, stamps_of, words_of
@@ -26,17 +27,13 @@ SPECS = tuple(BlockSpec(f"block {i}", n * PAGE) for i, n in enumerate(N_PAGES))
 
 T = TypeVar("T")
 numbers = itertools.count()
-blocks = st.integers(0, len(N_PAGES) - 1)
+LATE_PAGES = [65, 3, 1]  # of blocks that come later
+blocks = st.integers(0, 20)  # of those that there are: see Secondary.block
 #  Which epoch a call names, relative to the right one: nearly always that one.
 slips = st.sampled_from([0, 0, 0, 0, 0, 0, 0, 0, 1, -1, 5])
 
 
-@st.composite
-def spans(draw: st.DrawFn) -> tuple[int, int, int]:
-    """A block, a first page in it, and how many pages from there."""
-    block = draw(blocks)
-    first = draw(st.integers(0, N_PAGES[block] - 1))
-    return block, first, draw(st.integers(1, min(70, N_PAGES[block] - first)))
+spans = st.tuples(blocks, st.integers(0, 200), st.integers(1, 70))  # a block, a page, how many: see Secondary.span
 
 
 class VetoedError(Exception):
@@ -53,15 +50,21 @@ class Secondary(RuleBasedStateMachine):
         name = f"t{os.getpid()}-m{next(numbers)}"
         self.memory = Memory.create(name, SPECS, backing="shm", memory_mode=self.memory_mode)
         # The image, and with memory mode mirror the vCPU's own mapping: writes are in no log until one is synced.
-        self.maps = [mmap.mmap(image.guest_fd, image.spec.len_bytes) for image in self.memory.images]
-        self.guest = [np.frombuffer(one, "<u8").reshape(-1, PAGE // 8) for one in self.maps]
+        self.maps: dict[int, mmap.mmap] = {}
+        self.guest: dict[int, npt.NDArray[np.uint64]] = {}
+        for index, image in enumerate(self.memory.images):
+            self.map(index, image)
         self.cache: Cache | None = Cache.create(self.memory, threads=2, device_state_max=10_000)
+
+    def map(self, index: int, image: Images) -> None:
+        self.maps[index] = mmap.mmap(image.guest_fd, image.spec.len_bytes)
+        self.guest[index] = np.frombuffer(self.maps[index], "<u8").reshape(-1, PAGE // 8)
 
     def teardown(self) -> None:
         if self.cache is not None:
             self.cache.close()
-        self.guest = []
-        for one in self.maps:
+        self.guest.clear()
+        for one in self.maps.values():
             one.close()
         self.memory.unlink()
         self.memory.close()
@@ -90,12 +93,36 @@ class Secondary(RuleBasedStateMachine):
         """The epoch that is open or would be opened next."""
         return max(0, (self.model.open or self.model.receiving + 1) + slip)
 
+    def block(self, number: int) -> int:
+        """One of the blocks that there are."""
+        return list(self.model.blocks)[number % len(self.model.blocks)]
+
+    def span(self, span: tuple[int, int, int]) -> tuple[int, int, int]:
+        """A block, a first page in it, and how many pages from there."""
+        block = self.block(span[0])
+        n_pages = self.model.blocks[block].n_pages
+        first = span[1] % n_pages
+        return block, first, min(span[2], n_pages - first)
+
+    # ---- blocks that come and go ----
+
+    @precondition(lambda self: self.cache is not None and len(self.maps) < len(N_PAGES) + len(LATE_PAGES))
+    @rule()
+    def add_block(self) -> None:
+        number = len(self.maps)
+        spec = BlockSpec(f"block {number}", LATE_PAGES[number - len(N_PAGES)] * PAGE)
+        images = self.memory.add_block(spec) if number == len(self.memory.images) else self.memory.images[-1]
+        answers = self.both(lambda: self.model.add_block(spec.n_pages), lambda: self.engine.add_block(images))
+        if answers is not None:
+            assert answers[0] == answers[1].index
+            self.map(answers[0], images)
+
     # ---- an epoch arrives ----
 
     @precondition(lambda self: self.cache is not None)
-    @rule(span=spans(), slip=slips)
+    @rule(span=spans, slip=slips)
     def receive(self, span: tuple[int, int, int], slip: int) -> None:
-        block, pfn, _ = span
+        block, pfn, _ = self.span(span)
         stamp, epoch = next(self.stamps), self.epoch(slip)
         self.both(
             lambda: self.model.receive(epoch, block, {pfn: stamp}, 1),
@@ -103,9 +130,9 @@ class Secondary(RuleBasedStateMachine):
         )
 
     @precondition(lambda self: self.cache is not None)
-    @rule(span=spans(), slip=slips)
+    @rule(span=spans, slip=slips)
     def receive_zero(self, span: tuple[int, int, int], slip: int) -> None:
-        block, first, n = span
+        block, first, n = self.span(span)
         epoch = self.epoch(slip)
         self.both(
             lambda: self.model.receive(epoch, block, dict.fromkeys(range(first, first + n), 0), n),
@@ -115,7 +142,8 @@ class Secondary(RuleBasedStateMachine):
     @precondition(lambda self: self.cache is not None)
     @rule(block=blocks, data=st.data(), slip=slips)
     def receive_pages(self, block: int, data: st.DataObject, slip: int) -> None:
-        pfns = data.draw(st.lists(st.integers(0, N_PAGES[block] - 1), max_size=8))
+        block = self.block(block)
+        pfns = data.draw(st.lists(st.integers(0, self.model.blocks[block].n_pages - 1), max_size=8))
         stamps, epoch = [next(self.stamps) for _ in pfns], self.epoch(slip)
         self.both(
             lambda: self.model.receive(epoch, block, dict(zip(pfns, stamps, strict=True)), len(pfns)),
@@ -153,10 +181,10 @@ class Secondary(RuleBasedStateMachine):
     # ---- the SVM writes ----
 
     @precondition(lambda self: self.cache is not None)
-    @rule(span=spans(), how=st.sampled_from(["mark_dirty", "words", "view"]))
+    @rule(span=spans, how=st.sampled_from(["mark_dirty", "words", "view"]))
     def guest_write(self, span: tuple[int, int, int], how: str) -> None:
         """As user space, as a vCPU whose log is then synced from an odd page on, or through a writable view."""
-        block, first, n = span
+        block, first, n = self.span(span)
         stamps = [next(self.stamps) for _ in range(n)]
         column = np.array(stamps, np.uint64)[:, None]
         if how == "view" or self.model.bounded:  # a vCPU over bounded memory runs on the same private mapping
@@ -176,8 +204,10 @@ class Secondary(RuleBasedStateMachine):
     @rule(block=blocks, data=st.data())
     def sync_words(self, block: int, data: st.DataObject) -> None:
         """Any bits: extra ones are always safe."""
-        pages = data.draw(st.sets(st.integers(0, N_PAGES[block] - 1), max_size=20))
-        self.engine.sync_words(block, words_of(pages, N_PAGES[block]))
+        block = self.block(block)
+        n_pages = self.model.blocks[block].n_pages
+        pages = data.draw(st.sets(st.integers(0, n_pages - 1), max_size=20))
+        self.engine.sync_words(block, words_of(pages, n_pages))
         self.model.mark(block, pages)
 
     @precondition(lambda self: self.cache is not None)
@@ -259,10 +289,10 @@ class Secondary(RuleBasedStateMachine):
             assert answers[1].epoch == self.model.sealed
 
     @precondition(lambda self: self.cache is not None)
-    @rule(unlogged=spans())
+    @rule(unlogged=spans)
     def die_and_attach(self, unlogged: tuple[int, int, int]) -> None:
         """The handle goes, and with it what the VM wrote without anybody knowing; the next process attaches."""
-        block, first, n = unlogged
+        block, first, n = self.span(unlogged)
         self.engine.close()
         self.cache = None
         lives = 0 < self.model.sealed == self.model.committed and self.model.phase != Phase.SEALING
@@ -282,9 +312,9 @@ class Secondary(RuleBasedStateMachine):
             assert recovery.receiving_epoch == self.model.receiving
             if answers[0] == c.Action.NOTHING:  # the initial copy starts again: every page comes
                 epoch = self.epoch()
-                for block, n in enumerate(N_PAGES):
-                    self.model.receive(epoch, block, dict.fromkeys(range(n), 0), n)
-                    self.engine.receive_zero(epoch, block, 0, n)
+                for block, one in self.model.blocks.items():
+                    self.model.receive(epoch, block, dict.fromkeys(range(one.n_pages), 0), one.n_pages)
+                    self.engine.receive_zero(epoch, block, 0, one.n_pages)
 
     @precondition(lambda self: self.cache is None)
     @rule()
@@ -296,8 +326,10 @@ class Secondary(RuleBasedStateMachine):
 
     @invariant()
     def images_are_the_oracles(self) -> None:
-        for block, guest, image in zip(self.model.blocks, self.guest, self.memory.images, strict=True):
-            assert stamps_of(guest) == block.guest
+        images = {image.spec.name: image for image in self.memory.images}
+        for index, block in self.model.blocks.items():
+            image = images[f"block {index}"]
+            assert stamps_of(self.guest[index]) == block.guest
             # Not through a mapping: reading a hole there would fill it.
             cached = np.frombuffer(os.pread(image.cache_fd, image.spec.len_bytes, 0), "<u8")
             if not self.model.bounded or self.cache is not None:  # else a dead one's may hold anything
@@ -309,7 +341,7 @@ class Secondary(RuleBasedStateMachine):
     @precondition(lambda self: self.cache is not None)
     @invariant()
     def the_vm_sees_its_own(self) -> None:
-        for block, engine in zip(self.model.blocks, self.engine.blocks.values(), strict=True):
+        for block, engine in zip(self.model.blocks.values(), self.engine.blocks.values(), strict=True):
             view = engine.guest
             assert stamps_of(view) == block.seen_by_vm
             del view
@@ -322,7 +354,7 @@ class Secondary(RuleBasedStateMachine):
     @precondition(lambda self: self.cache is not None)
     @invariant()
     def bitmaps_and_status_are_the_oracles(self) -> None:
-        for block, engine in zip(self.model.blocks, self.engine.blocks.values(), strict=True):
+        for block, engine in zip(self.model.blocks.values(), self.engine.blocks.values(), strict=True):
             assert pages_of(engine.pvm_bitmap) == block.pvm
             assert pages_of(engine.svm_bitmap) == block.svm
             if self.model.phase == Phase.SEALING and self.model.committed != self.model.sealed:

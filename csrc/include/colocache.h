@@ -9,16 +9,17 @@
  * Then every page that either machine wrote is copied from the cache over guest RAM: the flush.
  * After a crash between the two the next process that attaches repeats the flush.
  *
- * Contents: the life of a secondary, the life of a primary, memory you bring, bounded memory, what
- * you must hold still, KVM, threads, processes and signals, errors, ownership, structs and
- * versions, limits, after a death, the promise.
+ * Contents: the life of a secondary, the life of a primary, memory you bring, bounded memory,
+ * memory that comes and goes, what you must hold still, KVM, threads, processes and signals,
+ * errors, ownership, structs and versions, limits, after a death, the promise.
  * A whole VMM that uses all this in 400 lines is tests/c/vmm_secondary.c; csrc/README.md tells how
  * the inside works.
  *
  * ---- The life of a secondary, in calls ----
  *
  *     colocache_create            one control region (a file descriptor of yours, size 0)
- *     colocache_add_block         once per RAM block: two images, guest RAM and cache
+ *     colocache_add_block         once per RAM block: two images, guest RAM and cache; more may
+ *                                 come later
  *     colocache_source_*          the SVM's dirty log; colocache_source_discard before it runs
  *     colocache_receive_*         the initial copy, epoch 1; colocache_preflush at any time
  *  then for each epoch, the first included:
@@ -125,6 +126,20 @@
  *   - Refused: hugetlb (a private copy is a whole huge page), blocks by address, SHARED_ELSEWHERE.
  *     Nobody may punch holes into the guest image (a balloon, free page reporting): that changes
  *     the image under a private mapping too.
+ *
+ * ---- Memory that comes and goes ----
+ *
+ *  RAM that is plugged in while the machines run is a new block, added on both sides in the same
+ *  order: colocache_add_block, then colocache_sender_add_block, whose pages the primary sends only
+ *  when it was told that the secondary has the block.
+ *   - The next epoch that is sealed has it; no epoch before it has.  Until then, whichever epoch
+ *     is aborted, all of it counts as written by the SVM: its first flush makes it whole.
+ *   - After a death before that seal the block is all zeros, in a VM that knows nothing of it
+ *     yet, as its device state is older.
+ *   - A process can die between making the files and the return of add_block, so whoever attaches
+ *     asks colocache_inspect which blocks the region has; what it does not name was never used.
+ *   - A KVM slot of the new block has KVM_MEM_LOG_DIRTY_PAGES from the start, and is in the source
+ *     before the next sync.
  *
  * ---- What you must hold still, and when ----
  *
@@ -485,14 +500,16 @@ int colocache_create(int control_fd, const struct colocache_options *options,
                      struct colocache **out);
 
 /* Add a RAM block; *block_out is its index, from 0 in the order of the calls.  Both images are
- * mapped (or taken at their addresses) and must be zero-filled and of full size.  Only before
- * the first page is received (E_ORDER).  E_BLOCK: name used twice or too many; E_LENGTH: length
- * or page size; E_NO_MEMORY. */
+ * mapped (or taken at their addresses) and must be zero-filled and of full size.  At any time
+ * but from the seal of an epoch to colocache_loaded (E_SEALED), also while pages arrive: see
+ * "Memory that comes and goes".  E_BLOCK: name used twice or too many; E_LENGTH: length or page
+ * size; E_NO_MEMORY, E_LOAD_FAILED, E_FAILED_OVER. */
 int colocache_add_block(struct colocache *cc, const struct colocache_images *images,
                         uint32_t *block_out);
 
 /* Take over the control region of a process that died.  `images` names every block of the
- * region, in any order, each with the same struct_size.  Pages of sparse blocks that hold
+ * region and no other, in any order, each with the same struct_size; if its owner may have died
+ * while a block came, colocache_inspect tells which there are.  Pages of sparse blocks that hold
  * nothing are left alone.  Verifies the region, repeats or finishes what was sealed, and tells
  * in *report what it found and did.  It may itself be killed at any point and called again.
  * E_BUSY, E_NOT_COLOCACHE, E_LAYOUT, E_CORRUPT, E_FOREIGN_IMAGE, E_BLOCK (missing or unknown
@@ -869,8 +886,8 @@ struct colocache_run {                 /* pages taken to be sent */
  * thread; the rest in one thread at a time. */
 int colocache_sender_create(struct colocache_sender **out);
 int colocache_sender_close(struct colocache_sender *sender);
-/* *block_out as on the secondary: the order of the calls is what pairs the blocks.  E_ORDER once
- * pages were sent. */
+/* *block_out as on the secondary: the order of the calls is what pairs the blocks.  Once pages
+ * were sent, all of a new block is pending and unacked: the peer has nothing of it. */
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr,
                                uint64_t len_bytes, uint32_t page_size, uint32_t *block_out);
 /* Take the log into unacked and pending.  The log is write-protected or cleared before this

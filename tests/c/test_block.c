@@ -176,17 +176,6 @@ static void there_is_room_for_256_blocks(void)
     end();
 }
 
-static void blocks_come_before_pages(void)
-{
-    begin();
-    struct colocache_images images = rig_images(&one);
-    CHECK_RC(0, colocache_add_block(cc, &images, NULL));
-    CHECK_RC(0, colocache_receive_zero(cc, 1, 0, 0, 1));
-    images = rig_images(&two);
-    CHECK_RC(COLOCACHE_E_ORDER, colocache_add_block(cc, &images, NULL));
-    end();
-}
-
 static void info_and_bitmaps_of_a_block(void)
 {
     begin();
@@ -377,7 +366,6 @@ int main(void)
     RUN(names_and_memory_are_used_once);
     RUN(blocks_may_share_a_file_at_offsets);
     RUN(there_is_room_for_256_blocks);
-    RUN(blocks_come_before_pages);
     RUN(info_and_bitmaps_of_a_block);
     RUN(block_by_address_alone_works_and_cannot_be_attached);
     RUN(guest_addr_must_be_a_shared_mapping_of_the_image);

@@ -443,7 +443,34 @@ static void a_senders_arguments_are_checked(void)
     CHECK_EQ(9, index);
     counts_are_the_oracles();
     CHECK_RC(0, colocache_sender_send(primary.sender, pair[0], 0, 1, 0, 1, 0, NULL)); /* nothing is pending */
-    CHECK_RC(COLOCACHE_E_ORDER, colocache_sender_add_block(primary.sender, "late", primary.ram[0], 4096, 4096, &index));
+    end();
+}
+
+/* Before the first page the caller says what is to be sent; later it is everything, as the peer has nothing of the block. */
+static void all_of_a_block_that_comes_late_is_sent(void)
+{
+    static uint8_t late[3][4096] = {{1}, {0}, {3}};
+    uint64_t pending, unacked;
+    struct colocache_run runs[8];
+    uint32_t n_runs, index = 9;
+    begin();
+    CHECK_RC(0, colocache_sender_add_block(primary.sender, "early", late, sizeof late, 4096, &index));
+    CHECK_EQ(N_BLOCKS, index);
+    counts_are_the_oracles();
+    CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 0, runs, 8, &n_runs));
+    CHECK_EQ(0, n_runs);
+    CHECK_RC(0, colocache_sender_add_block(primary.sender, "late", late, sizeof late, 4096, &index));
+    CHECK_EQ(N_BLOCKS + 1, index);
+    CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &unacked));
+    CHECK_EQ(3, pending);
+    CHECK_EQ(3, unacked);
+    CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 0, runs, 8, &n_runs));
+    CHECK_EQ(3, n_runs);
+    for (uint32_t i = 0; i < n_runs; i++)
+        CHECK(runs[i].block == index && runs[i].first_pfn == i && runs[i].zero == (i == 1) && runs[i].addr == late[i]);
+    CHECK_RC(0, colocache_sender_received(primary.sender));
+    CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &unacked));
+    CHECK_EQ(0, pending + unacked);
     end();
 }
 
@@ -458,5 +485,6 @@ int main(void)
     RUN(what_is_packed_into_memory_fits_and_arrives);
     RUN(a_lost_or_silent_peer_ends_the_send);
     RUN(a_senders_arguments_are_checked);
+    RUN(all_of_a_block_that_comes_late_is_sent);
     return DONE();
 }
