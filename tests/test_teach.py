@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import random
 
 import pytest
+from recorded_lesson import at, pages, recorded
 
 import colocache
 from colocache.replication.messages import MessageType
@@ -16,13 +16,8 @@ from colocache.teach import judge, quiz, tags, wire
 from colocache.teach.chapters import CHAPTERS
 from colocache.teach.pair import new_pair, pair_in_step
 from colocache.teach.play import record
-from colocache.teach.recording import Chapter, Lesson, LessonFormatError, Step, read_lesson
+from colocache.teach.recording import Lesson, LessonFormatError, read_lesson
 from colocache.teach.shape import Shape
-
-
-@functools.cache
-def recorded(n_pages: int) -> Lesson:
-    return record(CHAPTERS, n_pages)
 
 
 @pytest.fixture(params=[64, 250])  # a square, and a guest whose last row and last word are not full
@@ -35,20 +30,13 @@ def small() -> Lesson:
     return recorded(64)
 
 
-def pages(bits: str) -> set[int]:
-    return {pfn for pfn, bit in enumerate(bits) if bit == "1"}
-
-
-def at(chapter: Chapter, title: str) -> Step:
-    return next(step for step in chapter.steps if step.title == title)
-
-
 # ---- what holds in every step --------------------------------------------------------------------
 
 
 def test_every_chapter_of_the_issue_is_there(small: Lesson) -> None:
     assert [chapter.id for chapter in small.chapters if chapter.kind == "lesson"] == [
         "in-step", "drifting", "arriving", "union", "seal", "flush", "conversation", "one-bitmap",
+        "bounded", "stock-qemu",
     ]  # fmt: skip
     assert sum(chapter.kind == "death" for chapter in small.chapters) == 6
     assert [chapter.id for chapter in small.chapters if chapter.kind == "counter"] == [
@@ -87,7 +75,8 @@ def test_when_an_epoch_is_committed_svm_memory_is_it_unless_done_wrong_on_purpos
         for step in chapter.steps:
             if chapter.kind != "counter" and step.target and step.status["committed"] == step.target:
                 seen += 1
-                assert step.images["svm"] == step.images["cache"] == chapter.epochs[step.target], step.title
+                whole = step.ram if chapter.memory == "bounded" else step.images["cache"]
+                assert step.images["svm"] == whole == chapter.epochs[step.target], step.title
                 assert step.wrong == "0" * lesson.n_pages
                 assert step.verdict["kind"] == "epoch"
     assert seen >= 10
@@ -229,7 +218,7 @@ def test_the_wrong_ways_fail_as_they_are_said_to(lesson: Lesson) -> None:
 
 
 def test_nothing_is_left_behind() -> None:
-    record([chapter for chapter in CHAPTERS if chapter.id in ("union", "death-mid-flush")])
+    record([chapter for chapter in CHAPTERS if chapter.id in ("union", "death-mid-flush", "stock-qemu")])
     assert [region.name for region in colocache.list_regions() if region.name.startswith(f"{os.getpid()}-")] == []
 
 
@@ -292,6 +281,8 @@ def test_the_export_is_read_back_unchanged(lesson: Lesson) -> None:
         (("chapters", 0, "steps", 0, "images", "pvm"), ["X9"] * 64),
         (("chapters", 0, "steps", 0, "status", "phase"), "odd"), (("chapters", 0, "steps", 0, "focus"), None),
         (("chapters", 0, "steps", 0, "alive", "pvm"), 1), (("chapters", 1, "id"), "in-step"),
+        (("chapters", 0, "memory"), "half"), (("chapters", 0, "steps", 0, "ram"), ["P1"] * 64),
+        (("chapters", 8, "steps", 0, "ram"), []), (("chapters", 8, "memory"), "mirror"),
         (("chapters", 0, "steps", 6, "target"), 9), (("chapters", 0, "steps", 0, "flush_state"), ""),
     ],
 )  # fmt: skip

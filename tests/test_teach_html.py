@@ -45,8 +45,11 @@ def browser(shared_browser: Browser, page: Path) -> Browser:
 DRAWN = """(() => {
   const cells = (panel) => [...document.querySelectorAll(`[data-panel="${panel}"] [data-pfn]`)];
   const out = {};
-  for (const panel of ["pvm-memory", "cache", "svm-memory", "pvm-bitmap", "svm-bitmap", "flush-set", "unacked"])
-    out[panel] = cells(panel).map((cell) => cell.textContent);
+  for (const panel of [
+    "pvm-memory", "cache", "svm-memory", "pvm-bitmap", "svm-bitmap", "guest-ram", "flush-set", "unacked",
+  ])
+    if (document.querySelector(`[data-panel="${panel}"]`).checkVisibility())
+      out[panel] = cells(panel).map((cell) => cell.textContent);
   out.wrong = cells("svm-memory").map((cell) => cell.classList.contains("wrong"));
   out.title = document.getElementById("step-title").textContent;
   out.text = document.getElementById("step-text").textContent;
@@ -63,14 +66,15 @@ def expected(chapter: Chapter, number: int, step: Step) -> dict[str, Any]:
     def marks(name: str) -> list[str]:
         return ["1" if bit == "1" else "" for bit in bits[name]]
 
-    def stamps(name: str) -> list[str]:
-        return ["" if stamp == "-" else stamp for stamp in step.images[name]]
+    def stamps(image: tuple[str, ...]) -> list[str]:
+        return ["" if stamp == "-" else stamp for stamp in image]
 
     flush = ["" if b == "0" else o if o != "." else "1" for b, o in zip(bits["flush"], step.origin, strict=True)]
     pairs = zip(bits["unacked"], bits["pending"], strict=True)
     return {
-        "pvm-memory": stamps("pvm"), "cache": stamps("cache"), "svm-memory": stamps("svm"),
-        "pvm-bitmap": marks("pvm"), "svm-bitmap": marks("svm"), "flush-set": flush,
+        "pvm-memory": stamps(step.images["pvm"]), "cache": stamps(step.images["cache"]),
+        "svm-memory": stamps(step.images["svm"]), "pvm-bitmap": marks("pvm"), "flush-set": flush,
+        **({"guest-ram": stamps(step.ram)} if chapter.memory == "bounded" else {"svm-bitmap": marks("svm")}),
         "unacked": ["w" if p == "1" else "u" if u == "1" else "" for u, p in pairs],
         "wrong": [bit == "1" for bit in step.wrong], "title": step.title, "text": step.text,
         "verdict": step.verdict["sentence"], "hash": f"#{chapter.id}/{number}",
@@ -128,7 +132,9 @@ def test_the_skip_link_goes_to_the_machines_and_keeps_the_step(browser: Browser)
 
 SEEN_TOGETHER = """(() => {
   const box = (selector) => document.querySelector(selector).getBoundingClientRect();
-  const parts = [".step", '[data-panel="pvm-bitmap"] .grid', '[data-panel="svm-bitmap"] .grid'].map(box);
+  const last = ["svm-bitmap", "guest-ram"].map((name) => `[data-panel="${name}"]`)
+    .find((one) => document.querySelector(one).checkVisibility());
+  const parts = [".step", '[data-panel="pvm-bitmap"] .grid', `${last} .grid`].map(box);
   return [Math.min(...parts.map((part) => part.top)), Math.max(...parts.map((part) => part.bottom)), box(".bar").top];
 })()"""
 
@@ -149,22 +155,27 @@ def test_text_and_both_bitmaps_are_on_one_screen_of_a_laptop_and_in_reach_on_a_p
         assert bottom - top <= bar, f"{hash_}: {bottom - top} pixels, {bar} are free"
 
 
-def test_a_printed_chapter_is_a_handout_of_all_its_steps_in_colour(browser: Browser, lesson: Lesson) -> None:
-    union = lesson.chapter("union")
-    browser.js("location.hash = '#union/2'")
+@pytest.mark.parametrize("name", ["union", "bounded", "stock-qemu"])
+def test_a_printed_chapter_is_a_handout_of_all_its_steps_in_colour(browser: Browser, lesson: Lesson, name: str) -> None:
+    printed = lesson.chapter(name)
+    browser.js(f"location.hash = '#{name}/2'")
     browser.js("window.dispatchEvent(new Event('beforeprint'))")
     browser.tell("Emulation.setEmulatedMedia", media="print")
     text = browser.js("document.body.innerText")
-    assert union.question in text
-    assert union.answer in text
-    for step in union.steps:
+    assert printed.question in text
+    assert printed.answer in text
+    for step in printed.steps:
         assert step.title in text
         assert step.text in text
-    assert browser.js("document.querySelectorAll('#handout .sheet').length") == len(union.steps)
-    assert browser.js("document.querySelectorAll('#handout .copies figure').length") == 7 * len(union.steps)
+    shown = browser.js("[...document.querySelectorAll('#handout figcaption')].map((one) => one.textContent)")
+    assert ("SVM bitmap" in shown) == (printed.memory == "mirror")
+    assert ("guest RAM" in shown) == (printed.memory == "bounded")
+    assert browser.js("document.querySelectorAll('#handout .sheet').length") == len(printed.steps)
+    assert browser.js("document.querySelectorAll('#handout .copies figure').length") == 7 * len(printed.steps)
     assert browser.js("getComputedStyle(document.querySelector('.frame')).display") == "none"
     colours = browser.js("""["P0", "S0", "B"].map((kind) => {
-      const style = getComputedStyle(document.querySelector(`#handout .copies .${kind}`));
+      const style = getComputedStyle(
+        document.querySelector(`#handout .copies .${kind}`) ?? document.querySelector(`#handout .key .${kind}`));
       return [style.printColorAdjust, style.backgroundColor, style.backgroundImage];
     })""")
     assert [keep for keep, _, _ in colours] == ["exact"] * 3

@@ -52,7 +52,8 @@ def teach(
     """Why two bitmaps and a cache? A lesson to look at, drawn from the real engine.
 
     Steps through a guest of 64 to 256 pages: PVM memory, cache, both bitmaps, flush set, unacked and SVM memory, each
-    read from the engine's shared memory as it runs. Keys: n or right, p or left, ] and [ for chapters, Home, End, ? for
+    read from the engine's shared memory as it runs; with two images and with bounded memory, and driven from outside as
+    a stock QEMU is. Keys: n or right, p or left, ] and [ for chapters, Home, End, ? for
     the legend, q. In a pipe all steps are written as plain text.
 
     The web page of --html can also be played: click which machine writes which page, run the checkpoint, kill either

@@ -2,7 +2,9 @@
 """The lesson: why COLO needs two bitmaps and a cache, run on the real engine and drawn from what it holds.
 
 shape, tags            the guest: its grid, and pages that say who wrote them
-primary, secondary     the two machines, thin users of Sender and Cache;  victim: a secondary that can be killed
+primary, secondary     the two machines, thin users of Sender and Cache
+spoken, victim         a child process that takes orders; a secondary that runs in one, and can be killed
+outside                a secondary whose guest runs in processes of its own, as under a stock QEMU
 pair, play             both together; running a chapter and reading everything at each step
 judge, recording       what an image is; the recorded lesson and its file format
 chapters/              one small function per chapter

@@ -85,8 +85,13 @@ def unacked_cells(step: Step) -> list[Cell]:
 
 
 def grids(chapter: Chapter, number: int) -> dict[str, list[Cell]]:
-    """Every grid of a step, by the name that is shown."""
+    """Every grid of a step, by the name that is shown. Bounded memory has no SVM bitmap; its place is guest RAM's."""
     step, newest = chapter.steps[number], newest_epoch(chapter, number)
+    last = (
+        {"guest RAM": image_cells(step.ram, newest)}
+        if step.ram
+        else {"SVM bitmap": bit_cells(step.bitmaps["svm"], SVM)}
+    )
     return {
         "PVM memory": image_cells(step.images["pvm"], newest),
         "cache": image_cells(step.images["cache"], newest),
@@ -94,16 +99,16 @@ def grids(chapter: Chapter, number: int) -> dict[str, list[Cell]]:
         "SVM memory": image_cells(step.images["svm"], newest),
         "unacked": unacked_cells(step),
         "PVM bitmap": bit_cells(step.bitmaps["pvm"], PVM),
-        "SVM bitmap": bit_cells(step.bitmaps["svm"], SVM),
+        **last,
     }
 
 
 SHORT = {
     "PVM memory": "PVM", "unacked": "unack", "cache": "cache", "PVM bitmap": "PVM b", "flush set": "flush",
-    "SVM bitmap": "SVM b", "SVM memory": "SVM",
+    "SVM bitmap": "SVM b", "guest RAM": "RAM", "SVM memory": "SVM",
 }  # fmt: skip
-ROWS = (("PVM memory", "cache", "flush set", "SVM memory"), ("unacked", "PVM bitmap", None, "SVM bitmap"))
-PER_ROW = 4
+ROWS = (("PVM memory", "cache", "flush set", "SVM memory"), ("unacked", "PVM bitmap", None, "SVM bitmap", "guest RAM"))
+PER_ROW, PER_STEP = 4, 7
 
 
 def draw(chapter: Chapter, number: int, columns: int, width: int, height: int = 0) -> RenderableType:
@@ -115,7 +120,7 @@ def draw(chapter: Chapter, number: int, columns: int, width: int, height: int = 
     now = grids(chapter, number)
     then = grids(chapter, number - 1) if number else {}
     if is_low(columns, len(step.wrong), width, height):
-        panels = _lay([[_panel(name, now[name], then.get(name), step, columns, 1) for name in SHORT]])
+        panels = _lay([[_panel(name, now[name], then.get(name), step, columns, 1) for name in SHORT if name in now]])
         head, foot = _head(chapter, number, short=True), _foot(chapter, number)
         if is_taller(Group(*head, panels, *foot), width, height - 1):  # a line is the keys'
             head, foot = _head(chapter, number, short=True, doing=False), _foot(chapter, number, short=True)
@@ -125,6 +130,7 @@ def draw(chapter: Chapter, number: int, columns: int, width: int, height: int = 
         [
             Text("") if name is None else _panel(name, now[name], then.get(name), step, columns, cell_width)
             for name in row
+            if name is None or name in now
         ]
         for row in ROWS
     ]
@@ -141,7 +147,7 @@ def cell_width_of(columns: int, width: int) -> int:
 
 def is_low(columns: int, n_pages: int, width: int, height: int) -> bool:
     """Whether all grids go into one row, because two don't fit the height."""
-    return 0 < height < 2 * -(-n_pages // columns) + 17 and len(SHORT) * (columns + 2) <= width
+    return 0 < height < 2 * -(-n_pages // columns) + 17 and PER_STEP * (columns + 2) <= width
 
 
 def is_taller(drawn: RenderableType, width: int, height: int) -> bool:

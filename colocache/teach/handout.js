@@ -11,7 +11,7 @@ const handout = (() => {
     section.append(make("h2", {}, `${number + 1}. ${s.title}`), make("p", {}, s.text));
     if (doing) section.append(make("p", { class: "soft" }, doing));
     const row = make("div", { class: "copies" });
-    row.append(...panels.NAMES.map((panel) => panels.copy(panel, s, before, top)));
+    row.append(...panels.shown(s).map((panel) => panels.copy(panel, s, before, top)));
     section.append(row, make("p", { class: "soft" }, `SVM memory: ${s.verdict.sentence}`));
     for (const side of ["pvm", "svm"]) if (s.if_now[side]) section.append(make("p", { class: "soft" }, `${IF[side]}: ${s.if_now[side]}`));
     return section;

@@ -66,10 +66,13 @@ def flush_state(status: Mapping[str, Any], *, own_list: bool) -> str:
     return "due" if status["sealed"] > status["committed"] else "done"
 
 
-def if_now(status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdict) -> dict[str, str]:
+def if_now(
+    status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdict, *, bounded: bool = False
+) -> dict[str, str]:
     """What would happen if one side died at this moment: {"pvm": sentence, "svm": sentence}; "" if it is dead already.
 
     The table is that of csrc/recover.c and of failover in colocache.h; a wrong memory makes every answer wrong.
+    `bounded`: the secondary's memory is.
     """
     phase, sealed, committed = status["phase"], status["sealed"], status["committed"]
     due = sealed > committed
@@ -90,6 +93,8 @@ def if_now(status: Mapping[str, Any], alive: Mapping[str, bool], verdict: Verdic
         svm = "No epoch is complete: all of memory would have to be sent again."
     elif due:
         svm = f"The next process would replay the flush and have exactly epoch {sealed}."
+    elif bounded:
+        svm = f"Guest RAM is exactly epoch {sealed}: the next process would restart from there."
     elif status["receiving"] > sealed:
         svm = (
             f"Pages of epoch {status['receiving']} are in the cache: nothing to restart from until the next checkpoint."

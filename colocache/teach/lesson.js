@@ -97,7 +97,7 @@ const lesson = (() => {
     const c = chapter(), s = step(), top = panels.newest(c, at.step), pfn = at.page;
     box.append(make("h3", {}, `Page ${pfn}`));
     const list = make("dl");
-    for (const panel of panels.NAMES) {
+    for (const panel of panels.shown(s)) {
       const value = panels.look(panel, s, top)[pfn];
       const dd = make("dd");
       if (value.text) dd.append(make("b", {}, value.text), ` ${value.words}`);
@@ -107,12 +107,14 @@ const lesson = (() => {
     const table = make("table");
     table.append(make("caption", {}, "Its bytes through this chapter"));
     const head = make("tr");
-    for (const name of ["step", "PVM", "cache", "SVM"]) head.append(make("th", { scope: "col" }, name));
+    const ram = panels.isBounded(s);
+    for (const name of ["step", "PVM", "cache", "SVM", ...(ram ? ["guest RAM"] : [])]) head.append(make("th", { scope: "col" }, name));
     table.append(head);
     c.steps.forEach((one, index) => {
       const row = make("tr", index === at.step ? { class: "now" } : {});
       row.append(make("th", { scope: "row" }, `${index + 1} ${one.title}`));
       for (const name of ["pvm", "cache", "svm"]) row.append(make("td", {}, one.images[name][pfn]));
+      if (ram) row.append(make("td", {}, one.ram[pfn]));
       table.append(row);
     });
     box.append(list, table);

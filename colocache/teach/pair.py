@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
+
 from colocache import BlockSpec, Cache, Memory, Recovery
 from colocache.teach import tags
 from colocache.teach.guest import BLOCK
+from colocache.teach.outside import OutsideSecondary
 from colocache.teach.primary import CHUNK_PAGES, Primary
 from colocache.teach.secondary import Secondary, map_image
 from colocache.teach.shape import Shape
@@ -24,16 +28,25 @@ class Pair:
     """Both machines of a chapter. Verbs that take an epoch do to both sides what the conversation does.
 
     `epochs` is the truth to compare with: PVM memory as it stood when the PVM paused for each checkpoint.
+    `killable`: the secondary runs in a child process; `bounded`: its memory is; `outside`: its guest runs in processes
+    of its own, as a QEMU does.
     """
 
-    def __init__(self, shape: Shape, stack: contextlib.ExitStack, *, killable: bool) -> None:
-        self.shape = shape
+    def __init__(
+        self, shape: Shape, stack: contextlib.ExitStack, *, killable: bool, bounded: bool, outside: bool
+    ) -> None:
+        self.shape, self.bounded, self._outside = shape, bounded or outside, outside
         self.epochs: dict[int, tuple[str, ...]] = {}
         self.origin = "." * shape.n_pages  # of the newest flush set: P, S or B per page
         self._stack = stack
         self.pvm = stack.enter_context(Primary(shape.n_pages))
         self.memory = stack.enter_context(
-            Memory.create(None, [BlockSpec(BLOCK, shape.n_pages * tags.PAGE_BYTES)], backing="shm")
+            Memory.create(
+                None,
+                [BlockSpec(BLOCK, shape.n_pages * tags.PAGE_BYTES)],
+                backing="shm",
+                memory_mode="bounded" if self.bounded else "mirror",
+            )
         )
         self.sockets = socket.socketpair()
         for end in self.sockets:
@@ -45,10 +58,9 @@ class Pair:
         self.svm: Secondary | None = None
         self.victim: Victim | None = None
         if killable:
-            self.victim = stack.enter_context(Victim(self.memory, self.sockets[1].fileno()))
+            self.victim = stack.enter_context(Victim(self.memory, self.sockets[1].fileno(), outside=outside))
         else:
-            cache = stack.enter_context(Cache.create(self.memory, threads=1, device_state_max=4096))
-            self.svm = stack.enter_context(Secondary(self.memory, cache, self.sockets[1].fileno()))
+            self.svm = self._make_svm(stack.enter_context(Cache.create(self.memory, threads=1, device_state_max=4096)))
         self.svm_alive = True
         self.svm_list: str | None = None  # a secondary that is wrong on purpose keeps its own list
 
@@ -57,6 +69,10 @@ class Pair:
         for mapping in mappings:
             with contextlib.suppress(BufferError):
                 mapping.close()
+
+    def _make_svm(self, cache: Cache) -> Secondary:
+        kind = OutsideSecondary if self._outside else Secondary
+        return self._stack.enter_context(kind(self.memory, cache, self.sockets[1].fileno()))
 
     # ---- the secondary, wherever it runs ----
 
@@ -72,7 +88,7 @@ class Pair:
         self.victim.close()
         self.victim = None
         cache = self._stack.enter_context(Cache.attach(self.memory, threads=1))
-        self.svm = self._stack.enter_context(Secondary(self.memory, cache, self.sockets[1].fileno()))
+        self.svm = self._make_svm(cache)
         self.svm_alive = True
         assert cache.recovery is not None  # noqa: S101 attach always reports
         return cache.recovery
@@ -153,6 +169,22 @@ class Pair:
 
     # ---- looking ----
 
+    def images(self) -> dict[str, tuple[str, ...]]:
+        """What stands in PVM memory, in the cache, and in what the SVM sees; and, with bounded memory, in guest RAM.
+
+        A private mapping dies with its process: then the SVM's memory is what a next process would see, guest RAM.
+        """
+        n_bytes = self.shape.n_pages * tags.PAGE_BYTES
+        found = {"pvm": tags.read(self.pvm.ram.view) if self.pvm.alive else (tags.NEVER,) * self.shape.n_pages}
+        if not self.bounded:
+            return {**found, "cache": tags.read(self.cache), "svm": tags.read(self.guest)}
+        images = self.memory.images[0]
+        # Not through a mapping: looking at a hole of the cache would fill it.
+        cached = np.frombuffer(os.pread(images.cache_fd, n_bytes, images.cache_offset), np.uint8)
+        found["cache"], found["ram"] = tags.read(cached.reshape(-1, tags.PAGE_BYTES)), tags.read(self.guest)
+        found["svm"] = tuple(self.on_svm("memory")) if self.svm_alive else found["ram"]
+        return found
+
     def svm_bits(self) -> dict[str, str]:
         side = self.victim or self.svm
         return dict(NO_BITS) if side is None else side.bits()
@@ -163,16 +195,18 @@ class Pair:
 
 
 @contextmanager
-def new_pair(shape: Shape, *, killable: bool = False) -> Iterator[Pair]:
-    """A pair of which nothing has been sent yet. `killable`: the secondary runs in a child process."""
+def new_pair(shape: Shape, *, killable: bool = False, bounded: bool = False, outside: bool = False) -> Iterator[Pair]:
+    """A pair of which nothing has been sent yet; see Pair."""
     with contextlib.ExitStack() as stack:
-        yield Pair(shape, stack, killable=killable)
+        yield Pair(shape, stack, killable=killable, bounded=bounded, outside=outside)
 
 
 @contextmanager
-def pair_in_step(shape: Shape, *, killable: bool = False) -> Iterator[Pair]:
-    """A pair whose epoch 1 is committed: three equal images, empty bitmaps."""
-    with new_pair(shape, killable=killable) as pair:
+def pair_in_step(
+    shape: Shape, *, killable: bool = False, bounded: bool = False, outside: bool = False
+) -> Iterator[Pair]:
+    """A pair whose epoch 1 is committed: equal images, empty bitmaps."""
+    with new_pair(shape, killable=killable, bounded=bounded, outside=outside) as pair:
         pair.pvm_writes(shape.all)
         pair.checkpoint(1)
         yield pair

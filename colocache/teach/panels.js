@@ -10,8 +10,13 @@ const panels = (() => {
     "svm-memory": { name: "SVM memory", image: "svm", note: "guest RAM" },
     "pvm-bitmap": { name: "PVM bitmap", bits: "pvm", letter: "P", note: "pages that came" },
     "svm-bitmap": { name: "SVM bitmap", bits: "svm", letter: "S", note: "pages it wrote" },
+    "guest-ram": { name: "guest RAM", image: "ram", note: "in shared memory" },
   };
   const NAMES = Object.keys(PANELS);
+  // With bounded memory there is no SVM bitmap; guest RAM, which the SVM does not write, stands in its place.
+  const BOUNDED_NOTES = { cache: "only what has come", "svm-memory": "its private view" };
+  const isBounded = (s) => Boolean(s.ram && s.ram.length);
+  const shown = (s) => NAMES.filter((panel) => panel !== (isBounded(s) ? "svm-bitmap" : "guest-ram"));
   const FLUSH_NOTES = { none: "nothing sealed yet", due: "sealed: to be copied", done: "all copied", own: "a list of its own", answer: "your answer" };
   const FLUSH_WORDS = { ".": "not in it", P: "in it, written by the PVM", S: "in it, written by the SVM", B: "in it, written by both" };
   const UNACKED_WORDS = { "": "not in it", u: "sent, not confirmed", w: "waiting to be sent, not confirmed" };
@@ -50,10 +55,11 @@ const panels = (() => {
     const cells = [];
     for (let pfn = 0; pfn < nPages; pfn++) {
       if (spec.image) {
-        const stamp = s.images[spec.image][pfn];
+        const stamp = (spec.image === "ram" ? s.ram : s.images[spec.image])[pfn];
         const age = stamp.length > 1 ? Math.min(2, top - +stamp.slice(1)) : 0;
         const kind = stamp === "-" ? "" : stamp === "?" ? "torn" : stamp[0] + age;
-        cells.push({ text: stamp === "-" ? "" : stamp, kind, words: stampWords(stamp) });
+        const hole = stamp === "-" && panel === "cache" && isBounded(s);
+        cells.push({ text: stamp === "-" ? "" : stamp, kind, words: hole ? "not there, and takes no memory" : stampWords(stamp) });
       } else if (spec.bits) {
         const set = s.bitmaps[spec.bits][pfn] === "1";
         cells.push({ text: set ? "1" : "", kind: set ? spec.letter + "0" : "", words: set ? "set" : "not set" });
@@ -120,7 +126,7 @@ const panels = (() => {
     });
     grid.addEventListener("keydown", (event) => gridKey(event, panel, cells));
     holder.append(head, grid, sum);
-    grids[panel] = { cells, sum, grid, note };
+    grids[panel] = { cells, sum, grid, note, holder };
   };
   const gridKey = (event, panel, cells) => {
     const pfn = +event.target.dataset.pfn;
@@ -158,7 +164,8 @@ const panels = (() => {
 
   // ---- drawing a step ----------------------------------------------------------------------------------------------
   const draw = (s, before, top, chosen) => {
-    for (const panel of NAMES) {
+    for (const panel of NAMES) grids[panel].holder.hidden = !shown(s).includes(panel);
+    for (const panel of shown(s)) {
       const { cells, sum, grid, note } = grids[panel];
       const now = look(panel, s, top), then = before ? look(panel, before, top) : null;
       now.forEach((value, pfn) => {
@@ -173,7 +180,7 @@ const panels = (() => {
       if (panel === "flush-set") {
         note.textContent = FLUSH_NOTES[s.flush_state];
         grid.classList.toggle("done", s.flush_state === "done");
-      }
+      } else note.textContent = (isBounded(s) && BOUNDED_NOTES[panel]) || PANELS[panel].note || "";
     }
   };
   // A small copy of one grid, for paper.
@@ -191,5 +198,5 @@ const panels = (() => {
     figure.append(make("figcaption", {}, PANELS[panel].name), grid, make("p", { class: "sum" }, gone ? "gone with its machine" : summary(panel, now)));
     return figure;
   };
-  return { NAMES, PANELS, make, newest, look, setup, draw, copy, legend };
+  return { PANELS, shown, isBounded, make, newest, look, setup, draw, copy, legend };
 })();

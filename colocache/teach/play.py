@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from colocache.teach import judge, tags
+from colocache.teach import judge
 from colocache.teach.pair import Pair, new_pair, pair_in_step
 from colocache.teach.recording import Chapter, Lesson, Step
 from colocache.teach.shape import Shape
@@ -32,15 +32,16 @@ class Play:
         self.shape = shape
         self.steps: list[Step] = []
         self.epochs: dict[int, tuple[str, ...]] = {}
-        self._live: Pair | None = None
 
     def new_pair(self, *, killable: bool = False) -> AbstractContextManager[Pair]:
         """Two machines before the initial copy."""
         return new_pair(self.shape, killable=killable)
 
-    def pair_in_step(self, *, killable: bool = False) -> AbstractContextManager[Pair]:
-        """Two machines whose epoch 1 is committed."""
-        return pair_in_step(self.shape, killable=killable)
+    def pair_in_step(
+        self, *, killable: bool = False, bounded: bool = False, outside: bool = False
+    ) -> AbstractContextManager[Pair]:
+        """Two machines whose epoch 1 is committed; see Pair."""
+        return pair_in_step(self.shape, killable=killable, bounded=bounded, outside=outside)
 
     def step(
         self,
@@ -60,11 +61,8 @@ class Play:
         """
         n_pages = self.shape.n_pages
         self.epochs.update(pair.epochs)
-        images = {
-            "pvm": tags.read(pair.pvm.ram.view) if pair.pvm.alive else ("-",) * n_pages,
-            "cache": tags.read(pair.cache),
-            "svm": tags.read(pair.guest),
-        }
+        images = pair.images()
+        ram = images.pop("ram", ())
         own = pair.pvm.bits() if pair.pvm.alive else {"unacked": "0" * n_pages, "pending": "0" * n_pages}
         bits = {**pair.svm_bits(), **own}
         if pair.svm_list is not None:
@@ -85,6 +83,7 @@ class Play:
                 call=call,
                 message=message,
                 images=images,
+                ram=ram,
                 bitmaps=bits,
                 origin="".join(o if b == "1" else "." for o, b in zip(pair.origin, bits["flush"], strict=True)),
                 flush_state=state,
@@ -94,7 +93,7 @@ class Play:
                 verdict={"kind": verdict.kind, "epoch": verdict.epoch, "sentence": said},
                 target=target,
                 wrong=wrong,
-                if_now=judge.if_now(status, alive, verdict),
+                if_now=judge.if_now(status, alive, verdict, bounded=pair.bounded),
             )
         )
 
@@ -114,7 +113,9 @@ class Script:
         """Run it on the real engine."""
         play = Play(shape)
         self.run(play)
-        return Chapter(self.id, self.kind, self.title, self.question, self.answer, dict(play.epochs), tuple(play.steps))
+        memory = "bounded" if any(step.ram for step in play.steps) else "mirror"
+        steps, epochs = tuple(play.steps), dict(play.epochs)
+        return Chapter(self.id, self.kind, self.title, self.question, self.answer, memory, epochs, steps)
 
 
 def chapter(

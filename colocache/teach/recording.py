@@ -11,13 +11,17 @@ The file is one JSON object:
       id          short name, unique in the file
       kind        "lesson", "death" or "counter" (run wrongly on purpose)
       title, question, answer      text
+      memory      "mirror" (two whole images) or "bounded" (guest RAM, and the pages of the open epoch); if it is not
+                  there, "mirror"
       epochs      {"1": image, ...}: PVM memory as it stood when the PVM paused for that checkpoint
       steps       a list; each
         title, text         text; `text` is two sentences
         actor               "pvm", "svm", "wire" or "nobody": who acts in this step
-        call                the call of the Python API that did it, or ""
+        call                the call of the Python API that did it, or the command that a QEMU is given, or ""
         message             the message on the wire that goes with it, or ""
-        images              {pvm, cache, svm}: PVM memory, cache, SVM memory; each an image
+        images              {pvm, cache, svm}: PVM memory, cache, SVM memory; each an image. With bounded memory svm is
+                            what the SVM sees through its private mapping; of a dead process, what the next would see
+        ram                 with bounded memory guest RAM, an image; else [], as the SVM runs on guest RAM itself
         bitmaps             {pvm, svm, flush, unacked, pending}: each a bitmap; unacked and pending are the PVM's
         origin              one character per page of the flush set: P, S or B (both) for who wrote it, "." if not in it
         flush_state         "none", "due" (sealed, to be copied), "done" (committed) or "own": then `flush` is
@@ -52,6 +56,7 @@ IMAGES = ("pvm", "cache", "svm")
 BITMAPS = ("pvm", "svm", "flush", "unacked", "pending")
 ACTORS = ("pvm", "svm", "wire", "nobody")
 CHAPTER_KINDS = ("lesson", "death", "counter")
+MEMORIES = ("mirror", "bounded")
 FLUSH_STATES = ("none", "due", "done", "own")
 PHASES = ("empty", "live", "sealing", "load_failed", "failed_over")
 
@@ -70,6 +75,7 @@ class Step:
     call: str
     message: str
     images: dict[str, tuple[str, ...]]
+    ram: tuple[str, ...]
     bitmaps: dict[str, str]
     origin: str
     flush_state: str
@@ -91,6 +97,7 @@ class Chapter:
     title: str
     question: str
     answer: str
+    memory: str
     epochs: dict[int, tuple[str, ...]]
     steps: tuple[Step, ...]
 
@@ -146,12 +153,15 @@ def _need(condition: bool, sentence: str) -> None:
 def _chapter(found: dict[str, Any], n_pages: int) -> Chapter:
     where = f"chapter {found['id']}"
     _need(found["kind"] in CHAPTER_KINDS, f"{where}: kind is {found['kind']}")
+    memory = found.get("memory", "mirror")
+    _need(memory in MEMORIES, f"{where}: memory is {memory}")
     epochs = {int(key): _image(image, n_pages, f"{where}, epoch {key}") for key, image in found["epochs"].items()}
     steps = tuple(_step(one, n_pages, f"{where}, step {n}") for n, one in enumerate(found["steps"], 1))
     _need(bool(steps), f"{where} has no step")
     text = {name: str(found[name]) for name in ("id", "kind", "title", "question", "answer")}
-    made = Chapter(**text, epochs=epochs, steps=steps)
+    made = Chapter(**text, memory=memory, epochs=epochs, steps=steps)
     for n, step in enumerate(steps, 1):
+        _need(bool(step.ram) == (memory == "bounded"), f"{where}, step {n}: guest RAM does not go with {memory} memory")
         truth = judge.judge(step.images["svm"], epochs)
         said = (step.verdict["kind"], step.verdict["epoch"])
         _need(said == (truth.kind, truth.epoch), f"{where}, step {n}: verdict is {said}, the image says {truth}")
@@ -178,6 +188,7 @@ def _step(found: dict[str, Any], n_pages: int, where: str) -> Step:
         call=str(found["call"]),
         message=str(found["message"]),
         images={name: _image(found["images"][name], n_pages, f"{where}, image {name}") for name in IMAGES},
+        ram=_image(found["ram"], n_pages, f"{where}, guest RAM") if found.get("ram") else (),
         bitmaps={name: _string(found["bitmaps"][name], "01", n_pages, f"{where}, bitmap {name}") for name in BITMAPS},
         origin=_string(found["origin"], ".PSB", n_pages, f"{where}, origin"),
         flush_state=found["flush_state"],

@@ -20,7 +20,7 @@ from colocache import Cache, Memory
 from colocache.replication.events import Events
 from colocache.replication.svm import Svm
 from colocache.teach import tags
-from colocache.teach.guest import ScriptedGuest
+from colocache.teach.guest import BLOCK, ScriptedGuest
 from colocache.teach.primary import WAIT_SECONDS, bits_text
 from colocache.vmm.machine import Ram
 
@@ -32,21 +32,45 @@ def map_image(fd: int, offset: int, n_pages: int) -> tuple[mmap.mmap, tags.Pages
 
 
 class Secondary:
-    """An SVM without a CPU: `write` is what its guest would do, and `sync` hands over what its dirty log says."""
+    """An SVM without a CPU: `write` is what its guest would do, and `sync` hands over what its dirty log says.
+
+    With bounded memory the guest writes through the engine's private mapping, of which there is no log.
+    """
 
     def __init__(self, memory: Memory, cache: Cache, sock: int) -> None:
         self.cache, self._sock = cache, sock
         self.block = cache.blocks[0]
         self.n_pages = self.block.n_pages
+        self.bounded = memory.memory_mode == "bounded"
         images = memory.images[0]
-        self._mapping, self.ram = map_image(images.guest_fd, images.guest_offset, self.n_pages)
-        ram = Ram(self.block.name, 0, tags.PAGE_BYTES, self.n_pages, self.block.guest_addr)
-        self._guest = ScriptedGuest([ram])
+        if not self.bounded:
+            self._mapping, self.ram = map_image(images.guest_fd, images.guest_offset, self.n_pages)
+        address, fd = self.block.guest_addr, images.guest_fd
+        self._guest = self._make_guest(Ram(BLOCK, 0, tags.PAGE_BYTES, self.n_pages, address, fd, self.bounded))
         self._svm = Svm(cache, self._guest, Events("lesson", machine_readable=False, quiet=True))
+
+    def _make_guest(self, ram: Ram) -> ScriptedGuest:
+        return ScriptedGuest([ram])
 
     def write(self, pfns: list[int], epoch: int) -> None:
         """What the SVM's guest does, on the way to `epoch`."""
-        self._guest.write(self.ram, pfns, "S", epoch)
+        if self.bounded:
+            with self.block.writable() as pages:
+                self._guest.write(pages, pfns, "S", epoch)
+        else:
+            self._guest.write(self.ram, pfns, "S", epoch)
+
+    def memory(self) -> list[str]:
+        """What the SVM's guest sees."""
+        return list(tags.read(self.block.guest))
+
+    def used(self) -> dict[str, int]:
+        """Bounded memory: bytes of private copies, as the kernel counts them, and of staged pages."""
+        return {"private": self.cache.private_bytes(), "staged": self.cache.status().staged_bytes}
+
+    def free_staged(self) -> None:
+        """Bounded memory: give back what a committed epoch took."""
+        self._svm.tidy()
 
     def receive(self, epoch: int) -> int:
         """Packets into the cache, until a message of another kind."""
@@ -101,6 +125,8 @@ class Secondary:
 
     def close(self) -> None:
         """Unmap what is its own; the cache is closed by whoever made it."""
+        if self.bounded:
+            return
         del self.ram
         with contextlib.suppress(BufferError):  # a view in a traceback's frame: it goes with the process
             self._mapping.close()

@@ -8,74 +8,49 @@ and the images themselves are the parent's to read: they are shared memory.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import json
 import os
 import select
 import signal
-import subprocess
-import sys
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 from colocache import Cache, Memory
-from colocache.children import die_with_parent, python_command
 from colocache.errors import ColocacheError
 from colocache.teach import tags
+from colocache.teach.outside import OutsideSecondary
 from colocache.teach.primary import WAIT_SECONDS
 from colocache.teach.secondary import Secondary
+from colocache.teach.spoken import ChildError, SpokenProcess, answer, obey
 
 CALLS = (
     "write", "receive", "sync", "device_state", "seal", "flush", "loaded", "abort", "failover",
+    "memory", "used", "free_staged", "processes", "refill",
     "die", "flush_until", "clear_then_copy",
 )  # fmt: skip
 
 
-class VictimError(ColocacheError):
-    """The child did not do what it was told."""
-
-
 class Victim:
-    """The parent's side. `call("seal", 2)` is the child's `Secondary.seal(2)`."""
+    """The parent's side. `call("seal", 2)` is the child's `Secondary.seal(2)`; `outside`: an OutsideSecondary's."""
 
-    def __init__(self, memory: Memory, sock: int) -> None:
+    def __init__(self, memory: Memory, sock: int, *, outside: bool = False) -> None:
         wake_read, wake_write = os.pipe()
         self._wake = wake_read
         self._list = os.memfd_create("colocache.teach.list")
-        fds = (*memory.fds, sock, wake_write, self._list)
-        self._process = subprocess.Popen(
-            python_command("colocache.teach.victim", "main"),
-            start_new_session=True,  # Ctrl-C is the parent's, who ends the child
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=fds, text=True,
-        )  # fmt: skip
-        os.close(wake_write)
-        self.last: dict[str, Any] = {}
         fds_there = {"sock": sock, "wake": wake_write, "list": self._list}
-        self._say({"manifest": memory.manifest(), "parent": os.getpid(), **fds_there})
-        self._hear()
-
-    def _say(self, line: dict[str, Any]) -> None:
-        assert self._process.stdin is not None  # noqa: S101 a pipe was asked for
-        self._process.stdin.write(json.dumps(line) + "\n")
-        self._process.stdin.flush()
-
-    def _hear(self) -> Any:
-        assert self._process.stdout is not None  # noqa: S101 a pipe was asked for
-        if not select.select([self._process.stdout], [], [], WAIT_SECONDS)[0]:
-            raise VictimError(f"the lesson's child process did not answer for {WAIT_SECONDS:g} s")
-        line = self._process.stdout.readline()
-        if not line:
-            raise VictimError(f"the lesson's child process ended with {self._process.wait()} before it answered")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise VictimError(f"the lesson's child process: {answer['error']}")
-        self.last = answer
-        return answer["result"]
+        self._process = SpokenProcess(
+            "colocache.teach.victim",
+            (*memory.fds, *fds_there.values()),
+            {"manifest": memory.manifest(), "outside": outside, **fds_there},
+        )
+        os.close(wake_write)
+        self.last: dict[str, Any] = self._process.hear()
 
     def call(self, name: str, *args: Any) -> Any:
-        self._say({"call": name, "args": args})
-        return self._hear()
+        self._process.say({"call": name, "args": args})
+        self.last = self._process.hear()
+        return self.last["result"]
 
     def put_list(self, chosen: list[bool]) -> None:
         """Fill the list in shared memory, one byte per page: for a flush that is wrong on purpose."""
@@ -95,30 +70,22 @@ class Victim:
 
     def stop_at(self, name: str, *args: Any) -> None:
         """Let the child do something in whose middle it stands still, and wait until it does."""
-        self._say({"call": name, "args": args})
-        assert self._process.stdout is not None  # noqa: S101 a pipe was asked for
-        heard = select.select([self._wake, self._process.stdout.fileno()], [], [], WAIT_SECONDS)[0]
+        self._process.say({"call": name, "args": args})
+        heard = select.select([self._wake, self._process.answers], [], [], WAIT_SECONDS)[0]
         if self._wake not in heard or not os.read(self._wake, 1):  # it went all the way, it died, or nothing happened
-            raise VictimError("the lesson's child process did not stop where it was told to")
+            raise ChildError("the lesson's child process did not stop where it was told to")
 
     def kill(self) -> int:
         """SIGKILL; the number of the signal it died of."""
-        self._process.kill()
-        return -self._process.wait(WAIT_SECONDS)
+        return self._process.kill()
 
     def die(self) -> int:
         """The child kills itself at this point; the number of the signal it died of."""
-        self._say({"call": "die", "args": []})
-        return -self._process.wait(WAIT_SECONDS)
+        self._process.say({"call": "die", "args": []})
+        return self._process.wait()
 
     def close(self) -> None:
-        if self._process.poll() is None:
-            self._process.kill()
-            self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        self._process.close()
         if self._wake >= 0:
             os.close(self._wake)
             os.close(self._list)
@@ -168,29 +135,29 @@ class _Child(Secondary):
         signal.pause()
 
 
+class _OutsideChild(OutsideSecondary, _Child):
+    pass
+
+
 def main() -> None:
     """Read what to do from stdin until it ends."""
-    with contextlib.suppress(KeyboardInterrupt):
-        if line := sys.stdin.readline():
-            _obey(json.loads(line))
+    obey(_serve)
 
 
-def _obey(start: dict[str, Any]) -> None:
-    die_with_parent(start["parent"])  # one that stands still in mid-flush would never see it go
+def _serve(start: dict[str, Any], orders: Iterator[dict[str, Any]]) -> None:
     memory = Memory.from_manifest(start["manifest"])
     cache = Cache.create(memory, threads=1, device_state_max=4096)
-    svm = _Child(memory, cache, start["sock"])
+    svm = (_OutsideChild if start["outside"] else _Child)(memory, cache, start["sock"])
     svm.wake, svm.list_fd = start["wake"], start["list"]
     _answer(svm, None)
-    for line in sys.stdin:
-        order = json.loads(line)
+    for order in orders:
         try:
             if order["call"] not in CALLS:
-                raise VictimError(f"unknown call {order['call']}")
+                raise ChildError(f"unknown call {order['call']}")
             _answer(svm, getattr(svm, order["call"])(*order["args"]))
         except (ColocacheError, OSError) as error:
-            print(json.dumps({"error": str(error)}), flush=True)
+            answer({"error": str(error)})
 
 
 def _answer(svm: Secondary, result: Any) -> None:
-    print(json.dumps({"result": result, "bits": svm.bits(), "status": svm.status()}), flush=True)
+    answer({"result": result, "bits": svm.bits(), "status": svm.status()})

@@ -2,6 +2,7 @@
 """The chapters of the lesson, in order. A new one is a function in a file here and a name in this list."""
 
 from colocache.teach.chapters.arriving import arriving
+from colocache.teach.chapters.bounded import bounded
 from colocache.teach.chapters.conversation import conversation
 from colocache.teach.chapters.counter_bitmaps import only_pvm, only_svm
 from colocache.teach.chapters.counter_order import clear_first, received_early
@@ -14,6 +15,7 @@ from colocache.teach.chapters.flush import flush
 from colocache.teach.chapters.in_step import in_step
 from colocache.teach.chapters.one_bitmap import one_bitmap
 from colocache.teach.chapters.seal import seal
+from colocache.teach.chapters.stock_qemu import stock_qemu
 from colocache.teach.chapters.union import union
 from colocache.teach.play import Script
 
@@ -26,6 +28,8 @@ CHAPTERS: tuple[Script, ...] = (
     flush,
     conversation,
     one_bitmap,
+    bounded,
+    stock_qemu,
     death_first,
     death_receiving,
     death_idle,
