@@ -54,14 +54,17 @@ def test_the_secondary_takes_over_and_no_page_is_wrong(accel: str, point: str) -
     assert set(qemus()) <= before
 
 
-def test_linux_is_whole_after_the_takeover(tmp_path: Path) -> None:
+@pytest.mark.parametrize("run", range(int(os.environ.get("COLOCACHE_LINUX_RUNS", "1"))))
+@pytest.mark.parametrize("point", ["running", "receiving", "sealed", "random"])
+def test_linux_is_whole_after_the_takeover(tmp_path: Path, point: str, run: int) -> None:
+    """By hand: COLOCACHE_LINUX_RUNS=20."""
     console = tmp_path / "console"
     line = linux_guest.command(tmp_path)
-    args = ("--guest", "qemu", "--checkpoints", "6", "--interval", "1", "--run-on", "6", "--console", str(console))
-    report = report_of(demo(*args, "--json", "--", *line, timeout=300))
+    args = ("--guest", "qemu", "--checkpoints", "6", "--interval", "0.8", "--run-on", "5", "--console", str(console))
+    report = report_of(demo(*args, "--kill-primary-at", point, "--json", "--", *line, timeout=300))
     assert report["wrong_pages"] == 0
     told = linux_guest.reports(console.read_bytes())
-    assert set(told) == {"one", "two"}
+    assert set(told) == {"one", "two"}, run
     assert [bad for _, bad in told.values()] == [0, 0]
 
 
