@@ -122,7 +122,7 @@ def test_without_matplotlib_the_command_says_what_to_install_before_it_runs_anyt
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')\n", encoding="utf-8")
     done = run(str(tmp_path / "heat.png"), PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
-    assert "pip install 'colocache[bench]'" in done.stderr
+    assert "install 'colocache[bench]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

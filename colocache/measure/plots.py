@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from colocache.errors import SystemCallError, UnsupportedError, reason_of
+from colocache.extras import install_command
 from colocache.measure import words
 from colocache.measure.baseline import QEMU_VERSION
 from colocache.measure.clock import Spread
@@ -35,7 +36,7 @@ def pyplot() -> Any:
         from matplotlib import pyplot as plt
     except ImportError as error:
         raise UnsupportedError(
-            "plots need matplotlib, which is not installed", hint="pip install 'colocache[bench]'"
+            "plots need matplotlib, which is not installed", hint=install_command("bench")
         ) from error
     plt.rcParams["svg.fonttype"] = "none"  # text stays text: it can be searched, and edited
     return plt

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from colocache.errors import UnsupportedError
+from colocache.extras import install_command
 from colocache.teach.machines import HeatRecording, mask
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def need_matplotlib() -> None:
     except ImportError as error:
         raise UnsupportedError(
             "matplotlib is not installed, and the heat map is drawn with it",
-            hint="`pip install 'colocache[bench]'`; --export needs nothing",
+            hint=f"{install_command('bench')}; --export needs nothing",
         ) from error
 
 

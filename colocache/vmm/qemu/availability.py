@@ -9,6 +9,8 @@ import re
 import shutil
 import subprocess
 
+from colocache.extras import install_command
+
 PROGRAM = "qemu-system-x86_64"
 OLDEST = (7, 2)
 VERSION_SECONDS = 10.0
@@ -33,7 +35,7 @@ def trouble() -> tuple[str, str] | None:
             return f"there is no {PROGRAM}, and a pair of other QEMUs is not built yet", "use --guest process"
         return f"there is no {PROGRAM}", "`apt install qemu-system-x86`"
     if importlib.util.find_spec("qemu") is None or importlib.util.find_spec("qemu.qmp") is None:
-        return "the Python package qemu.qmp is missing", "`pip install 'colocache[qemu]'`"
+        return "the Python package qemu.qmp is missing", install_command("qemu")
     found = version()
     if found is None:
         return f"{PROGRAM} does not tell its version", f"`{PROGRAM} --version` should"

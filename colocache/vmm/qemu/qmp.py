@@ -9,15 +9,14 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from colocache.extras import install_command
 from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 
 try:
     from qemu.qmp import ExecInterruptedError, ExecuteError, QMPClient, QMPError, StateError
 except ImportError as error:
-    raise QemuError(
-        f"QEMU guests need the Python package qemu.qmp ({error})", hint="`pip install 'colocache[qemu]'`"
-    ) from error
+    raise QemuError(f"QEMU guests need the Python package qemu.qmp ({error})", hint=install_command("qemu")) from error
 
 COMMAND_SECONDS = 10.0
 Event = dict[str, Any]
