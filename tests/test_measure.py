@@ -340,6 +340,7 @@ def test_too_little_memory_means_a_smaller_guest_never_none() -> None:
     assert cooling.affordable(1 << 30, 1 << 40) == 1 << 30
     assert 16 << 20 <= cooling.affordable(1 << 40, 1 << 30) < 1 << 30
     assert cooling.affordable(1 << 30, 0) == 16 << 20
+    assert cooling.affordable(1 << 30, 1 << 40, (2 << 30) - 1) == 512 << 20, "two images go into the backing's room"
 
 
 @pytest.mark.parametrize("lines", [True, False])

@@ -124,3 +124,19 @@ def test_what_makes_no_sense_is_refused(args: tuple[str, ...], said: str) -> Non
     done = bench(*args)
     assert done.returncode == 2
     assert said in done.stderr.replace("\n", " ")
+
+
+def test_a_guest_that_shared_memory_has_no_room_for_is_measured_smaller_and_it_says_why() -> None:
+    if subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode:
+        pytest.skip("a /dev/shm of 160 MiB can only be had by root")
+    script = 'mount -t tmpfs -o size=160m tmpfs /dev/shm && exec "$0" -m colocache bench "$@"'
+    args = ("--dirty", "100M", "--ram", "120M", "--backing", "shm", "--rounds", "1", "--threads", "1", "--json")
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, sys.executable, *args],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["ram_bytes"] == 60 << 20
+    assert "guest RAM is 60 MiB: 120 MiB would take 240 MiB of /dev/shm, which has room for 160" in report["notes"]
+    assert any("more was not measured in a guest of 60 MiB" in note for note in report["notes"])

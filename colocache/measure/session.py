@@ -152,9 +152,12 @@ class Cooling:
         """Bytes that one guest size takes: two images, QEMU's cache, and what is touched."""
         return 3 * ram_bytes + self.touch_bytes + 2 * RECEIVE_BYTES
 
-    def affordable(self, ram_bytes: int, available: int) -> int:
-        """The size itself, or the largest power-of-two part of it for which there is memory."""
-        while ram_bytes > RAM_MIN and self.needed(ram_bytes) > available:
+    def affordable(self, ram_bytes: int, available: int, room: int = bk.UNKNOWN) -> int:
+        """The size itself, or the largest power-of-two part of it for which there is memory.
+
+        `room`: what the two images of a backing may take, if it has a limit of its own.
+        """
+        while ram_bytes > RAM_MIN and (self.needed(ram_bytes) > available or 2 * ram_bytes > room):
             ram_bytes //= 2
         return max(RAM_MIN, bk.round_up(ram_bytes, 2 << 20))
 

@@ -155,7 +155,7 @@ class Standstill:
         if answer.asked_bytes > largest:
             answer.notes.append(
                 f"seal and flush of more than {largest / 1e6:,.0f} MB are estimated from it: more was not measured "
-                f"{'by --quick' if self.plan.quick else 'in the memory there is'}"
+                f"{'by --quick' if self.plan.quick else f'in a guest of {answer.ram_bytes >> 20:,} MiB'}"
             )
         return answer
 
@@ -165,9 +165,10 @@ class Standstill:
     def _rig(self) -> Iterator[Rig]:
         """A guest that has room for the largest size that memory allows, on the best backing there is."""
         wanted = self.plan.ram_bytes[-1] if self.plan.ram_bytes else ram_for(self._most())
-        ram = self.cooling.affordable(wanted, bk.memory_available())
         reasons = []
         for backing in self.plan.backings or ("hugetlb", "thp", "shm"):
+            available, room = bk.memory_available(), bk.shm_available() if backing == "shm" else bk.UNKNOWN
+            ram = self.cooling.affordable(wanted, available, room)
             with contextlib.ExitStack() as stack:
                 if backing == "hugetlb":
                     added = stack.enter_context(borrowed(2 * bk.round_up(ram, bk.HUGE) // bk.HUGE))
@@ -182,6 +183,8 @@ class Standstill:
                     reasons.append(f"no {backing}: {error}")
                     continue
                 self.answer.notes += reasons
+                if ram < wanted:
+                    self.answer.notes.append(self._smaller(ram, wanted, available, room))
                 yield rig
                 return
         raise MemoryShortError(
@@ -190,6 +193,15 @@ class Standstill:
             available=bk.memory_available(),
             command="free some memory, or choose another --backing",
         )
+
+    def _smaller(self, ram: int, wanted: int, available: int, room: int) -> str:
+        """Why the guest is not as large as it was to be."""
+        limits = []
+        if self.cooling.needed(wanted) > available:
+            limits.append(f"{self.cooling.needed(wanted) >> 20:,} MiB of memory and {available >> 20:,} are available")
+        if 2 * wanted > room:
+            limits.append(f"{2 * wanted >> 20:,} MiB of {bk.SHM_DIR}, which has room for {room >> 20:,}")
+        return f"guest RAM is {ram >> 20:,} MiB: {wanted >> 20:,} MiB would take {' and '.join(limits)}"
 
     def _most(self) -> int:
         most = max(self._sizes)
