@@ -9,7 +9,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from colocache._native import check, ffi
@@ -107,6 +107,14 @@ class Handle:
     def _view_gone(self, key: int) -> None:
         self._views.pop(key, None)
         self._leave_if_unused()
+
+    def check_no_views(self, of: Container[str]) -> None:
+        """BufferError, which names them, while views of these memories are alive."""
+        if any(name in of for _, name in self._views.values()):
+            gc.collect()
+        alive = sorted({name for _, name in self._views.values() if name in of})
+        if alive:
+            raise BufferError(f"views of the {self.what} are still alive ({', '.join(alive)}): drop them first")
 
     def memory(self, pointer: Any, len_bytes: int, of: str) -> memoryview:
         """A writable view of the object's memory, `of` what; it counts until nothing refers to it any more."""

@@ -60,12 +60,14 @@ class Block:
     len_bytes: int
     guest_addr: int  # where guest RAM is mapped in this process
     cache_addr: int  # where the cache image is
+    leaving: bool  # removed: the next epoch that is sealed is without it, and there are no more views
 
     def __init__(self, handle: Handle, index: int, writers: Writers) -> None:
         """Not for users: see Cache.blocks."""
         self._handle = handle
         self._writers = writers
         self.index = index
+        self.leaving = False
         info = self._info()
         facts = BlockInfo.of(info, index)
         self.name, self.n_pages = facts.name, facts.n_pages
@@ -85,6 +87,8 @@ class Block:
         return BlockInfo.of(self._info(), self.index)
 
     def _view(self, base: Any, first_pfn: int, n_pages: int, image: str) -> memoryview:
+        if self.leaving:
+            raise BlockError(f"block {self.name} was removed: its memory is let go when the next epoch is loaded")
         with self._handle:  # ClosedError before the memory of a closed one is looked at
             start = ffi.cast("char *", base) + first_pfn * self.page_size
             return self._handle.memory(start, n_pages * self.page_size, f"{image} of {self.name}")
@@ -162,6 +166,11 @@ class Blocks(Mapping[str, Block]):
     def _add(self, block: Block) -> Block:
         self._set({**self._blocks, block.index: block})
         return block
+
+    def _sealed(self) -> None:
+        """Those that were leaving are gone."""
+        if any(block.leaving for block in self._blocks.values()):
+            self._set({index: block for index, block in self._blocks.items() if not block.leaving})
 
     def __getitem__(self, key: str | int) -> Block:
         try:

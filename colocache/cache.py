@@ -25,31 +25,28 @@ from colocache._callbacks import Asked, Check, LogSink
 from colocache._creation import check_owned, images_array, images_of_region, lock_descriptor, options_of
 from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
-from colocache.block import Block, Blocks, Writers
+from colocache.block import Block
+from colocache.changing import ChangingBlocks
 from colocache.dirty_log import DirtyLog
-from colocache.errors import ArgumentError, TimedOutError
+from colocache.errors import ArgumentError, BlockError, TimedOutError
 from colocache.memory import Memory
 from colocache.private import private_bytes
 from colocache.results import Failover, FlushResult, Recovery, SealResult, Stats, Status
-from colocache.spec import Images
 
 
-class Cache:
+class Cache(ChangingBlocks):
     """A secondary: its blocks with their two images each, its bitmaps and its commit record. Context manager.
 
     Any thread may receive, mark_dirty, ask failover or status and abort; the rest is for one thread at a time.
     """
 
-    blocks: Blocks
     recovery: Recovery | None  # what attach found; None after create
 
     def __init__(self, handle: Handle, keep: list[Any], recovery: Recovery | None) -> None:
         """Not for users: see create and attach."""
-        self._handle = handle
+        super().__init__(handle)
         self._keep = keep  # what C refers to as long as the handle lives
         self.recovery = recovery
-        self._writers = Writers(self.mark_dirty)
-        self.blocks = Blocks([Block(handle, index, self._writers) for index in range(self.status().n_blocks)])
 
     # ---- create, attach, close ----
 
@@ -122,24 +119,7 @@ class Cache:
     ) -> None:
         self._handle.leave()
 
-    # ---- blocks that come and go ----
-
-    def add_block(self, images: Images) -> Block:
-        """One more RAM block, with images that memory.add_block (or add_images) made; at any time but seal to loaded.
-
-        It is in the next epoch that is sealed, and all of it counts as written by the SVM; after a death before that
-        seal it is all zero bytes. The primary adds it too, in the same order. SealedError, BlockError, NoMemoryError.
-        """
-        array, _names = images_array([images])
-        index = ffi.new("uint32_t *")
-        with self._handle as cc:
-            check(lib.colocache_add_block(cc, array, index))
-        return self.blocks._add(Block(self._handle, int(index[0]), self._writers))
-
     # ---- receive ----
-
-    def _block(self, block: Block | str | int) -> int:
-        return block.index if isinstance(block, Block) else self.blocks[block].index
 
     def receive(self, epoch: int, block: Block | str | int, pfn: int, data: Buffer) -> None:
         """One page of `epoch` into the cache image. EpochError, SealedError, BlockError, RangeError, LengthError."""
@@ -178,6 +158,8 @@ class Cache:
         once. Write nothing through the view afterwards. Same errors as receive, NoMemoryError.
         """
         where = self.blocks[self._block(block)]
+        if where.leaving:
+            raise BlockError(f"block {where.name} was removed: what comes of it still, receive takes")
         addr = ffi.new("void **")
         number, first, count = u64(epoch, "epoch"), u64(first_pfn, "first page"), u64(n_pages, "number of pages")
         with self._handle as cc:
@@ -257,12 +239,6 @@ class Cache:
 
     # ---- the SVM's dirty log ----
 
-    def mark_dirty(self, block: Block | str | int, first_pfn: int, n_pages: int = 1) -> None:
-        """Pages that user space on the SVM's side wrote, after the write. Any thread. RangeError."""
-        index, first, count = self._block(block), u64(first_pfn, "first page"), u64(n_pages, "number of pages")
-        with self._handle as cc:
-            check(lib.colocache_mark_dirty(cc, index, first, count))
-
     def sync_dirty_log(self, source: DirtyLog) -> None:
         """Get, OR into the SVM bitmap, clear. vCPUs stopped. LogLostError: then dirty_log_lost."""
         self._writers.mark_all()
@@ -311,6 +287,7 @@ class Cache:
                 if not isinstance(asked.error, Exception):
                     raise asked.error  # Ctrl-C or exit, not an opinion of the check
                 raise error from asked.error
+        self.blocks._sealed()
         return SealResult.of(result)
 
     def flush(self) -> FlushResult:

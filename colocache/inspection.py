@@ -42,5 +42,5 @@ def _inspect(control_fd: int) -> Inspection:
     blocks = ffi.new("struct colocache_block_info[]", BLOCKS_MAX)
     n_blocks = ffi.new("uint32_t *", BLOCKS_MAX)
     check(lib.colocache_inspect(control_fd, status, blocks, n_blocks))
-    found = range(min(n_blocks[0], BLOCKS_MAX))
-    return Inspection(Status.of(status), tuple(BlockInfo.of(blocks[index], index) for index in found))
+    found = (BlockInfo.of(blocks[index], index) for index in range(min(n_blocks[0], BLOCKS_MAX)))
+    return Inspection(Status.of(status), tuple(block for block in found if block.name))  # without a name: removed

@@ -7,15 +7,12 @@ the last process that holds it.
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import fcntl
 import json
 import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 
 from colocache import backing as bk
@@ -23,11 +20,9 @@ from colocache.choices import MEMORY_MODES
 from colocache.descriptors import need_for_blocks
 from colocache.errors import (
     ArgumentError,
-    ClosedError,
+    BlockError,
     ColocacheError,
-    LengthError,
     MemoryShortError,
-    NoStateError,
     NotColocacheError,
     SystemCallError,
     UnsupportedError,
@@ -38,17 +33,13 @@ from colocache.names import (
     file_name,
     hold,
     identity,
-    is_still,
-    open_file,
     open_shm,
-    remove_file,
-    signals_wait,
 )
-from colocache.regions import remove_region
+from colocache.region_files import RegionFiles
 from colocache.spec import BlockSpec, Images, check_blocks, facts_of, images_from
 
 
-class Memory:
+class Memory(RegionFiles):
     """All images and the control region of one secondary.
 
     Made by `create` (leaving a `with` closes it and removes its names), `open` (a region that outlived its process),
@@ -57,24 +48,18 @@ class Memory:
     What was created and neither closed nor unlinked is removed when the interpreter exits.
     """
 
-    name: str
-    backing: str
     persistent: bool
     why: str
-    control_fd: int
     images: tuple[Images, ...]
     memory_mode: str  # of the region that is, or will be, in it
 
     def __init__(self, name: str, backing: str, *, persistent: bool, why: str, memory_mode: str = "mirror") -> None:
         """Not for users: see create, open and from_manifest."""
-        self.name, self.backing, self.persistent, self.why = name, backing, persistent, why
+        super().__init__(name, backing)
+        self.persistent, self.why = persistent, why
         self.memory_mode = memory_mode
-        self.control_fd = -1
         self.images = ()
-        self._fds: list[int] = []
-        self._made: list[tuple[Path, str, tuple[int, int]]] = []  # folder, file, device and inode
-        self._pid = os.getpid()
-        self._opened = False
+        self._parts: dict[str, int] = {}  # the numbers of files with names
         self._making: bk.Making | None = None  # how the images are made; None: they were made elsewhere
 
     # ---- making ----
@@ -151,16 +136,8 @@ class Memory:
         n_images = 1 if self.memory_mode == "bounded" else 2
         kind = self._making.kind
         bk.check_room(kind, n_images * kind.size_of(spec.len_bytes), reserve=self._making.reserve)
-        before = len(self._fds), len(self._made)
-        try:
+        with self._all_or_nothing():
             return self._make_images(self._making, spec)
-        except BaseException:
-            for fd in self._fds[before[0] :]:
-                os.close(fd)
-            for folder, file, _which in self._made[before[1] :]:
-                remove_file(folder, file)
-            del self._fds[before[0] :], self._made[before[1] :]
-            raise
 
     def add_images(self, images: Images) -> Images:
         """Images of one more block that the caller made, as for from_fds; the descriptors are duplicated."""
@@ -174,6 +151,22 @@ class Memory:
         self.images = (*self.images, replace(images, guest_fd=pair[0], cache_fd=pair[1]))
         return self.images[-1]
 
+    def remove_block(self, name: str) -> None:
+        """Close the images of a block that is none of the region's any more, and remove their files if they have names.
+
+        After the `loaded` of the first epoch without it, or if its add_block came to nothing. BlockError.
+        """
+        self.check_open()
+        gone = next((one for one in self.images if one.spec.name == name), None)
+        if gone is None:
+            raise BlockError(f"the memory of region {self.name} has no block {name}")
+        self.images = tuple(one for one in self.images if one is not gone)
+        used = {self.control_fd, *(fd for one in self.images for fd in (one.guest_fd, one.cache_fd))}
+        self._close_some({gone.guest_fd, gone.cache_fd} - used)
+        index = self._parts.pop(name, None)
+        if index is not None:
+            self._remove_parts(f"guest.{index}", f"cache.{index}")
+
     def _check_new(self, spec: BlockSpec) -> None:
         self.check_open()
         need_for_blocks(len(check_blocks([*(one.spec for one in self.images), spec])))
@@ -185,30 +178,10 @@ class Memory:
         cache_kind, cache_reserve = (kind, reserve) if mirror else (bk.small_pages(kind), False)
         guest = self._new_image(kind, f"guest.{index}", spec, reserve=reserve)
         cache = self._new_image(cache_kind, f"cache.{index}", spec, reserve=cache_reserve)
+        self._parts[spec.name] = index
         making.n_blocks += 1
         self.images = (*self.images, Images(spec, guest, 0, cache, 0, not reserve))
         return self.images[-1]
-
-    def _new_file(self, folder: Path, part: str) -> int:
-        file = file_name(self.name, part)
-        with signals_wait():
-            if self._opened:  # what a process left that died before its block was one of the region's
-                remove_file(folder, file)
-            fd = open_file(folder, file, create=True)
-            self._fds.append(fd)
-            self._made.append((folder, file, identity(fd)))
-            if not self._opened:
-                _unfinished.add(self)
-        return fd
-
-    def _new_image(self, kind: bk.Kind, part: str, spec: BlockSpec, *, reserve: bool) -> int:
-        if kind.folder is None:
-            fd = bk.nameless_file(kind, file_name(self.name, part))
-            self._fds.append(fd)
-        else:
-            fd = self._new_file(kind.folder, part)
-        bk.size_file(kind, fd, spec.len_bytes, reserve=reserve)
-        return fd
 
     # ---- finding again ----
 
@@ -229,31 +202,19 @@ class Memory:
             found = []
             for block in blocks:
                 pair = [memory._old_image(f"{side}.{block.index}", block.len_bytes) for side in ("guest", "cache")]
+                memory._parts[block.name] = block.index
                 spec = BlockSpec(block.name, block.len_bytes, block.page_size)
                 found.append(Images(spec, pair[0], 0, pair[1], 0, block.sparse))
             memory.images = tuple(found)
             if blocks:
                 reserve = not any(block.sparse for block in blocks)
-                memory._making = bk.Making(bk.kinds(memory.backing)[0], reserve=reserve, n_blocks=len(blocks))
+                memory._making = bk.Making(
+                    bk.kinds(memory.backing)[0], reserve=reserve, n_blocks=found_there.status.n_blocks
+                )
         except BaseException:
             memory.close()
             raise
         return memory
-
-    def _old_image(self, part: str, len_bytes: int) -> int:
-        file = file_name(self.name, part)
-        for folder in [bk.SHM_DIR, *bk.hugetlbfs_mounts()]:
-            if (folder / file).exists():
-                fd = open_file(folder, file)
-                self._fds.append(fd)
-                if os.fstat(fd).st_size < len_bytes:
-                    raise LengthError(f"{folder / file} is {os.fstat(fd).st_size} bytes, its block has {len_bytes}")
-                self.backing = "shm" if folder == bk.SHM_DIR else "hugetlb"
-                return fd
-        raise NoStateError(
-            f"region {self.name} has no image {file}: its memory had no name and went with its last process",
-            hint=f"`colocache clean {self.name}` removes the rest",
-        )
 
     # ---- handing over ----
 
@@ -341,45 +302,6 @@ class Memory:
 
     # ---- the end ----
 
-    def check_open(self) -> None:
-        """ClosedError after close."""
-        if not self._fds:
-            raise ClosedError(f"the memory of region {self.name} is closed")
-
-    def close(self) -> None:
-        """Close the descriptors. Names stay, for another process to open; a second close is fine."""
-        fds, self._fds = self._fds, []
-        self.control_fd = -1
-        for fd in fds:
-            os.close(fd)
-        _unfinished.discard(self)
-
-    def unlink(self) -> None:
-        """Remove the names that this object made; after `open`, the region's, unless somebody owns it (BusyError).
-
-        In a child that was forked or got a manifest it does nothing: the names are the parent's.
-        """
-        if os.getpid() != self._pid:
-            return
-        if self._opened:
-            self._unlink_opened()
-            return
-        made, self._made = self._made, []
-        _unfinished.discard(self)
-        # The control object goes last: as long as it is there, the images have a lock to ask.
-        for folder, file, which in reversed(made):
-            if is_still(folder, file, which):
-                remove_file(folder, file)
-
-    def _unlink_opened(self) -> None:
-        self.check_open()
-        fcntl.flock(self.control_fd, fcntl.LOCK_UN)  # ours is not in the way of the removal
-        try:
-            remove_region(self.name)
-        finally:
-            with contextlib.suppress(ColocacheError):  # removed, or somebody else is removing it
-                hold(self.control_fd, self.name)
-
     def __enter__(self) -> Memory:
         self.check_open()
         return self
@@ -394,12 +316,3 @@ class Memory:
     def __repr__(self) -> str:
         state = f"{len(self.images)} blocks" if self._fds else "closed"
         return f"<Memory {self.name}: {self.backing}, {state}>"
-
-
-_unfinished: set[Memory] = set()
-
-
-@atexit.register
-def _remove_all() -> None:
-    for memory in list(_unfinished):
-        memory.unlink()

@@ -50,6 +50,11 @@ class Sender:
         self._n_pages.append(len_bytes // page_size)
         return int(index[0])
 
+    def remove_block(self, block: int) -> None:
+        """Nothing of it is sent or counted from now on. Its memory may go when sends in other threads are over."""
+        with self._handle as sender:
+            check(lib.colocache_sender_remove_block(sender, _index(block)))
+
     def sync_dirty_log(self, source: DirtyLog) -> None:
         """Take a log into pending and unacknowledged; it is cleared before any page of it is read. LogLostError."""
         with self._handle as sender, source._handle as log:

@@ -25,7 +25,12 @@ int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
     if (index >= n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, there are %u", index, n_blocks);
     *out = &cc->blocks[index];
-    return 0;
+    return cc_block_still_here(*out);
+}
+
+int cc_block_still_here(const struct cc_block *block)
+{
+    return cc_gone(block) ? cc_fail(COLOCACHE_E_BLOCK, "block %s was removed, and an epoch without it is sealed", block->name) : 0;
 }
 
 int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
@@ -210,15 +215,32 @@ int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_
     return 0;
 }
 
-void cc_block_release(struct cc_block *block)
+void cc_block_let_go(struct cc_block *block)
 {
     cc_unmap(block->bitmap_map, block->bitmap_map_bytes);
     cc_image_close(&block->guest);
     cc_image_close(&block->cache);
     free(block->allocated);
     cc_staging_close(block);
+    block->guest = block->cache = (struct cc_image){.fd = -1};
+    memset(block->bitmaps, 0, sizeof block->bitmaps);
+    block->bitmap_map = NULL;
+    block->allocated = block->staged_words = NULL;
+    block->staged = NULL;
+}
+
+void cc_block_release(struct cc_block *block)
+{
+    cc_block_let_go(block);
     memset(block, 0, sizeof *block);
     block->guest.fd = block->cache.fd = -1;
+}
+
+void cc_block_was_removed(struct cc_block *block, const struct cc_block_entry *entry)
+{
+    memcpy(block->name, entry->name, sizeof block->name); /* for a sentence */
+    block->guest.fd = block->cache.fd = -1;
+    block->standing = CC_GONE;
 }
 
 bool cc_block_overlap(const struct cc_image_identity *a, uint64_t a_bytes, const struct cc_image_identity *b, uint64_t b_bytes)

@@ -25,12 +25,21 @@ uint64_t cc_block_checksum(const struct cc_block_entry *entry);
 /* Block `index` of an existing region, with the images it names and no others. */
 int cc_block_reattach(struct colocache *cc, uint32_t index, const struct colocache_images *images);
 void cc_block_release(struct cc_block *block);
+/* Its memory and descriptors; who it was is known still, to threads that come late. */
+void cc_block_let_go(struct cc_block *block);
+/* Attach: an entry of the table that is no block any more. */
+void cc_block_was_removed(struct cc_block *block, const struct cc_block_entry *entry);
 /* Do the entries make sense, with their bitmaps one after the other from `offset` on in a file of file_bytes?  0 or E_CORRUPT. */
 int cc_block_check_table(const struct cc_block_entry *table, uint64_t n_blocks, uint64_t offset, uint64_t file_bytes, uint64_t *end_out);
 /* Where the words of one bitmap lie in a block's bitmaps of the region. */
 uint64_t cc_block_words_offset(uint64_t n_pages, uint32_t kind);
 void cc_block_bind_bitmaps(struct cc_bitmap bitmaps[CC_BITMAPS], void *map, uint64_t n_pages);
-int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out);          /* E_BLOCK */
+int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out); /* E_BLOCK */
+int cc_block_still_here(const struct cc_block *block);                         /* inside a gate it then stays.  E_BLOCK */
+/* block_change.c, seal: the commit word is stored, both gates are closed; what the record leaves out is gone. */
+void cc_blocks_sealed(struct colocache *cc);
+/* After the flush and the load: what is gone is mapped no longer. */
+void cc_blocks_let_go(struct colocache *cc);
 int cc_block_range(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages); /* E_RANGE */
 
 static inline uint8_t *cc_guest_page(const struct cc_block *block, uint64_t pfn)

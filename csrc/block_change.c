@@ -3,10 +3,15 @@
  * block_change.c -- RAM blocks that come and go, while epochs do.
  *
  *   add     bitmaps at the end of the region | entry | COUNT | receiving threads may name it
+ *   remove  leaving | seal: flush sets without it | record without it | COMMIT WORD | gone | flush, load | its memory is let go
  *
  * A death before the count leaves a region without the block, as it was.  No epoch that was sealed has it: both its images are zeros, and a
  * VM that restarts from such an epoch does not know it.  Nobody adds while an epoch is sealed and not flushed: the record's checksum is
  * over the flush sets of the blocks that it knew.
+ *
+ * That a block is leaving stands in this process only.  A death before the commit word, or an epoch that is aborted, leaves it as it was: the
+ * epoch before has it, and its cache was never touched for going.  From the commit word on the record says that it is none of the region's.
+ * Its place in the table is never used again, so neither a packet that comes late nor a bitmap can mean another block.
  */
 #include "internal.h"
 
@@ -15,6 +20,7 @@
 
 #include "bitmap.h"
 #include "block.h"
+#include "commit.h"
 #include "epoch.h"
 #include "error.h"
 #include "fault.h"
@@ -29,6 +35,8 @@ static int check_disjoint(const struct colocache *cc, const struct cc_block_entr
     const struct cc_image_identity *ours[] = {&entry->guest, &entry->cache};
     for (uint32_t i = 0; i < cc->n_blocks && entry->guest.inode; i++) {
         const struct cc_block_entry *other = &cc->region.table[i];
+        if (cc_gone(&cc->blocks[i]))
+            continue;
         for (int k = 0; k < 2; k++) {
             if (cc_block_overlap(ours[k], entry->len_bytes, &other->guest, other->len_bytes) ||
                 cc_block_overlap(ours[k], entry->len_bytes, &other->cache, other->len_bytes))
@@ -43,9 +51,10 @@ static int check_disjoint(const struct colocache *cc, const struct cc_block_entr
 static int check_new(const struct colocache *cc, const struct cc_block_entry *entry)
 {
     if (cc->n_blocks == COLOCACHE_BLOCKS_MAX)
-        return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, the most there can be", COLOCACHE_BLOCKS_MAX);
+        return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, removed ones included, the most that a region can have",
+                       COLOCACHE_BLOCKS_MAX);
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        if (strcmp(cc->blocks[i].name, entry->name) == 0)
+        if (!cc_gone(&cc->blocks[i]) && strcmp(cc->blocks[i].name, entry->name) == 0)
             return cc_fail(COLOCACHE_E_BLOCK, "there is a block %s already", entry->name);
     }
     return check_disjoint(cc, entry);
@@ -115,19 +124,20 @@ static int add(struct colocache *cc, const struct colocache_images *images)
     return 0;
 }
 
-/* check_state -- a new block's pages may come into the epoch that is open; of one that is sealed the record says which flush sets there are. */
+/* check_state -- a new block's pages may come into the epoch that is open, and a removed one's as well; of an epoch that is sealed the
+ * record says which flush sets there are */
 static int check_state(const struct colocache *cc)
 {
     switch (cc_epoch_state(cc)) {
     case CC_SEALED:
     case CC_SEALED_ASKED:
     case CC_RUNNING:
-        return cc_fail(COLOCACHE_E_SEALED, "blocks can't be added while an epoch is flushed or loaded: call flush and loaded first");
+        return cc_fail(COLOCACHE_E_SEALED, "blocks can't come or go while an epoch is flushed or loaded: call flush and loaded first");
     case CC_LOAD_FAILED:
-        return cc_fail(COLOCACHE_E_LOAD_FAILED, "blocks can't be added: a device state did not load, attach with a fresh VM");
+        return cc_fail(COLOCACHE_E_LOAD_FAILED, "blocks can't come or go any more: a device state did not load, attach with a fresh VM");
     case CC_TAKING_OVER:
     case CC_FAILED_OVER:
-        return cc_fail(COLOCACHE_E_FAILED_OVER, "blocks can't be added: this secondary took over");
+        return cc_fail(COLOCACHE_E_FAILED_OVER, "blocks can't come or go any more: this secondary took over");
     default:
         return 0; /* claimed: another thread aborts, as seals come from this one */
     }
@@ -147,4 +157,44 @@ int colocache_add_block(struct colocache *cc, const struct colocache_images *ima
     if (rc == 0 && block_out)
         *block_out = cc->n_blocks - 1;
     return rc;
+}
+
+int colocache_remove_block(struct colocache *cc, uint32_t index)
+{
+    struct cc_block *block;
+    int rc = cc_block_get(cc, index, &block);
+    if (rc == 0)
+        rc = check_state(cc);
+    if (rc == 0)
+        cc_publish32(&block->standing, CC_LEAVING);
+    return rc;
+}
+
+int colocache_block_sealed(struct colocache *cc, uint32_t index)
+{
+    struct cc_block *block;
+    struct cc_record record;
+    int rc = cc_block_get(cc, index, &block);
+    if (rc == 0)
+        rc = cc_commit_read(cc->region.control, &record);
+    return rc < 0 ? rc : index < record.n_blocks;
+}
+
+void cc_blocks_sealed(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (cc->blocks[i].standing == CC_LEAVING)
+            cc_publish32(&cc->blocks[i].standing, CC_GONE);
+    }
+}
+
+void cc_blocks_let_go(struct colocache *cc)
+{
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (!cc_gone(&cc->blocks[i]) || !cc->blocks[i].bitmap_map)
+            continue;
+        pthread_mutex_lock(&cc->walking); /* a thread that began to walk over all blocks before the seal may be at this one */
+        cc_block_let_go(&cc->blocks[i]);
+        pthread_mutex_unlock(&cc->walking);
+    }
 }

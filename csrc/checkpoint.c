@@ -10,6 +10,7 @@
  */
 #include "internal.h"
 
+#include "block.h"
 #include "checksum.h"
 #include "clock.h"
 #include "commit.h"
@@ -42,7 +43,10 @@ static int commit_epoch(struct colocache *cc, const struct colocache_seal_result
         .flush_checksum = flush_checksum,
         .flush_pages = counts->flush_pages,
         .committed_before = before.epoch,
+        .n_blocks = cc->n_blocks,
     };
+    for (uint32_t i = 0; i < cc->n_blocks; i++)
+        record.blocks[i / 64] |= (uint64_t)(cc->blocks[i].standing == CC_HERE) << (i % 64);
     return cc_commit_publish(cc->region.control, &record); /* from here on the epoch is what an attach finds */
 }
 
@@ -75,6 +79,7 @@ static int seal_claimed(struct colocache *cc, const struct colocache_seal_args *
         rc = commit_epoch(cc, out, flush_checksum);
     if (rc == 0) {
         t3 = cc_now_ns();
+        cc_blocks_sealed(cc);
         cc_flush_set_moved(cc);
         cc_epoch_sealed(cc);
     }
@@ -167,7 +172,9 @@ int colocache_loaded(struct colocache *cc, int ok)
         return cc_fail(COLOCACHE_E_SEALED, "epoch %llu is sealed but not flushed: flush it before its device state is loaded",
                        (unsigned long long)record.epoch);
     rc = cc_epoch_loaded(cc, ok != 0, record.committed);
-    if (rc >= 0)
+    if (rc >= 0) {
         cc_stats_loaded(cc);
+        cc_blocks_let_go(cc);
+    }
     return rc;
 }

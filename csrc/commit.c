@@ -58,10 +58,15 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
         out->device_area > 1 || out->device_bytes > device_max)
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",
                        (unsigned long long)generation, (unsigned long long)out->generation, (unsigned long long)out->epoch);
-    for (size_t i = 0; i < sizeof out->reserved / sizeof *out->reserved; i++) {
-        if (out->reserved[i])
-            return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has reserved bytes that are not zero", (unsigned long long)generation);
-    }
+    uint64_t n_blocks, reserved = out->reserved; /* the count is stored before a record that knows it, and only grows */
+    rc = cc_word_read("number of blocks", &control->n_blocks, &n_blocks);
+    if (rc)
+        return rc;
+    for (uint64_t n = 0; n < COLOCACHE_BLOCKS_MAX && out->n_blocks <= n_blocks; n++)
+        reserved |= n >= out->n_blocks && (out->blocks[n / 64] >> (n % 64) & 1);
+    if (out->n_blocks > n_blocks || reserved)
+        return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu has %llu blocks of %llu, or reserved bytes that are not zero: not used",
+                       (unsigned long long)generation, (unsigned long long)out->n_blocks, (unsigned long long)n_blocks);
     return 1;
 }
 

@@ -33,13 +33,14 @@ static int mark(struct colocache *cc, uint32_t index, uint64_t first_pfn, uint64
         return 0; /* what the VM writes is private to it and forgotten: nothing to restore */
     cc_gate_enter(&cc->mark_gate);
     CC_CRASH_POINT("sync: before the SVM bits");
-    if (words)
+    rc = cc_block_still_here(block); /* again: a seal may have closed the gate in between */
+    if (rc == 0 && words)
         cc_bitmap_or_words(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages, words);
-    else
+    else if (rc == 0)
         cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_SVM], first_pfn, n_pages);
     CC_CRASH_POINT("sync: after the SVM bits");
     cc_gate_leave(&cc->mark_gate);
-    return 0;
+    return rc;
 }
 
 int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages)
@@ -83,7 +84,7 @@ int colocache_dirty_log_lost(struct colocache *cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
-        uint64_t at = 0, first, n_bytes;
+        uint64_t at = cc_gone(block) ? block->len_bytes : 0, first, n_bytes;
         /* What is a hole in both images of a sparse block is zero in both: nobody wrote it, and it must not be allocated. */
         while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             int rc = mark(cc, i, first >> block->page_shift, n_bytes >> block->page_shift, NULL);

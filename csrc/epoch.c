@@ -171,18 +171,26 @@ static int open_epoch(struct colocache *cc, uint64_t epoch)
     return rc;
 }
 
+void cc_epoch_knock(struct colocache *cc)
+{
+    cc_gate_enter(&cc->epoch.gate);
+}
+
 /* The state is looked at inside the gate, so that a claim or failover that closed the gate before is seen. */
+int cc_epoch_open(struct colocache *cc, uint64_t epoch)
+{
+    enum cc_state state = cc_observe32(&cc->epoch.state);
+    if (state != CC_EMPTY && state != CC_LIVE)
+        return refuse(state, epoch, "arrive");
+    if (epoch == 0 || cc_observe(&cc->epoch.open) != epoch) /* 0 also stands for "none is open": it must not pass for it */
+        return open_epoch(cc, epoch);
+    return 0;
+}
+
 int cc_epoch_enter(struct colocache *cc, uint64_t epoch)
 {
-    if (!cc)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    cc_gate_enter(&cc->epoch.gate);
-    enum cc_state state = cc_observe32(&cc->epoch.state);
-    int rc = 0;
-    if (state != CC_EMPTY && state != CC_LIVE)
-        rc = refuse(state, epoch, "arrive");
-    else if (epoch == 0 || cc_observe(&cc->epoch.open) != epoch) /* 0 also stands for "none is open": it must not pass for it */
-        rc = open_epoch(cc, epoch);
+    cc_epoch_knock(cc);
+    int rc = cc_epoch_open(cc, epoch);
     if (rc)
         cc_gate_leave(&cc->epoch.gate);
     return rc;

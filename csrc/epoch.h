@@ -30,6 +30,9 @@ bool cc_epoch_failover_asked(enum cc_state state);
 
 /* Into the gate, with `epoch` open: a new number opens it.  cc_epoch_leave after every 0.  E_EPOCH, E_SEALED, E_LOAD_FAILED, E_FAILED_OVER. */
 int cc_epoch_enter(struct colocache *cc, uint64_t epoch);
+/* The same in two steps, for what must be looked at inside the gate before an epoch opens; cc_epoch_leave after the first, whatever came. */
+void cc_epoch_knock(struct colocache *cc);
+int cc_epoch_open(struct colocache *cc, uint64_t epoch);
 void cc_epoch_leave(struct colocache *cc);
 int cc_epoch_check_inside(struct colocache *cc, uint64_t epoch); /* somebody is in the gate, and `epoch` is open.  E_EPOCH, E_ORDER */
 void cc_epoch_received(struct colocache *cc, uint64_t n_pages);  /* inside the gate: pages that came whole */

@@ -64,6 +64,8 @@ static bool take_piece(struct copy_job *job, struct piece *piece)
     pthread_mutex_lock(&job->cursor);
     for (; job->block < job->cc->n_blocks; job->block++, job->pfn = 0) {
         const struct cc_block *block = &job->cc->blocks[job->block];
+        if (cc_gone(block))
+            continue;
         uint64_t wanted = piece_bytes(job) >> block->page_shift;
         *piece = (struct piece){.block = block, .from = job->pfn};
         n_pages = cc_bitmap_advance(job->set(block), &job->pfn, wanted ? wanted : 1);
@@ -145,7 +147,7 @@ void cc_copy_pages_of(struct colocache *cc, cc_copy_set_fn *set, struct colocach
 {
     struct copy_job job = {.cc = cc, .set = set, .n_threads = 1};
     for (uint32_t i = 0; i < cc->n_blocks; i++)
-        job.left_bytes += cc_bitmap_count(set(&cc->blocks[i])) << cc->blocks[i].page_shift;
+        job.left_bytes += cc_gone(&cc->blocks[i]) ? 0 : cc_bitmap_count(set(&cc->blocks[i])) << cc->blocks[i].page_shift;
     if (job.left_bytes >= 2 * THREAD_BYTES) {
         uint64_t wanted = job.left_bytes / THREAD_BYTES;
         job.n_threads = wanted < cc_pool_size(cc->pool) ? (uint32_t)wanted : cc_pool_size(cc->pool);

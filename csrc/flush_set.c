@@ -20,6 +20,8 @@ int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, 
     struct cc_union_counts counts = {0};
     uint64_t checksum = 0;
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (cc->blocks[i].standing != CC_HERE)
+            continue; /* the epoch is without it */
         struct cc_bitmap *pvm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM];
         struct cc_bitmap *svm = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM];
         struct cc_bitmap *flush_set = &cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
@@ -47,8 +49,10 @@ int cc_flush_set_unite(struct colocache *cc, struct colocache_seal_result *out, 
 uint64_t cc_flush_set_checksum(struct colocache *cc)
 {
     uint64_t sum = 0;
-    for (uint32_t i = 0; i < cc->n_blocks; i++)
-        sum += cc_checksum_term(cc_bitmap_checksum(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]), i);
+    for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (!cc_gone(&cc->blocks[i]))
+            sum += cc_checksum_term(cc_bitmap_checksum(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]), i);
+    }
     return cc_checksum_finish(sum);
 }
 
@@ -60,7 +64,7 @@ int cc_flush_set_allocate(struct colocache *cc)
         struct cc_block *block = &cc->blocks[b];
         uint64_t from = 0;
         uint32_t n;
-        if (!block->sparse)
+        if (!block->sparse || block->standing != CC_HERE)
             continue;
         while ((n = cc_bitmap_runs(&block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET], &from, block->n_pages, runs, CC_RUNS_MIN * 4)) != 0) {
             for (uint32_t i = 0; i < n; i++)
@@ -77,13 +81,17 @@ int cc_flush_set_allocate(struct colocache *cc)
 
 void cc_flush_set_drop(struct colocache *cc)
 {
-    for (uint32_t i = 0; i < cc_observe32(&cc->n_blocks); i++) /* an abort is any thread's */
-        cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
+    for (uint32_t i = 0; i < cc_observe32(&cc->n_blocks); i++) { /* an abort is any thread's */
+        if (!cc_gone(&cc->blocks[i]))
+            cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
+    }
 }
 
 void cc_flush_set_moved(struct colocache *cc)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
+        if (cc_gone(&cc->blocks[i]))
+            continue;
         cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_PVM]);
         CC_CRASH_POINT("seal: between clearing PVM and SVM bits");
         cc_bitmap_clear_all(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM]);
@@ -94,7 +102,7 @@ void cc_flush_set_moved(struct colocache *cc)
 void cc_flush_set_forget(struct colocache *cc)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+        for (uint32_t kind = 0; kind < CC_BITMAPS && !cc_gone(&cc->blocks[i]); kind++) {
             cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
             cc_bitmap_clear_all(&cc->blocks[i].bitmaps[kind]);
             CC_CRASH_POINT("attach: a bitmap is cleared");

@@ -54,7 +54,8 @@ static int forget(struct colocache *cc, struct colocache_flush_result *out)
     int rc = 0;
     for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
-        rc = colocache_private_forget(block->guest.vm_addr, block->len_bytes);
+        if (!cc_gone(block))
+            rc = colocache_private_forget(block->guest.vm_addr, block->len_bytes);
     }
     out->forget_ns = cc_now_ns() - begin;
     return rc;
@@ -71,6 +72,8 @@ static int begin(struct colocache *cc, struct colocache_flush_result *out)
     CC_CRASH_POINT("flush: before the first page");
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
+        if (cc_gone(block))
+            continue;
         cc_bitmap_keep(block->staged, &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET]); /* a page that broke off is in no set */
         zero_holes(cc, block, &zeroed);
     }
@@ -92,8 +95,10 @@ static int finish(struct colocache *cc, struct colocache_flush_result *out)
 static int replay(struct colocache *cc, struct colocache_flush_result *out)
 {
     int rc = cc_flush_set_allocate(cc); /* this process doesn't know yet which pages of a sparse block are there */
-    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
-        cc_staging_find(&cc->blocks[i]);
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
+        if (!cc_gone(&cc->blocks[i]))
+            cc_staging_find(&cc->blocks[i]);
+    }
     return rc ? rc : begin(cc, out);
 }
 

@@ -30,7 +30,7 @@ int cc_guest_copy_all(struct colocache *cc, uint64_t *n_pages_out)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         struct cc_block *block = &cc->blocks[i];
-        uint64_t at = 0, first, n_bytes;
+        uint64_t at = cc_gone(block) ? block->len_bytes : 0, first, n_bytes;
         while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             uint64_t pfn = first >> block->page_shift, n_pages = n_bytes >> block->page_shift;
             int rc = cc_sparse_allocate(block, pfn, n_pages);
@@ -55,7 +55,7 @@ int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out)
     /* in bounded memory no bit is set: the pages are where they belong already */
     uint64_t n_pages = 0;
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        struct cc_block *block = &cc->blocks[i];
+        struct cc_block *block = &cc->blocks[i]; /* nothing was sealed, so none is gone */
         uint64_t bits;
         for (uint64_t w = 0; cc_flush_set_take_arrived(block, &w, &bits); w++)
             n_pages += copy_word(cc, block, w, bits);

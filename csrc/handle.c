@@ -84,6 +84,7 @@ int cc_handle_open(int control_fd, bool create, const struct colocache_options *
     cc->bounded = opts.memory_mode == COLOCACHE_MEMORY_BOUNDED;
     cc->strategy = cc_strategy_default(cc->bounded);
     cc_epoch_init(cc);
+    pthread_mutex_init(&cc->walking, NULL);
     cc->epoch.receive_wait_ns = (opts.receive_wait_ms ? opts.receive_wait_ms : RECEIVE_WAIT_DEFAULT_MS) * 1000000ull;
     cc->blocks = calloc(COLOCACHE_BLOCKS_MAX, sizeof *cc->blocks);
     rc = cc->blocks ? cc_pool_create(opts.n_threads, opts.thread_start, opts.thread_context, &cc->pool) : -ENOMEM;
@@ -108,6 +109,7 @@ void cc_handle_free(struct colocache *cc)
     free(cc->blocks);
     cc_control_close(&cc->region);
     cc_epoch_destroy(cc);
+    pthread_mutex_destroy(&cc->walking);
     free(cc);
 }
 

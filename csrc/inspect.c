@@ -120,8 +120,9 @@ static int inspect_once(int fd, struct look *look, struct colocache_status *stat
                     : record.committed  ? COLOCACHE_PHASE_LIVE
                                         : COLOCACHE_PHASE_SEALING;
     for (uint32_t i = 0; i < status->n_blocks; i++) {
-        struct colocache_block_info info;
-        rc = inspect_block(fd, &look->table[i], look, &info);
+        struct colocache_block_info info = {0}; /* of a block that was removed: no name, no pages */
+        if (cc_commit_has_block(&record, i))
+            rc = inspect_block(fd, &look->table[i], look, &info);
         if (rc)
             return rc;
         status->pvm_pages += info.pvm_pages;

@@ -40,7 +40,15 @@
 #include "page_copy.h"
 #include "pool.h"
 
+/* A block that was removed keeps its index, which is not given to another: the wire and the bitmaps' places go by it. */
+enum cc_standing {
+    CC_HERE = 0,
+    CC_LEAVING, /* as ever, but the next epoch that is sealed is without it */
+    CC_GONE     /* sealed: nothing of it is touched any more, and its memory is let go when the VM is loaded */
+};
+
 struct cc_block {
+    uint32_t standing; /* enum cc_standing; GONE is stored with both gates closed, so inside one it does not change to it */
     char name[COLOCACHE_NAME_BYTES];
     uint64_t len_bytes, n_pages;
     uint32_t page_size, page_shift;
@@ -95,10 +103,18 @@ struct colocache {
     void (*log)(void *log_context, int level, const char *sentence);
     void *log_context;
 
+    pthread_mutex_t walking; /* over the descriptors of all blocks, for threads beside the conductor, while a removed one's are closed */
+
     struct cc_epoch epoch;
     _Alignas(64) struct cc_gate mark_gate; /* who sets SVM bits */
     struct cc_stats stats;
 };
+
+static inline bool cc_gone(const struct cc_block *block)
+{
+    const uint32_t standing = cc_observe32(&block->standing);
+    return standing == CC_GONE;
+}
 
 /* handle.c */
 int cc_handle_open(int control_fd, bool create, const struct colocache_options *options, struct colocache **out);

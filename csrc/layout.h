@@ -19,7 +19,7 @@
 #include "colocache.h"
 
 #define CC_MAGIC 0x4548434143434f4cull /* bytes "LOCCACHE" */
-#define CC_LAYOUT_VERSION 3u
+#define CC_LAYOUT_VERSION 4u
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
@@ -43,8 +43,10 @@ struct cc_record {
     uint64_t device_checksum;
     uint64_t flush_checksum; /* over the flush sets of all blocks; 0 once committed */
     uint64_t flush_pages;
-    uint64_t committed_before; /* the epoch that was committed when this one was sealed; 0 = none */
-    uint64_t reserved[6];
+    uint64_t committed_before;                  /* the epoch that was committed when this one was sealed; 0 = none */
+    uint64_t n_blocks;                          /* of the table when it was sealed */
+    uint64_t blocks[COLOCACHE_BLOCKS_MAX / 64]; /* bit n: of these, block n is in this epoch; without it, it was removed, for good */
+    uint64_t reserved;
     uint64_t checksum; /* of everything before it */
 };
 

@@ -37,6 +37,26 @@ static enum place place_of(const struct colocache *cc)
     return cc_observe(&cc->region.control->commit_word) ? TO_STAGING : TO_GUEST;
 }
 
+/* knock -- into the gate, with a block that stays until it is left: a seal that removes one waits for the last to leave */
+static int knock(struct colocache *cc, const struct cc_block *block)
+{
+    cc_epoch_knock(cc);
+    int rc = cc_block_still_here(block);
+    if (rc)
+        cc_epoch_leave(cc);
+    return rc;
+}
+
+/* open_or_leave -- after a knock and what `rc` says of it: an epoch is opened only by what can be received */
+static int open_or_leave(struct colocache *cc, uint64_t epoch, int rc)
+{
+    if (rc == 0)
+        rc = cc_epoch_open(cc, epoch);
+    if (rc)
+        cc_epoch_leave(cc);
+    return rc;
+}
+
 /* done -- the bytes of these pages are there */
 static void done(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
 {
@@ -72,11 +92,12 @@ static int bring_page(struct cc_block *block, uint64_t pfn, const void *data, en
 int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs,
                     struct iovec *iov, cc_bring_fn *bring, void *context, uint64_t *n_pages)
 {
-    int rc = 0;
+    int rc = knock(cc, block);
+    if (rc)
+        return rc;
     for (uint32_t i = 0; rc == 0 && i < n_runs; i++)
         rc = cc_sparse_allocate(block, runs[i].first_pfn, runs[i].n_pages);
-    if (rc == 0)
-        rc = cc_epoch_enter(cc, epoch);
+    rc = open_or_leave(cc, epoch, rc);
     if (rc)
         return rc;
     const enum place place = place_of(cc);
@@ -122,12 +143,12 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
     if (n_pages > block->n_pages * 64 || len_bytes != n_pages * block->page_size) /* the first keeps the product small */
         return cc_fail(COLOCACHE_E_LENGTH, "%llu bytes were given for %llu pages, block %s uses %u a page", (unsigned long long)len_bytes,
                        (unsigned long long)n_pages, block->name, block->page_size);
-    for (uint64_t i = 0; block->sparse && i < n_pages; i++) {
+    rc = knock(cc, block);
+    if (rc)
+        return rc;
+    for (uint64_t i = 0; rc == 0 && block->sparse && i < n_pages; i++)
         rc = cc_sparse_allocate(block, pfns[i], 1);
-        if (rc)
-            return rc;
-    }
-    rc = cc_epoch_enter(cc, epoch);
+    rc = open_or_leave(cc, epoch, rc);
     if (rc)
         return rc;
     const uint8_t *from = data;
@@ -153,9 +174,10 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_
     if (rc == 0)
         rc = cc_block_range(block, first_pfn, n_pages);
     if (rc == 0)
-        rc = cc_sparse_allocate(block, first_pfn, n_pages);
-    if (rc == 0)
-        rc = cc_epoch_enter(cc, epoch);
+        rc = knock(cc, block);
+    if (rc)
+        return rc;
+    rc = open_or_leave(cc, epoch, cc_sparse_allocate(block, first_pfn, n_pages));
     if (rc)
         return rc;
     const enum place place = place_of(cc);
@@ -192,9 +214,10 @@ int colocache_receive_begin(struct colocache *cc, uint64_t epoch, uint32_t block
     if (rc == 0)
         rc = cc_block_range(block, first_pfn, n_pages);
     if (rc == 0)
-        rc = cc_sparse_allocate(block, first_pfn, n_pages);
-    if (rc == 0)
-        rc = cc_epoch_enter(cc, epoch);
+        rc = knock(cc, block);
+    if (rc)
+        return rc;
+    rc = open_or_leave(cc, epoch, cc_sparse_allocate(block, first_pfn, n_pages));
     if (rc)
         return rc;
     rc = room_for(block, first_pfn, n_pages, place_of(cc));

@@ -58,24 +58,31 @@ static const struct colocache_images *find_images(const struct colocache_images 
     return NULL;
 }
 
+/* find_block -- of the region, by name; a name may have been used again after its block was removed.  n_blocks: none */
+static uint64_t find_block(const struct cc_block_entry *table, uint64_t n_blocks, const struct cc_record *record, const char *name)
+{
+    uint64_t b = 0;
+    while (b < n_blocks && (!cc_commit_has_block(record, b) || strncmp(name, table[b].name, COLOCACHE_NAME_BYTES) != 0))
+        b++;
+    return b;
+}
+
 /* check_names -- images for every block of the region and for no other: a block that was being added, or removed, when its owner died may
  * be one of the region's or not, and a VM that runs on a block which is none would lose it at the next takeover */
-static int check_names(const struct cc_block_entry *table, uint64_t n_blocks, const struct colocache_images *images, uint32_t n_images)
+static int check_names(const struct cc_block_entry *table, uint64_t n_blocks, const struct cc_record *record,
+                       const struct colocache_images *images, uint32_t n_images)
 {
     for (uint64_t b = 0; b < n_blocks; b++) {
-        if (!find_images(images, n_images, table[b].name))
-            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s: the control region has %llu blocks, inspect names them",
-                           table[b].name, (unsigned long long)n_blocks);
+        if (cc_commit_has_block(record, b) && !find_images(images, n_images, table[b].name))
+            return cc_fail(COLOCACHE_E_BLOCK, "no images were given for block %s: inspect names the blocks of the control region",
+                           table[b].name);
     }
     for (uint32_t i = 0; i < n_images; i++) {
         const struct colocache_images *one = nth_images(images, i);
-        uint64_t b = 0;
-        while (one->name && b < n_blocks && strncmp(one->name, table[b].name, COLOCACHE_NAME_BYTES) != 0)
-            b++;
-        if (!one->name || b == n_blocks)
+        if (!one->name || find_block(table, n_blocks, record, one->name) == n_blocks)
             return cc_fail(COLOCACHE_E_BLOCK,
-                           "images were given for block %s, which the control region does not have: it has %llu blocks, inspect names them",
-                           one->name ? one->name : "without a name", (unsigned long long)n_blocks);
+                           "images were given for block %s, which the control region does not have: inspect names those that it has",
+                           one->name ? one->name : "without a name");
         if (find_images(images, n_images, one->name) != one)
             return cc_fail(COLOCACHE_E_BLOCK, "images were given twice for block %s", one->name);
     }
@@ -87,18 +94,23 @@ static int bind_blocks(struct colocache *cc, const struct colocache_images *imag
                        uint64_t file_bytes)
 {
     struct colocache_images given;
-    int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < n_images; i++)
+    struct cc_record record; /* says which were removed */
+    const struct cc_block_entry *table = cc->region.table;
+    int rc = cc_commit_read(cc->region.control, &record);
+    for (uint32_t i = 0; rc >= 0 && i < n_images; i++)
         rc = cc_take_struct(&given, sizeof given, nth_images(images, i), COLOCACHE_IMAGES_LEAST, "images");
+    if (rc >= 0)
+        rc = cc_block_check_table(table, n_blocks, cc->region.head_bytes, file_bytes, &cc->region.end_bytes);
     if (rc == 0)
-        rc = cc_block_check_table(cc->region.table, n_blocks, cc->region.head_bytes, file_bytes, &cc->region.end_bytes);
-    if (rc == 0)
-        rc = check_names(cc->region.table, n_blocks, images, n_images);
+        rc = check_names(table, n_blocks, &record, images, n_images);
     for (uint32_t b = 0; rc == 0 && b < n_blocks; b++) {
-        const struct colocache_images *found = find_images(images, n_images, cc->region.table[b].name);
-        rc = cc_take_struct(&given, sizeof given, found, COLOCACHE_IMAGES_LEAST, "images");
-        if (rc == 0)
-            rc = cc_block_reattach(cc, b, &given);
+        if (!cc_commit_has_block(&record, b)) {
+            cc_block_was_removed(&cc->blocks[b], &table[b]);
+        } else {
+            rc = cc_take_struct(&given, sizeof given, find_images(images, n_images, table[b].name), COLOCACHE_IMAGES_LEAST, "images");
+            if (rc == 0)
+                rc = cc_block_reattach(cc, b, &given);
+        }
         if (rc == 0)
             cc->n_blocks = b + 1;
     }
@@ -116,7 +128,7 @@ static void start_again(struct colocache *cc)
 static void rebuild_summaries(struct colocache *cc)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++)
+        for (uint32_t kind = 0; kind < CC_BITMAPS && !cc_gone(&cc->blocks[i]); kind++)
             cc_bitmap_rebuild_summary(&cc->blocks[i].bitmaps[kind]);
     }
 }
@@ -181,8 +193,10 @@ static int no_restart(struct colocache *cc, const struct cc_record *record, stru
 static int forget_private(struct colocache *cc)
 {
     int rc = 0;
-    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++)
-        rc = colocache_private_forget(cc->blocks[i].guest.vm_addr, cc->blocks[i].len_bytes);
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
+        if (!cc_gone(&cc->blocks[i]))
+            rc = colocache_private_forget(cc->blocks[i].guest.vm_addr, cc->blocks[i].len_bytes);
+    }
     return rc;
 }
 

@@ -42,9 +42,10 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
     if (cc_bounds_name(name))
         return COLOCACHE_E_ARGUMENT; /* the sentence has been left */
     if (sender->n_blocks == COLOCACHE_BLOCKS_MAX)
-        return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, the most there can be", COLOCACHE_BLOCKS_MAX);
+        return cc_fail(COLOCACHE_E_BLOCK, "there are %d blocks already, removed ones included, the most there can be",
+                       COLOCACHE_BLOCKS_MAX);
     for (uint32_t i = 0; i < sender->n_blocks; i++) {
-        if (strcmp(sender->blocks[i].name, name) == 0)
+        if (!cc_sender_gone(&sender->blocks[i]) && strcmp(sender->blocks[i].name, name) == 0)
             return cc_fail(COLOCACHE_E_BLOCK, "there is a block %s already", name);
     }
     int rc = cc_bounds_block(name, len_bytes, page_size);
@@ -67,6 +68,15 @@ int colocache_sender_add_block(struct colocache_sender *sender, const char *name
     if (block_out)
         *block_out = sender->n_blocks;
     cc_publish32(&sender->n_blocks, sender->n_blocks + 1); /* sending threads may find it now */
+    return 0;
+}
+
+int colocache_sender_remove_block(struct colocache_sender *sender, uint32_t index)
+{
+    const uint32_t n_blocks = sender ? sender->n_blocks : 0;
+    if (index >= n_blocks || cc_sender_gone(&sender->blocks[index]))
+        return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u to remove, the sender had %u", index, n_blocks);
+    cc_publish32(&sender->blocks[index].gone, 1); /* the bitmaps stay until close: a thread that marks or sends may be at them */
     return 0;
 }
 
@@ -94,6 +104,8 @@ static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_
     if (index >= n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, the sender has %u", index, n_blocks);
     struct cc_sender_block *block = &sender->blocks[index];
+    if (cc_sender_gone(block))
+        return cc_fail(COLOCACHE_E_BLOCK, "block %s was removed", block->name);
     int rc = cc_bounds_range(block->name, block->n_pages, first_pfn, n_pages);
     if (rc)
         return rc;
@@ -174,6 +186,8 @@ int colocache_sender_count(struct colocache_sender *sender, uint64_t *pending_ou
     if (!sender)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the sender is NULL");
     for (uint32_t i = 0; i < sender->n_blocks; i++) {
+        if (cc_sender_gone(&sender->blocks[i]))
+            continue;
         pending += cc_bitmap_count(&sender->blocks[i].pending);
         unacked += cc_bitmap_count(&sender->blocks[i].unacked);
     }

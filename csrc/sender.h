@@ -10,13 +10,16 @@
 #ifndef CC_SENDER_H
 #define CC_SENDER_H
 
+#include <stdbool.h>
 #include <stdint.h>
 
+#include "atomics.h"
 #include "bitmap.h"
 #include "colocache.h"
 
 struct cc_sender_block {
     char name[COLOCACHE_NAME_BYTES];
+    uint32_t gone; /* removed: its bits mean nothing, its memory may be no more */
     const uint8_t *addr;
     uint64_t n_pages;
     uint32_t page_size, page_shift;
@@ -29,6 +32,12 @@ struct colocache_sender {
     uint32_t sent;     /* pages went out: all of a block that is added now must follow */
     struct cc_sender_block blocks[COLOCACHE_BLOCKS_MAX];
 };
+
+static inline bool cc_sender_gone(const struct cc_sender_block *block)
+{
+    const uint32_t gone = cc_observe32(&block->gone);
+    return gone != 0;
+}
 
 /* Pages that were taken from `pending` and not handed over; any thread. */
 void cc_sender_mark_again(struct cc_sender_block *block, uint64_t first_pfn, uint64_t n_pages);

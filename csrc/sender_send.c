@@ -49,6 +49,11 @@ static bool next_page(struct walk *walk, uint64_t *pfn)
     while (!walk->bits) {
         if (walk->block == cc_observe32(&walk->sender->n_blocks))
             return false;
+        if (cc_sender_gone(&walk->sender->blocks[walk->block])) {
+            walk->block++;
+            to_group(walk, (uint64_t)walk->stripe * GROUP_WORDS);
+            continue;
+        }
         struct cc_bitmap *pending = &walk->sender->blocks[walk->block].pending;
         uint64_t end = walk->group_end < pending->n_words ? walk->group_end : pending->n_words;
         if (walk->word < end && cc_bitmap_take_next(pending, &walk->word, end, &walk->bits))

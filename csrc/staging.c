@@ -115,8 +115,10 @@ int cc_staging_empty_one(struct cc_block *block)
 int cc_staging_empty(struct colocache *cc)
 {
     int rc = 0;
+    pthread_mutex_lock(&cc->walking);
     for (uint32_t i = 0; rc == 0 && i < cc_observe32(&cc->n_blocks); i++)
-        rc = cc_staging_empty_one(&cc->blocks[i]);
+        rc = cc_gone(&cc->blocks[i]) ? 0 : cc_staging_empty_one(&cc->blocks[i]);
+    pthread_mutex_unlock(&cc->walking);
     return rc;
 }
 
@@ -126,23 +128,27 @@ static bool counted_before(const struct colocache *cc, uint32_t index)
     const struct cc_image_identity *one = &cc->region.table[index].cache;
     for (uint32_t i = 0; i < index; i++) {
         const struct cc_image_identity *other = &cc->region.table[i].cache;
-        if (other->device == one->device && other->inode == one->inode)
+        if (!cc_gone(&cc->blocks[i]) && other->device == one->device && other->inode == one->inode)
             return true;
     }
     return false;
 }
 
-int cc_staging_bytes(const struct colocache *cc, uint64_t *n_bytes_out)
+int cc_staging_bytes(struct colocache *cc, uint64_t *n_bytes_out)
 {
     uint64_t n_bytes = 0;
-    for (uint32_t i = 0; cc->bounded && i < cc_observe32(&cc->n_blocks); i++) {
+    int rc = 0;
+    pthread_mutex_lock(&cc->walking);
+    for (uint32_t i = 0; rc == 0 && cc->bounded && i < cc_observe32(&cc->n_blocks); i++) {
         struct stat st;
-        if (counted_before(cc, i))
+        if (cc_gone(&cc->blocks[i]) || counted_before(cc, i))
             continue;
         if (fstat(cc->blocks[i].cache.fd, &st) != 0)
-            return cc_fail_errno("looking at a cache");
-        n_bytes += (uint64_t)st.st_blocks * 512;
+            rc = cc_fail_errno("looking at a cache");
+        else
+            n_bytes += (uint64_t)st.st_blocks * 512;
     }
+    pthread_mutex_unlock(&cc->walking);
     *n_bytes_out = n_bytes;
-    return 0;
+    return rc;
 }

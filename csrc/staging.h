@@ -31,6 +31,6 @@ int cc_staging_empty_one(struct cc_block *block);
 /* The cache of every block is one hole again.  Nobody receives and no bit is set for a page of it.  -errno: some may be left. */
 int cc_staging_empty(struct colocache *cc);
 /* Memory that the cache files take now, as the file system counts it. */
-int cc_staging_bytes(const struct colocache *cc, uint64_t *n_bytes_out);
+int cc_staging_bytes(struct colocache *cc, uint64_t *n_bytes_out);
 
 #endif

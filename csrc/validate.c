@@ -46,7 +46,7 @@ int cc_validate_bitmaps(struct colocache *cc, bool with_summaries)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
-        for (uint32_t kind = 0; kind < CC_BITMAPS; kind++) {
+        for (uint32_t kind = 0; kind < CC_BITMAPS && !cc_gone(block); kind++) {
             const struct cc_bitmap *bitmap = &block->bitmaps[kind];
             if (!cc_bitmap_tail_ok(bitmap->words, bitmap->n_bits))
                 return cc_fail(COLOCACHE_E_TAIL, "block %s: the %s has bits set past the last page %llu", block->name, bitmap_names[kind],
@@ -76,7 +76,7 @@ static int validate_record(struct colocache *cc)
     if (!record.committed) {
         uint64_t n_pages = 0;
         for (uint32_t i = 0; i < cc->n_blocks; i++)
-            n_pages += cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
+            n_pages += cc_gone(&cc->blocks[i]) ? 0 : cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_FLUSH_SET]);
         if (record.flush_checksum != cc_flush_set_checksum(cc) || record.flush_pages != n_pages)
             return cc_fail(COLOCACHE_E_CORRUPT, "the flush set of epoch %llu (%llu pages) changed since its seal (%llu pages)",
                            (unsigned long long)record.epoch, (unsigned long long)n_pages, (unsigned long long)record.flush_pages);
@@ -106,7 +106,7 @@ static int same_page(const struct cc_block *block, uint64_t pfn)
 static int check_no_svm_bits(const struct colocache *cc)
 {
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
-        if (cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM]))
+        if (!cc_gone(&cc->blocks[i]) && cc_bitmap_count(&cc->blocks[i].bitmaps[COLOCACHE_BITMAP_SVM]))
             return cc_fail(COLOCACHE_E_CORRUPT, "block %s has pages in the SVM bitmap, which bounded memory does not use",
                            cc->blocks[i].name);
     }
@@ -123,7 +123,7 @@ static int compare_pages(struct colocache *cc)
         return rc; /* before the first seal guest RAM is partial by design */
     for (uint32_t i = 0; i < cc->n_blocks; i++) {
         const struct cc_block *block = &cc->blocks[i];
-        uint64_t at = 0, first, n_bytes;
+        uint64_t at = cc_gone(block) ? block->len_bytes : 0, first, n_bytes;
         while (cc_sparse_next_data(block, at, &first, &n_bytes)) {
             for (uint64_t pfn = first >> block->page_shift; pfn < (first + n_bytes) >> block->page_shift; pfn++) {
                 uint64_t dirty =

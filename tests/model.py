@@ -73,6 +73,8 @@ class Model:
     def __init__(self, n_pages: list[int], memory_mode: str = "mirror") -> None:
         self.bounded = memory_mode == "bounded"
         self.blocks = {index: ModelBlock(n) for index, n in enumerate(n_pages)}  # a dict, as indices outlive blocks
+        self.n_indices = len(n_pages)  # of blocks that are or were
+        self.leaving: set[int] = set()
         self.phase = Phase.EMPTY
         self.sealed = self.committed = self.receiving = 0
         self.open = 0  # the epoch that is arriving; 0 = none
@@ -87,11 +89,17 @@ class Model:
 
     def add_block(self, n_pages: int) -> int:
         self._refuse_phases({Phase.SEALING: c.SealedError})
-        index = len(self.blocks)
+        index, self.n_indices = self.n_indices, self.n_indices + 1
         self.blocks[index] = ModelBlock(n_pages)
         if self.sealed and not self.bounded:
             self.blocks[index].svm = set(range(n_pages))
         return index
+
+    def remove_block(self, index: int) -> None:
+        if index not in self.blocks:
+            raise c.BlockError("gone")
+        self._refuse_phases({Phase.SEALING: c.SealedError})
+        self.leaving.add(index)
 
     # ---- an epoch arrives ----
 
@@ -178,6 +186,8 @@ class Model:
             if granted:
                 self._take_over()
             raise c.VetoError("refused")
+        self.blocks = {index: block for index, block in self.blocks.items() if index not in self.leaving}
+        self.leaving = set()
         pvm_only = svm_only = both = 0
         for block in self.blocks.values():
             block.flush = block.pvm | block.svm
@@ -249,6 +259,7 @@ class Model:
     def die(self) -> None:
         """The process is gone: what lived in it alone is lost."""
         self._close_epoch()
+        self.leaving = set()
         for block in self.blocks.values():
             block.private = {}
         self.pending = False

@@ -107,6 +107,65 @@ def test_a_block_that_could_not_be_made_leaves_no_file(region_name: str) -> None
     assert region_name not in [region.name for region in list_regions()]
 
 
+@pytest.mark.parametrize("memory_mode", ["mirror", "bounded"])
+def test_a_block_goes_with_the_next_seal_and_its_memory_with_loaded(region_name: str, memory_mode: str) -> None:
+    with (
+        Memory.create(region_name, [RAM, DIMM], backing="shm", memory_mode=memory_mode) as memory,
+        Cache.create(memory, threads=1) as cache,
+    ):
+        checkpoint(cache, 1)
+        dimm = cache.blocks["dimm"]
+        assert cache.block_sealed(dimm)
+        view = dimm.guest
+        with pytest.raises(BufferError, match="guest RAM of dimm"):
+            cache.remove_block("dimm")
+        del view
+        cache.remove_block("dimm")
+        with pytest.raises(BlockError, match="was removed"):
+            _ = dimm.cache
+        cache.receive(2, "dimm", 1, page_of(9))  # was on its way
+        cache.abort(2, "test")
+        cache.device_state_buffer(3, 0)
+        cache.seal(3)
+        assert list(cache.blocks) == ["ram"]
+        with pytest.raises(BlockError):
+            cache.mark_dirty(dimm, 0)
+        cache.flush()
+        cache.loaded()
+        memory.remove_block("dimm")
+        assert [path.name for path in Path("/dev/shm").glob(f"colocache.{region_name}.*.1")] == []
+        assert [block.name for block in inspect(memory).blocks] == ["ram"]
+        again = cache.add_block(memory.add_block(DIMM))
+        assert (again.index, cache.block_sealed(again)) == (2, False)
+        cache.receive(4, "dimm", 0, page_of(4))
+        checkpoint(cache, 4)
+        cache.close()
+        memory.close()
+        with Memory.open(region_name) as found, Cache.attach(found, threads=1) as after:
+            assert [(block.index, block.name) for block in after.blocks.values()] == [(0, "ram"), (2, "dimm")]
+            assert bytes(after.blocks["dimm"].guest[0]) == page_of(4)
+            after.remove_block("dimm")
+            checkpoint(after, 5)
+            found.remove_block("dimm")
+            assert [path.name for path in Path("/dev/shm").glob(f"colocache.{region_name}.*.2")] == []
+
+
+def test_after_a_death_a_parent_hands_on_what_is_left(region_name: str) -> None:
+    with Memory.create(region_name, [RAM, DIMM], backing="shm") as memory:
+        with Cache.create(memory, threads=1) as cache:
+            checkpoint(cache, 1)
+            cache.remove_block("dimm")
+        with Cache.attach(memory, threads=1) as cache:  # died before the seal: nobody knows of it
+            assert list(cache.blocks) == ["ram", "dimm"]
+            cache.remove_block("dimm")
+            cache.device_state_buffer(2, 0)
+            cache.seal(2)
+        with Cache.attach(memory, threads=1) as cache:  # and after it
+            assert list(cache.blocks) == ["ram"]
+            assert cache.recovery is not None
+            assert cache.recovery.action is Action.REPLAYED
+
+
 def test_a_sender_sends_all_of_a_block_that_comes_late() -> None:
     import mmap
 
@@ -120,3 +179,8 @@ def test_a_sender_sends_all_of_a_block_that_comes_late() -> None:
         sender.received()
         assert sender.add_block("dimm", addresses[1], 3 * PAGE) == 1
         assert sender.count() == (3, 3)
+        sender.remove_block(1)
+        assert sender.count() == (0, 0)
+        assert sender.take() == ()
+        with pytest.raises(BlockError, match="was removed"):
+            sender.mark_dirty(1, 0)

@@ -72,6 +72,17 @@ def test_no_death_at_any_point_leaves_a_mix_or_no_state(
         )
 
 
+def test_a_death_while_blocks_come_and_go_leaves_those_of_before_or_after(
+    programs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocks = str(programs / "crash_blocks")
+    total = summed(run_together([blocks, "mirror"], [blocks, "bounded"]))
+    assert total["points"] > 600
+    assert total["attach_kills"] > 3000
+    with capsys.disabled():
+        print(f"\nblocks that come and go: {total['points']} deaths, {total['attach_kills']} inside attach")
+
+
 def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (result,) = run_together([str(programs / "crash_threads"), "300"])
     assert result["kills"] >= 300

@@ -111,11 +111,27 @@ class Secondary(RuleBasedStateMachine):
     def add_block(self) -> None:
         number = len(self.maps)
         spec = BlockSpec(f"block {number}", LATE_PAGES[number - len(N_PAGES)] * PAGE)
-        images = self.memory.add_block(spec) if number == len(self.memory.images) else self.memory.images[-1]
+        there = [one for one in self.memory.images if one.spec == spec]  # of an add that was refused
+        images = there[0] if there else self.memory.add_block(spec)
         answers = self.both(lambda: self.model.add_block(spec.n_pages), lambda: self.engine.add_block(images))
         if answers is not None:
             assert answers[0] == answers[1].index
             self.map(answers[0], images)
+
+    @precondition(lambda self: self.cache is not None and len(self.model.blocks) > 1)
+    @rule(block=blocks)
+    def remove_block(self, block: int) -> None:
+        block = self.block(block)
+        self.both(lambda: self.model.remove_block(block), lambda: self.engine.remove_block(block))
+
+    @precondition(lambda self: self.cache is not None and self.model.phase == Phase.LIVE)
+    @rule()
+    def forget_images(self) -> None:
+        """Of blocks that are gone: an attach needs them no more, and need not be told."""
+        for index in set(self.maps) - set(self.model.blocks):
+            for one in self.memory.images:
+                if one.spec.name == f"block {index}":
+                    self.memory.remove_block(one.spec.name)
 
     # ---- an epoch arrives ----
 
@@ -187,6 +203,8 @@ class Secondary(RuleBasedStateMachine):
         block, first, n = self.span(span)
         stamps = [next(self.stamps) for _ in range(n)]
         column = np.array(stamps, np.uint64)[:, None]
+        if block in self.model.leaving and (how == "view" or self.model.bounded):
+            return  # there are no more views of it
         if how == "view" or self.model.bounded:  # a vCPU over bounded memory runs on the same private mapping
             with self.engine.blocks[block].writable(first, n) as pages:
                 pages.view("<u8")[:] = column
@@ -341,7 +359,10 @@ class Secondary(RuleBasedStateMachine):
     @precondition(lambda self: self.cache is not None)
     @invariant()
     def the_vm_sees_its_own(self) -> None:
-        for block, engine in zip(self.model.blocks.values(), self.engine.blocks.values(), strict=True):
+        for (index, block), engine in zip(self.model.blocks.items(), self.engine.blocks.values(), strict=True):
+            assert engine.index == index
+            if index in self.model.leaving:
+                continue
             view = engine.guest
             assert stamps_of(view) == block.seen_by_vm
             del view

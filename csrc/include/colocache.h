@@ -137,9 +137,23 @@
  *   - After a death before that seal the block is all zeros, in a VM that knows nothing of it
  *     yet, as its device state is older.
  *   - A process can die between making the files and the return of add_block, so whoever attaches
- *     asks colocache_inspect which blocks the region has; what it does not name was never used.
+ *     asks colocache_inspect which blocks the region has; what it does not name was never used, or
+ *     was removed.
  *   - A KVM slot of the new block has KVM_MEM_LOG_DIRTY_PAGES from the start, and is in the source
  *     before the next sync.
+ *
+ *  RAM that is unplugged is a block that goes: colocache_remove_block, and
+ *  colocache_sender_remove_block when the primary's machine has it no more.
+ *   - It goes with the seal of the next epoch.  Until then nothing changes: its pages may still
+ *     come and count, it is marked and synced, and after a death the epoch before is there with
+ *     it.  An abort keeps the intention; a death forgets it, so remove it again after the attach
+ *     (unless inspect no longer names it).
+ *   - Between that seal and colocache_loaded you take it out of the SVM: its KVM slots go, and the
+ *     sources that log it are made anew before the next sync, as a log with pages of no block is
+ *     refused.  colocache_loaded then unmaps the library's mappings.  What is in the images is
+ *     yours again; bounded memory leaves there what was staged of it.
+ *   - Its index is not given to another block, its name may be: a region has 256 blocks in its
+ *     life.
  *
  * ---- What you must hold still, and when ----
  *
@@ -237,7 +251,8 @@
  *  Descriptors stay yours: the library duplicates what it keeps, close yours when you like (but see
  *  above on surviving).
  *  Strings and structs passed in are copied; log_context lives as long as the handle.  Pointers
- *  handed out (images) live until colocache_close; those to a device state until the next
+ *  handed out (images) live until colocache_close, or the colocache_loaded of the epoch that a
+ *  removed block went with; those to a device state until the next
  *  colocache_device_state_begin after the next seal.
  *  Mappings you gave stay mapped until colocache_close, and are not unmapped by it.  Close the VM
  *  first, then its sources, then the handle.
@@ -254,10 +269,11 @@
  *
  * ---- Limits ----
  *
- *  256 blocks with names of 255 bytes, each up to 1 PiB in pages of 4 KiB to 2 MiB; epochs from 1
- *  to 2^48-1, always growing; a device state up to the bound given at create (64 MiB by default, at
- *  most 1 TiB); 256 threads.  The control region takes 1/32768 of guest RAM per bitmap and there
- *  are three, besides two device states (sparse: only what comes is allocated).
+ *  256 blocks, removed ones included, with names of 255 bytes, each up to 1 PiB in pages of 4 KiB
+ *  to 2 MiB; epochs from 1 to 2^48-1, always growing; a device state up to the bound given at
+ *  create (64 MiB by default, at most 1 TiB); 256 threads.  The control region takes 1/32768 of
+ *  guest RAM per bitmap and there are three, besides two device states (sparse: only what comes is
+ *  allocated).
  *  colocache_receive_stream needs 40 KiB of stack.  The wire carries no secrets' protection: for
  *  TLS give the library one end of a socketpair, or take packets apart yourself and call
  *  colocache_receive_pages.
@@ -507,6 +523,15 @@ int colocache_create(int control_fd, const struct colocache_options *options,
 int colocache_add_block(struct colocache *cc, const struct colocache_images *images,
                         uint32_t *block_out);
 
+/* The next epoch that is sealed is without this block; see "Memory that comes and goes".  When it
+ * may be called is as for colocache_add_block; twice does no harm.  From that seal on the block's
+ * index is nobody's (E_BLOCK), and colocache_loaded unmaps it and closes its descriptors. */
+int colocache_remove_block(struct colocache *cc, uint32_t block);
+
+/* 1: the newest sealed epoch has this block; 0: it came later, so a VM that restarts from that
+ * epoch knows nothing of it.  E_BLOCK. */
+int colocache_block_sealed(struct colocache *cc, uint32_t block);
+
 /* Take over the control region of a process that died.  `images` names every block of the
  * region and no other, in any order, each with the same struct_size; if its owner may have died
  * while a block came, colocache_inspect tells which there are.  Pages of sparse blocks that hold
@@ -535,7 +560,7 @@ struct colocache_status {
                                           nothing sealed */
     uint32_t phase;                    /* enum colocache_phase; inspect: SEALING = sealed, not
                                           committed */
-    uint32_t n_blocks;
+    uint32_t n_blocks;                 /* removed ones included: indices go up to it */
     uint64_t sealed_epoch;             /* newest sealed epoch, 0 = none */
     uint64_t committed_epoch;          /* newest committed epoch, 0 = none */
     uint64_t receiving_epoch;          /* newest epoch whose pages may be in the cache, 0 = none */
@@ -602,9 +627,9 @@ int colocache_get_block(struct colocache *cc, uint32_t block, struct colocache_b
 int colocache_get_bitmap(struct colocache *cc, uint32_t block, int kind, uint64_t *words,
                          uint64_t n_words);
 /* Look at a control region without lock and without writing.  *n_blocks: in, room in `blocks`;
- * out, blocks there are.  Its owner may be at work: it is never called corrupt for that; counts
- * are of about the same moment.  E_NOT_COLOCACHE (as is a region that create has not finished),
- * E_LAYOUT, E_CORRUPT. */
+ * out, blocks there are, removed ones included: those have no name (""), no length and no pages.
+ * Its owner may be at work: it is never called corrupt for that; counts are of about the same
+ * moment.  E_NOT_COLOCACHE (as is a region that create has not finished), E_LAYOUT, E_CORRUPT. */
 int colocache_inspect(int control_fd, struct colocache_status *out,
                       struct colocache_block_info *blocks, uint32_t *n_blocks);
 
@@ -890,6 +915,9 @@ int colocache_sender_close(struct colocache_sender *sender);
  * were sent, all of a new block is pending and unacked: the peer has nothing of it. */
 int colocache_sender_add_block(struct colocache_sender *sender, const char *name, const void *addr,
                                uint64_t len_bytes, uint32_t page_size, uint32_t *block_out);
+/* From now on no page of this block is sent or counted, and its index names none (E_BLOCK).  Its
+ * memory may go when the sending calls that other threads are in the middle of have come back. */
+int colocache_sender_remove_block(struct colocache_sender *sender, uint32_t block);
 /* Take the log into unacked and pending.  The log is write-protected or cleared before this
  * returns, so before any page of it is read.  Same errors as colocache_sync_dirty_log; after
  * E_LOG_LOST call colocache_sender_mark_all. */

@@ -71,6 +71,8 @@ void world_open(struct world *world)
         must(world->ram[block] && world->sealed_ram[block], "malloc");
         memset(world->ram[block], 0, bytes);
     }
+    for (int i = 0; i < 2; i++)
+        world->late[i] = image(PAGE, i == 0 || !world->bounded);
     world->given = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, world->bounded ? MAP_PRIVATE : MAP_SHARED, world->guest[0], 0);
     must(world->given != MAP_FAILED, "mmap");
     world->control = image(0, false);
@@ -100,6 +102,8 @@ void world_close(struct world *world)
         free(world->ram[block]);
         free(world->sealed_ram[block]);
     }
+    for (int i = 0; i < 2; i++)
+        close(world->late[i]);
     munmap(world->given, DENSE * PAGE);
     close(world->control);
     close(world->vm);
@@ -117,6 +121,27 @@ static void images_of(const struct world *world, struct colocache_images images[
                                                   .guest_fd = world->guest[block],
                                                   .cache_fd = world->cache[block]};
     images[0].guest_addr = world->given;
+}
+
+/* A block that comes and goes: all zeros, the PVM never writes it. */
+static struct colocache_images late_images(const struct world *world)
+{
+    return (struct colocache_images){.struct_size = sizeof(struct colocache_images),
+                                     .name = "late",
+                                     .len_bytes = PAGE,
+                                     .page_size = PAGE,
+                                     .guest_fd = world->late[0],
+                                     .cache_fd = world->late[1]};
+}
+
+/* has_late -- is it one of the region's?  A process may have died while it came or went. */
+static bool has_late(const struct world *world)
+{
+    struct colocache_status status = {.struct_size = sizeof status};
+    static struct colocache_block_info blocks[COLOCACHE_BLOCKS_MAX];
+    uint32_t n = COLOCACHE_BLOCKS_MAX;
+    must(colocache_inspect(world->control, &status, blocks, &n) == 0, "inspect");
+    return n > 2 && strcmp(blocks[2].name, "late") == 0;
 }
 
 static struct colocache_options with_threads(const struct world *world, uint32_t n_threads)
@@ -320,13 +345,15 @@ static int whole_epoch(struct world *world, bool svm_runs)
 
 static int attach_again(struct world *world, uint32_t action)
 {
-    struct colocache_images images[2];
+    struct colocache_images images[3];
     const struct colocache_options any_threads = with_threads(world, 0);
     struct colocache_recovery report;
     images_of(world, images);
+    images[2] = late_images(world);
     drop_handles(world);
+    const uint32_t n_images = has_late(world) ? 3 : 2;
     attaching = true;
-    STEP("attach", colocache_attach(world->control, &any_threads, images, 2, &report, &world->cc));
+    STEP("attach", colocache_attach(world->control, &any_threads, images, n_images, &report, &world->cc));
     attaching = false;
     if (report.action != action)
         breach("attach says %s, expected action %u", report.sentence, action);
@@ -370,8 +397,14 @@ int world_history(struct world *world)
     struct colocache *second;
     uint64_t epoch;
     int rc;
-    if (private_pages(world) != 0 || start(world) != 0 || whole_epoch(world, false) != 0 || whole_epoch(world, true) != 0 ||
-        whole_epoch(world, true) != 0)
+    if (private_pages(world) != 0 || start(world) != 0 || whole_epoch(world, false) != 0)
+        return -1;
+    const struct colocache_images late = late_images(world);
+    STEP("add_block", colocache_add_block(world->cc, &late, NULL));
+    if (whole_epoch(world, true) != 0)
+        return -1;
+    STEP("remove_block", colocache_remove_block(world->cc, 2));
+    if (whole_epoch(world, true) != 0)
         return -1;
     images_of(world, images);
     rc = INSIDE(colocache_attach(world->control, &any_threads, images, 2, NULL, &second));

@@ -15,6 +15,7 @@ struct world {
     bool bounded; /* memory mode */
     bool uffd;    /* this kernel has the log */
     int control, guest[2], cache[2], vm;
+    int late[2];            /* images of a block that comes and goes */
     uint8_t *ram[2];        /* the PVM's memory */
     uint8_t *svm[2];        /* guest RAM, where the handle has it */
     uint8_t *given;         /* where the dense block is mapped before the handle is told of it */

@@ -28,6 +28,7 @@ struct rig_block {
     uint64_t n_pages;
     uint32_t page_size;
     bool sparse;
+    bool leaving, gone; /* removed; and an epoch without it is sealed */
     int guest_fd, cache_fd;
     uint8_t *guest, *cache;               /* second mappings */
     uint8_t *guest_oracle, *cache_oracle; /* what they must hold */
@@ -139,9 +140,12 @@ static inline int rig_attach(struct rig *rig)
 {
     struct colocache_options options = rig_options();
     struct colocache_images images[RIG_BLOCKS_MAX];
-    for (uint32_t b = 0; b < rig->n_blocks; b++)
-        images[rig->n_blocks - 1 - b] = rig_images(&rig->blocks[b]); /* in another order than they were added */
-    return colocache_attach(rig->control_fd, &options, images, rig->n_blocks, &rig->report, &rig->cc);
+    uint32_t n = 0;
+    for (uint32_t b = rig->n_blocks; b-- > 0;) { /* in another order than they were added */
+        if (!rig->blocks[b].gone)
+            images[n++] = rig_images(&rig->blocks[b]);
+    }
+    return colocache_attach(rig->control_fd, &options, images, n, &rig->report, &rig->cc);
 }
 
 static inline void rig_close(struct rig *rig)
@@ -241,7 +245,8 @@ static inline void rig_seal(struct rig *rig, uint64_t epoch)
     CHECK_RC(0, colocache_seal(rig->cc, &args, &found));
     for (uint32_t b = 0; b < rig->n_blocks; b++) {
         struct rig_block *block = &rig->blocks[b];
-        for (uint64_t pfn = 0; pfn < block->n_pages; pfn++) {
+        block->gone |= block->leaving;
+        for (uint64_t pfn = 0; pfn < block->n_pages && !block->gone; pfn++) {
             block->flush[pfn] = block->pvm[pfn] | block->svm[pfn];
             expected.pvm_pages += block->pvm[pfn] && !block->svm[pfn];
             expected.svm_pages += block->svm[pfn] && !block->pvm[pfn];
@@ -262,7 +267,7 @@ static inline void rig_flushed(struct rig *rig)
 {
     for (uint32_t b = 0; b < rig->n_blocks; b++) {
         struct rig_block *block = &rig->blocks[b];
-        for (uint64_t pfn = 0; pfn < block->n_pages; pfn++) {
+        for (uint64_t pfn = 0; pfn < block->n_pages && !block->gone; pfn++) {
             if (block->flush[pfn])
                 memcpy(block->guest_oracle + pfn * block->page_size, block->cache_oracle + pfn * block->page_size, block->page_size);
         }
@@ -275,7 +280,7 @@ static inline void rig_flush(struct rig *rig)
     uint64_t n_pages = 0, n_bytes = 0, n_runs = 0;
     for (uint32_t b = 0; b < rig->n_blocks; b++) {
         struct rig_block *block = &rig->blocks[b];
-        for (uint64_t pfn = 0; pfn < block->n_pages; pfn++) {
+        for (uint64_t pfn = 0; pfn < block->n_pages && !block->gone; pfn++) {
             n_pages += block->flush[pfn];
             n_bytes += block->flush[pfn] * (uint64_t)block->page_size;
             n_runs += block->flush[pfn] && (pfn == 0 || !block->flush[pfn - 1]);
@@ -331,7 +336,7 @@ static inline void rig_check(struct rig *rig, bool stopped)
                 break;
             }
         }
-        if (rig->cc) {
+        if (rig->cc && !block->gone) {
             rig_check_bitmap(rig, b, COLOCACHE_BITMAP_PVM, block->pvm);
             rig_check_bitmap(rig, b, COLOCACHE_BITMAP_SVM, block->svm);
         }

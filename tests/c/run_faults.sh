@@ -50,6 +50,7 @@ build() { # DIR FLAGS...
     objects "$dir/csrc" -DCOLOCACHE_FAULTS "$@"
     program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c
     program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_run.c crash_check.c
+    program "$dir" crash_blocks "$@" -- crash_blocks.c
     program "$dir" crash_threads "$@" -- crash_threads.c
     program "$dir" crash_failover "$@" -- crash_failover.c
     program "$dir" fail_memory "$@" -- fail_memory.c
@@ -81,6 +82,8 @@ run)
     "$dir/crash" --cases 1:2
     wait "$first"
     "$dir/crash_damage"
+    "$dir/crash_blocks" mirror
+    "$dir/crash_blocks" bounded
     "$dir/crash_threads"
     "$dir/crash_failover"
     "$dir/fail"

@@ -474,6 +474,39 @@ static void all_of_a_block_that_comes_late_is_sent(void)
     end();
 }
 
+/* From then on its memory may be unmapped: a page of it that was pending would be a death of the primary. */
+static void nothing_of_a_block_that_was_removed_is_sent(void)
+{
+    uint64_t pending, unacked;
+    struct colocache_run runs[8];
+    uint32_t n_runs, index = 9;
+    const uint64_t word = 1;
+    uint8_t *gone = mmap(NULL, 3 * 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    REQUIRE(gone != MAP_FAILED);
+    begin();
+    CHECK_RC(0, colocache_sender_add_block(primary.sender, "dimm", gone, 3 * 4096, 4096, &index));
+    CHECK_RC(0, colocache_sender_mark_dirty(primary.sender, index, 1, 2));
+    CHECK_RC(0, colocache_sender_mark_dirty(primary.sender, 0, 7, 1));
+    CHECK_RC(0, colocache_sender_remove_block(primary.sender, index));
+    munmap(gone, 3 * 4096);
+    CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_remove_block(primary.sender, index));
+    CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_remove_block(primary.sender, index + 1));
+    CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_mark_dirty(primary.sender, index, 0, 1));
+    CHECK_RC(COLOCACHE_E_BLOCK, colocache_sender_sync_words(primary.sender, index, 0, 1, &word));
+    CHECK_RC(0, colocache_sender_count(primary.sender, &pending, &unacked));
+    CHECK_EQ(1, pending);
+    CHECK_EQ(1, unacked);
+    CHECK_RC(0, colocache_sender_resend(primary.sender));
+    CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 0, runs, 8, &n_runs));
+    CHECK(n_runs == 1 && runs[0].block == 0 && runs[0].first_pfn == 7);
+    CHECK_RC(0, colocache_sender_received(primary.sender));
+    CHECK_RC(0, colocache_sender_add_block(primary.sender, "dimm", primary.ram[0], 4096, 4096, &index)); /* the name, not the index */
+    CHECK_EQ(N_BLOCKS + 1, index);
+    CHECK_RC(0, colocache_sender_next(primary.sender, 0, 1, 0, runs, 8, &n_runs));
+    CHECK(n_runs == 1 && runs[0].block == index);
+    end();
+}
+
 int main(void)
 {
     RUN(random_epochs_arrive_as_they_were_sent);
@@ -486,5 +519,6 @@ int main(void)
     RUN(a_lost_or_silent_peer_ends_the_send);
     RUN(a_senders_arguments_are_checked);
     RUN(all_of_a_block_that_comes_late_is_sent);
+    RUN(nothing_of_a_block_that_was_removed_is_sent);
     return DONE();
 }

@@ -194,7 +194,8 @@ static void check_region(const char *after, bool owner_too)
     }
 }
 
-static void inspect(void)
+/* inspect -- and of the images those that it names, in `images`: a damaged record may say that a block was removed */
+static uint32_t inspect(struct colocache_images images[BLOCKS])
 {
     static struct colocache_block_info blocks[COLOCACHE_BLOCKS_MAX];
     struct colocache_status status = {.struct_size = sizeof status};
@@ -202,8 +203,19 @@ static void inspect(void)
     int rc = colocache_inspect(world.control, &status, blocks, &n_blocks);
     PROMISE(rc <= 0, "inspect gave %d", rc);
     check_region("inspect", true);
-    if (rc == 0)
-        PROMISE(n_blocks <= COLOCACHE_BLOCKS_MAX && n_blocks == status.n_blocks, "%u blocks", n_blocks);
+    world_images(&world, images);
+    if (rc)
+        return BLOCKS;
+    PROMISE(n_blocks <= COLOCACHE_BLOCKS_MAX && n_blocks == status.n_blocks, "%u blocks", n_blocks);
+    uint32_t n = 0;
+    for (unsigned b = 0; b < BLOCKS; b++) {
+        bool named = false;
+        for (uint32_t i = 0; i < n_blocks && !named; i++)
+            named = strcmp(blocks[i].name, block_names[b]) == 0;
+        if (named)
+            images[n++] = images[b];
+    }
+    return n;
 }
 
 /* check_recovered -- after a death without damage */
@@ -254,9 +266,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     put_back(&states[state]);
     enum damage damaged = damage(&input);
     take_picture(&before);
-    inspect();
-    world_images(&world, images);
-    int rc = colocache_attach(world.control, &world_options, images, BLOCKS, &report, &world.cc);
+    const uint32_t n_images = inspect(images);
+    int rc = colocache_attach(world.control, &world_options, images, n_images, &report, &world.cc);
     PROMISE(rc <= 0, "attach gave %d", rc);
     if (damaged == NONE)
         check_recovered(state, rc, &report);
