@@ -181,6 +181,9 @@ class Blocks(Mapping[str, Block]):
             names = ", ".join(f"{block.index} {block.name}" for block in self._blocks.values())
             raise BlockError(f"there is no block {key!r}; there are {names}") from error
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_name or key in self._blocks
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_name)
 

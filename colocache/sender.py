@@ -13,6 +13,7 @@ from colocache._native import check, ffi, lib, struct
 from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, BlockError, LengthError
 from colocache.results import Header, PageRun, SendResult
+from colocache.spec import BlockSpec
 
 HEADER_BYTES: int = lib.COLOCACHE_HEADER_BYTES
 MSG_PAGES: int = lib.COLOCACHE_MSG_PAGES
@@ -30,7 +31,7 @@ class Sender:
         out = ffi.new("struct colocache_sender **")
         check(lib.colocache_sender_create(out))
         self._handle = Handle("sender", out[0], lib.colocache_sender_close)
-        self._n_pages: list[int] = []
+        self._blocks: list[BlockSpec | None] = []
 
     def add_block(self, name: str, addr: int, len_bytes: int, page_size: int = 4096) -> int:
         """Add guest RAM that is mapped at addr and stays so until close; returns the index of the block.
@@ -47,13 +48,19 @@ class Sender:
             check(
                 lib.colocache_sender_add_block(sender, encoded, where, u64(len_bytes, "length in bytes"), size, index)
             )
-        self._n_pages.append(len_bytes // page_size)
+        self._blocks.append(BlockSpec(name, len_bytes, page_size))
         return int(index[0])
+
+    @property
+    def blocks(self) -> tuple[BlockSpec | None, ...]:
+        """The blocks by their index; None for one that was removed."""
+        return tuple(self._blocks)
 
     def remove_block(self, block: int) -> None:
         """Nothing of it is sent or counted from now on. Its memory may go when sends in other threads are over."""
         with self._handle as sender:
             check(lib.colocache_sender_remove_block(sender, _index(block)))
+        self._blocks[block] = None
 
     def sync_dirty_log(self, source: DirtyLog) -> None:
         """Take a log into pending and unacknowledged; it is cleared before any page of it is read. LogLostError."""
@@ -69,9 +76,10 @@ class Sender:
             check(lib.colocache_sender_sync_words(sender, _index(block), first, count, pointer))
 
     def _rest(self, block: int, first_pfn: int) -> int:
-        if not 0 <= block < len(self._n_pages):
-            raise BlockError(f"there is no block {block}; the sender has {len(self._n_pages)}")
-        return max(0, self._n_pages[block] - first_pfn)
+        spec = self._blocks[block] if 0 <= block < len(self._blocks) else None
+        if spec is None:
+            raise BlockError(f"there is no block {block}; the sender had {len(self._blocks)}")
+        return max(0, spec.n_pages - first_pfn)
 
     def mark_dirty(self, block: int, first_pfn: int, n_pages: int = 1) -> None:
         """Pages written by user space, after the write. Any thread."""

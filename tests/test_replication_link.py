@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, no_page_wrong, once, pair_of, while_set
 
-from colocache import ColocacheError, NoStateError
+from colocache import BlockSpec, ColocacheError, NoStateError, RamImage
 from colocache.replication.arbiter import Loss, SoloArbiter, Verdict
 from colocache.replication.messages import MessageType
 
@@ -69,6 +69,50 @@ def test_after_a_reconnection_only_unacknowledged_pages_are_sent_again(pair: Pai
     primary.join()
     secondary.join()
     no_page_wrong(pair)
+
+
+def test_blocks_that_came_and_went_while_the_link_was_cut_are_told_in_the_next_hello(pair: Pair) -> None:
+    cut = threading.Event()
+    pair.link.rule = while_set(cut, "cut")
+    primary, secondary = pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    cut.set()
+    pair.link.cut()
+    pair.events_s.wait("lost", 1)
+    with RamImage.create(BlockSpec("dimm", 4 * 4096), "shm") as dimm:
+        dimm.view[:] = 7
+        index = pair.sender.add_block("dimm", dimm.addr, 4 * 4096)
+        late = pair.cache.add_block(pair.memory.add_block(dimm.spec))
+        assert index == late.index == len(TOY_BLOCKS)
+        cut.clear()
+        pair.events_s.wait("checkpoint", 2)
+        assert (np.array(late.guest) == 7).all()
+        cut.set()
+        pair.link.cut()
+        pair.events_s.wait("lost", 2)
+        pair.sender.remove_block(index)
+        pair.cache.remove_block("dimm")
+        cut.clear()
+        pair.events_s.wait("checkpoint", 3)
+        pair.stop_p.set()
+        primary.join()
+        secondary.join()
+    assert "dimm" not in pair.cache.blocks
+    no_page_wrong(pair)
+
+
+def test_a_block_that_only_one_side_has_is_named_at_the_reconnection(pair: Pair) -> None:
+    cut = threading.Event()
+    pair.link.rule = while_set(cut, "cut")
+    pair.start(interval=3600)
+    pair.events_s.wait("checkpoint", 1)
+    cut.set()
+    pair.link.cut()
+    pair.events_s.wait("lost", 1)
+    pair.cache.add_block(pair.memory.add_block(BlockSpec("dimm", 4096)))
+    cut.clear()
+    reason = pair.events_s.wait("refused", 1)["reason"]
+    assert "RAM block 2, dimm (4096 bytes in pages of 4096), is here and not at the peer" in reason
 
 
 def test_pages_that_got_lost_in_an_epoch_that_was_given_up_come_with_the_next(pair: Pair) -> None:

@@ -55,7 +55,9 @@ hellos = st.builds(
     rejoin=st.booleans(),
     lost=st.booleans(),
     machine=names,
-    blocks=st.lists(blocks, min_size=1, max_size=8, unique_by=lambda block: block.name).map(tuple),
+    blocks=st.lists(
+        st.none() | blocks, min_size=1, max_size=8, unique_by=lambda block: block.name if block else object()
+    ).map(tuple),
     streams=st.integers(1, 16),
     session=st.none() | st.binary(min_size=16, max_size=16),
 )
@@ -156,6 +158,8 @@ def test_a_changed_byte_is_refused_or_is_another_valid_hello(position: int, valu
         (raw(blocks=[["a", 8192, 8191]]), "pages of 8191 bytes are not a power of two"),
         (raw(blocks=[["a", 2048, 2048]]), "pages of 2048 bytes"),
         (raw(blocks=[["a", 4096, 4096], ["a", 8192, 4096]]), "two blocks have the same name"),
+        (raw(blocks=[False]), "a block is not"),
+        (raw(blocks=[None, ["a", 4096, 4096], ["a", 8192, 4096]]), "two blocks have the same name"),
         (raw(blocks=[["x" * 256, 4096, 4096]]), "the name of a block is not printable text of 1 to 255 bytes"),
         (b'{"wire_version":1,"wire_version":1}', "a field occurs twice"),
         (b"[" * 100_000, "it is nested too deeply"),
@@ -182,7 +186,19 @@ def test_a_hello_with_the_most_and_longest_blocks_keeps_its_bound() -> None:
         ({"role": "primary"}, "both sides are a primary"),
         ({"pair": "other"}, "the peer belongs to pair 'other'"),
         ({"machine": "process"}, "the peer's machine is 'process'"),
-        ({"blocks": (HelloBlock("boot", 13 * 4096, 4096),)}, "the peer has 1 RAM blocks, this side 2"),
+        (
+            {"blocks": (HelloBlock("boot", 13 * 4096, 4096),)},
+            "RAM block 1, pc.ram (1073741824 bytes in pages of 4096), is here and not at the peer: add or remove it",
+        ),
+        (
+            {"blocks": (*hello().blocks, HelloBlock("dimm", 4096, 4096))},
+            "RAM block 2, dimm (4096 bytes in pages of 4096), is at the peer and not here: add or remove it",
+        ),
+        (
+            {"blocks": (None, *hello().blocks[1:])},
+            "RAM block 0, boot (53248 bytes in pages of 4096), is here and not at",
+        ),
+        ({"blocks": (*hello().blocks, None)}, "the peer has had 3 RAM blocks, this side 2"),
         (
             {"blocks": (HelloBlock("boot", 13 * 4096, 4096), HelloBlock("pc.ram", 1 << 29, 4096))},
             "RAM block 1 is pc.ram (536870912 bytes in pages of 4096) at the peer",

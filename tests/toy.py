@@ -319,7 +319,6 @@ class Pair:
             cache=self.cache,
             machine=self.svm,  # type: ignore[arg-type]
             listener=self.listener,
-            blocks=self.blocks,
             machine_name="toy",
             options=SecondaryOptions(pair=pair, timing=self.timing, ask_at_dirty_pages=ask_at, streams=self.streams),
             events=self.events_s,
@@ -346,7 +345,6 @@ class Pair:
             address=self.address if self.wraps else self.link.address,
             machine=self.pvm,  # type: ignore[arg-type]
             sender=self.sender,
-            blocks=self.blocks,
             machine_name="toy",
             options=PrimaryOptions(**given),
             events=self.events_p,

@@ -92,7 +92,7 @@ def primary(**given: Any) -> None:
     from colocache.demo.checks import Checks
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
-    from colocache.replication.blocks import hello_blocks, rams_of_images
+    from colocache.replication.blocks import rams_of_images
     from colocache.replication.events import Events
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
@@ -150,7 +150,6 @@ def primary(**given: Any) -> None:
                 address=address,
                 machine=machine,
                 sender=sender,
-                blocks=hello_blocks(guest.blocks),
                 machine_name=machine.identity,
                 options=options,
                 events=events,

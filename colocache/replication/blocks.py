@@ -5,14 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from colocache import Block, BlockSpec, Images, RamImage
+from colocache import Block, BlockSpec, Cache, Images, RamImage
 from colocache.replication.hello import HelloBlock
 from colocache.vmm.machine import Ram
 
 
-def hello_blocks(specs: Iterable[BlockSpec]) -> tuple[HelloBlock, ...]:
-    """Blocks as HELLO names them, in their order."""
-    return tuple(HelloBlock(spec.name, spec.len_bytes, spec.page_size) for spec in specs)
+def hello_blocks(specs: Iterable[BlockSpec | None]) -> tuple[HelloBlock | None, ...]:
+    """Blocks as HELLO names them, by their index; None for one that was removed."""
+    return tuple(HelloBlock(spec.name, spec.len_bytes, spec.page_size) if spec else None for spec in specs)
+
+
+def next_blocks(cache: Cache) -> tuple[HelloBlock | None, ...]:
+    """The blocks of the next epoch that `cache` seals, by their index."""
+    stay = {b.index: HelloBlock(b.name, b.len_bytes, b.page_size) for b in cache.blocks.values() if not b.leaving}
+    return tuple(stay.get(index) for index in range(cache.status().n_blocks))
 
 
 def rams_of_images(images: Iterable[RamImage]) -> tuple[Ram, ...]:

@@ -19,7 +19,7 @@ from colocache import Cache, Memory
 from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.replication.arbiter import LeaseLostError, make_arbiter
-from colocache.replication.blocks import hello_blocks, rams_of_blocks
+from colocache.replication.blocks import rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.options import SecondaryOptions, Timing
@@ -126,7 +126,6 @@ def _run(
                 cache=cache,
                 machine=machine,
                 listener=listener,
-                blocks=hello_blocks(image.spec for image in memory.images),
                 machine_name=machine.identity,
                 options=options,
                 events=events,

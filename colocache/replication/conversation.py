@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import zip_longest
 from typing import NamedTuple
 
 from colocache.replication.errors import ProtocolError
@@ -329,9 +330,15 @@ def _difference(own: Hello, peer: Hello) -> str | None:
         return f"the peer's machine is {peer.machine!r}, this side's {own.machine!r}: start both with the same options"
     if own.streams != peer.streams:
         return f"the peer uses {peer.streams} streams, this side {own.streams}: give both the same --streams"
-    if own.blocks != peer.blocks:
-        for index, (mine, theirs) in enumerate(zip(own.blocks, peer.blocks, strict=False)):
-            if mine != theirs:
-                return f"RAM block {index} is {theirs} at the peer and {mine} here"
-        return f"the peer has {len(peer.blocks)} RAM blocks, this side {len(own.blocks)}"
+    for index, (mine, theirs) in enumerate(zip_longest(own.blocks, peer.blocks)):
+        if mine == theirs:
+            continue
+        if mine and theirs:
+            return f"RAM block {index} is {theirs} at the peer and {mine} here"
+        return (
+            f"RAM block {index}, {mine or theirs}, is {'here' if mine else 'at the peer'} and not "
+            f"{'at the peer' if mine else 'here'}: add or remove it on both sides, in the same order"
+        )
+    if len(own.blocks) != len(peer.blocks):
+        return f"the peer has had {len(peer.blocks)} RAM blocks, this side {len(own.blocks)}: pages go by their index"
     return None

@@ -13,11 +13,12 @@ from collections.abc import Callable
 
 from colocache import Cache
 from colocache.errors import PeerLostError, TimedOutError
+from colocache.replication.blocks import next_blocks
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, Meeting, State, meaning_of, meet
 from colocache.replication.errors import DeclaredLostError, ProtocolError, RefusedError
 from colocache.replication.events import Events
-from colocache.replication.hello import Hello, HelloBlock
+from colocache.replication.hello import Hello
 from colocache.replication.messages import AbortKind, Message, MessageType
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.streams_in import take_streams
@@ -36,14 +37,12 @@ class Door:
         cache: Cache,
         listener: socket.socket,
         *,
-        blocks: tuple[HelloBlock, ...],
         machine_name: str,
         options: SecondaryOptions,
         events: Events,
         wrap: Wrap = PlainTransport,
     ) -> None:
         self._cache = cache
-        self._blocks = blocks
         self._machine_name = machine_name
         self._options = options
         self._events = events
@@ -116,7 +115,7 @@ class Door:
             used_epoch=max(status.receiving_epoch, status.sealed_epoch),
             lost=lost,
             machine=self._machine_name,
-            blocks=self._blocks,
+            blocks=next_blocks(self._cache),
             streams=self._options.streams,
             session=secrets.token_bytes(16),
         )

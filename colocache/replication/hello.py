@@ -41,7 +41,8 @@ class Hello:
     history's secondary lost"; from a secondary: "I took over". `rejoin` from a primary: its operator allows it to give
     up its history for a fresh secondary. `machine` says what kind of machine it is; the two must be equal, and so must
     `streams`, the number of connections that carry pages. `session` (16 bytes) is made by the secondary for each
-    connection and names it to its further streams.
+    connection and names it to its further streams. `blocks` are those of the next epoch by their index, which pages on
+    the wire name; None for one that was removed, whose index is not used again.
     """
 
     role: str
@@ -51,7 +52,7 @@ class Hello:
     used_epoch: int
     lost: bool
     machine: str
-    blocks: tuple[HelloBlock, ...]
+    blocks: tuple[HelloBlock | None, ...]
     wire_version: int = CONVERSATION_VERSION
     streams: int = 1
     session: bytes | None = None
@@ -74,7 +75,7 @@ class Hello:
                 "used_epoch": self.used_epoch,
                 "lost": self.lost,
                 "machine": self.machine,
-                "blocks": [[b.name, b.len_bytes, b.page_size] for b in self.blocks],
+                "blocks": [b and [b.name, b.len_bytes, b.page_size] for b in self.blocks],
                 "streams": self.streams,
                 "session": self.session.hex() if self.session is not None else None,
                 "in_flight": self.in_flight,
@@ -204,11 +205,14 @@ def _id(fields: dict[str, Any], name: str) -> bytes | None:
     return bytes.fromhex(value)
 
 
-def _blocks(value: object) -> tuple[HelloBlock, ...]:
+def _blocks(value: object) -> tuple[HelloBlock | None, ...]:
     if not isinstance(value, list) or not 1 <= len(value) <= BLOCKS_MAX:
         raise ValueError(f"blocks is not a list of 1 to {BLOCKS_MAX}")
-    blocks = []
+    blocks: list[HelloBlock | None] = []
     for item in value:
+        if item is None:
+            blocks.append(None)
+            continue
         if not isinstance(item, list) or len(item) != 3:
             raise ValueError("a block is not [name, len_bytes, page_size]")
         fields = {"len_bytes": item[1], "page_size": item[2]}
@@ -219,6 +223,7 @@ def _blocks(value: object) -> tuple[HelloBlock, ...]:
         if len_bytes == 0 or len_bytes % page_size:
             raise ValueError(f"a block of {len_bytes} bytes is not a multiple of its pages of {page_size}")
         blocks.append(HelloBlock(name, len_bytes, page_size))
-    if len({b.name for b in blocks}) != len(blocks):
+    names = [b.name for b in blocks if b is not None]
+    if len(set(names)) != len(names):
         raise ValueError("two blocks have the same name")
     return tuple(blocks)

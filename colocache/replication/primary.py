@@ -16,6 +16,7 @@ from colocache import Sender
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError, reason_of
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter, LeaseLostError, Leave, Loss, SoloArbiter, Verdict
+from colocache.replication.blocks import hello_blocks
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meeting, State, meet, out_of_order
 from colocache.replication.errors import (
@@ -26,7 +27,7 @@ from colocache.replication.errors import (
     TookOverError,
 )
 from colocache.replication.events import Events
-from colocache.replication.hello import Hello, HelloBlock
+from colocache.replication.hello import Hello
 from colocache.replication.inbox import answer
 from colocache.replication.messages import AbortKind, MessageType
 from colocache.replication.observer import Observer
@@ -79,7 +80,6 @@ class Primary:
         address: Address,
         machine: Machine,
         sender: Sender,
-        blocks: tuple[HelloBlock, ...],
         machine_name: str,
         options: PrimaryOptions,
         events: Events,
@@ -95,7 +95,6 @@ class Primary:
         self.events = events
         self.stop = stop
         self._address = address
-        self._blocks = blocks
         self._machine_name = machine_name
         self._leave = Leave(arbiter or SoloArbiter())
         self._observer = observer or Observer()
@@ -282,7 +281,7 @@ class Primary:
             used_epoch=pair.used_epoch,
             lost=pair.history is None and pair.lost_history is not None,
             machine=self._machine_name,
-            blocks=self._blocks,
+            blocks=hello_blocks(self.pvm.sender.blocks),
             streams=self.options.streams,
             in_flight=pair.in_flight,
             rejoin=self.options.rejoin,

@@ -27,7 +27,6 @@ from colocache.replication.channel import Channel
 from colocache.replication.door import Door
 from colocache.replication.errors import ProtocolError, RefusedError, SessionEndedError
 from colocache.replication.events import Events
-from colocache.replication.hello import HelloBlock
 from colocache.replication.messages import AbortKind, MessageType
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
@@ -78,7 +77,6 @@ class Secondary:
         cache: Cache,
         machine: Machine,
         listener: socket.socket,
-        blocks: tuple[HelloBlock, ...],
         machine_name: str,
         options: SecondaryOptions,
         events: Events,
@@ -96,7 +94,6 @@ class Secondary:
         self._door = Door(
             cache,
             listener,
-            blocks=blocks,
             machine_name=machine_name,
             options=options,
             events=events,

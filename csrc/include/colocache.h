@@ -231,8 +231,9 @@
  *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
  *  state, sparse pages), lseek (sparse images), fstat and pread64 (validate), clock_gettime (where
  *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what
- *  the C library does to end a thread.  tests/c/test_jail.c runs under exactly this list.  Bounded
- *  memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
+ *  the C library does to end a thread; the colocache_loaded of an epoch that a block went with
+ *  adds munmap and close.  tests/c/test_jail.c runs under exactly this list.  Bounded memory adds
+ *  pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
  *
  * ---- Errors ----
  *
