@@ -128,6 +128,7 @@ def test_a_block_goes_with_the_next_seal_and_its_memory_with_loaded(region_name:
         cache.device_state_buffer(3, 0)
         cache.seal(3)
         assert list(cache.blocks) == ["ram"]
+        assert "dimm" not in cache.blocks
         with pytest.raises(BlockError):
             cache.mark_dirty(dimm, 0)
         cache.flush()
@@ -179,7 +180,9 @@ def test_a_sender_sends_all_of_a_block_that_comes_late() -> None:
         sender.received()
         assert sender.add_block("dimm", addresses[1], 3 * PAGE) == 1
         assert sender.count() == (3, 3)
+        assert sender.blocks == (BlockSpec("ram", 2 * PAGE), BlockSpec("dimm", 3 * PAGE))
         sender.remove_block(1)
+        assert sender.blocks == (BlockSpec("ram", 2 * PAGE), None)
         assert sender.count() == (0, 0)
         assert sender.take() == ()
         with pytest.raises(BlockError, match="was removed"):

@@ -118,7 +118,7 @@ class Secondary(RuleBasedStateMachine):
             assert answers[0] == answers[1].index
             self.map(answers[0], images)
 
-    @precondition(lambda self: self.cache is not None and len(self.model.blocks) > 1)
+    @precondition(lambda self: self.cache is not None and len(self.model.blocks) - len(self.model.leaving) > 1)
     @rule(block=blocks)
     def remove_block(self, block: int) -> None:
         block = self.block(block)
