@@ -22,16 +22,25 @@ KVM = pytest.mark.skipif(not os.access("/dev/kvm", os.R_OK | os.W_OK), reason="n
 SMALL = ("--guest", "qemu", "--ram", "24M", "--checkpoints", "3", "--interval", "0.1", "--run-on", "0.2", "--json")
 
 
+MARK = f"COLOCACHE_TESTED_BY={os.getpid()}"
+
+
+@pytest.fixture(autouse=True)
+def marked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Children can be told from those of a run beside this one."""
+    monkeypatch.setenv(*MARK.split("="))
+
+
 def qemus() -> list[str]:
-    """Processes that run a QEMU of a pair."""
+    """Processes of this run that run a QEMU of a pair."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                words = (entry / "cmdline").read_bytes()
+                words, marks = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
             except OSError:
                 continue
-            if QEMU.encode() in words and b"colocache.ram" in words:
+            if QEMU.encode() in words and b"colocache.ram" in words and MARK.encode() in marks.split(b"\0"):
                 found.append(entry.name)
     return found
 
