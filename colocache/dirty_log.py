@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -66,20 +67,42 @@ class DirtyLog:
         self._handle.leave()
 
 
-class KvmDirtyLog(DirtyLog):
+class _SlotsThatChange(DirtyLog):
+    """A log of KVM slots."""
+
+    @contextlib.contextmanager
+    def changing(self, slots: Sequence[KvmSlot]) -> Iterator[None]:
+        """`with log.changing(new_slots):` change the VM's slots inside, vCPUs standing; nothing logged is lost.
+
+        The new slots are probed at the end, as when the log was made. If that fails, or the block raises, the change
+        is still under way (sync raises OrderError): call `changed` with the slots that there are.
+        """
+        with self._handle as source:
+            check(lib.colocache_source_change_begin(source))
+        yield
+        self.changed(slots)
+
+    def changed(self, slots: Sequence[KvmSlot]) -> None:
+        """End a change with the slots that there are now."""
+        with self._handle as source:
+            check(lib.colocache_source_change_end(source, _slots(slots), len(slots)))
+
+
+class KvmDirtyLog(_SlotsThatChange):
     """KVM's log of a VM whose slots have KVM_MEM_LOG_DIRTY_PAGES and 4096-byte pages.
 
-    `manual_protect`: KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled on it. The descriptor stays the caller's.
+    Each slot is probed: ArgumentError (no VM, no such slot, no log), LengthError, UnsupportedError (rings). The
+    descriptor stays the caller's. `manual_protect` is not looked at any more: the log is got and cleared either way.
     """
 
-    def __init__(self, vm_fd: int | HasFileno, slots: Sequence[KvmSlot], manual_protect: bool) -> None:
+    def __init__(self, vm_fd: int | HasFileno, slots: Sequence[KvmSlot], manual_protect: bool = False) -> None:
         array = _slots(slots)
         out = ffi.new("struct colocache_source **")
         check(lib.colocache_source_kvm(fd_of(vm_fd), array, len(slots), int(manual_protect), out))
         super().__init__(_source_handle("KVM dirty log", out[0]))
 
 
-class KvmDirtyRing(DirtyLog):
+class KvmDirtyRing(_SlotsThatChange):
     """KVM's dirty rings, one per vCPU, of `ring_bytes` each, as KVM_CAP_DIRTY_LOG_RING was given before the vCPUs.
 
     It is the only reader of the rings, from before the first vCPU runs. A vCPU that comes out with a full ring may have

@@ -121,6 +121,9 @@ static int add(struct colocache *cc, const struct colocache_images *images)
     cc_word_publish(&cc->region.control->n_blocks, cc->n_blocks + 1);
     CC_CRASH_POINT("add_block: after the count");
     cc_publish32(&cc->n_blocks, cc->n_blocks + 1); /* receiving threads may name it now: it is in the region */
+    if (images->guest_fd < 0)
+        cc_log(cc, COLOCACHE_LOG_WARN,
+               "block %s is given by address: its memory dies with this process, and nobody can attach to this region then", images->name);
     return 0;
 }
 

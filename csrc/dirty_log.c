@@ -72,7 +72,7 @@ int colocache_sync_dirty_log(struct colocache *cc, struct colocache_source *sour
     if (!cc || !source)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle or the source is NULL");
     uint64_t begin = cc_now_ns();
-    int rc = source->sync(source, take_into_svm, cc);
+    int rc = cc_source_sync(source, take_into_svm, cc);
     cc_stats_synced(cc, begin);
     CC_CRASH_POINT("sync: the log is cleared");
     return rc;

@@ -159,19 +159,43 @@ static void ring_close(struct colocache_source *base)
     free(source);
 }
 
-/* take_slots -- copies of the caller's slots, in order, each with its part of `words` */
-static int take_slots(struct ring_source *source, const struct colocache_kvm_slot *slots)
+/* share_out -- copies of the caller's slots, in order, each with its part of `words` */
+static int share_out(const struct colocache_kvm_slot *given, uint32_t n_slots, struct ring_slot *slots, uint64_t *words)
 {
-    for (uint32_t i = 0; i < source->n_slots; i++)
-        source->slots[i].given = slots[i];
-    qsort(source->slots, source->n_slots, sizeof source->slots[0], by_number);
-    uint64_t *words = source->words;
-    for (uint32_t i = 0; i < source->n_slots; i++) {
-        if (i && source->slots[i].given.slot == source->slots[i - 1].given.slot)
-            return cc_fail(COLOCACHE_E_ARGUMENT, "KVM slot %u is given twice", source->slots[i].given.slot);
-        source->slots[i].words = words;
-        words += cc_words_for(source->slots[i].given.n_pages);
+    for (uint32_t i = 0; i < n_slots; i++)
+        slots[i].given = given[i];
+    qsort(slots, n_slots, sizeof slots[0], by_number);
+    for (uint32_t i = 0; i < n_slots; i++) {
+        if (i && slots[i].given.slot == slots[i - 1].given.slot)
+            return cc_fail(COLOCACHE_E_ARGUMENT, "KVM slot %u is given twice", slots[i].given.slot);
+        slots[i].words = words;
+        words += cc_words_for(slots[i].given.n_pages);
     }
+    return 0;
+}
+
+static int ring_set_slots(struct colocache_source *base, const struct colocache_kvm_slot *given, uint32_t n_slots)
+{
+    struct ring_source *source = (struct ring_source *)base;
+    uint64_t n_words = 0;
+    for (uint32_t i = 0; i < n_slots; i++)
+        n_words += cc_words_for(given[i].n_pages);
+    struct ring_slot *slots = calloc(n_slots, sizeof *slots);
+    uint64_t *words = calloc(n_words, 8);
+    int rc = slots && words ? share_out(given, n_slots, slots, words)
+                            : cc_fail(-ENOMEM, "no memory for a log of %llu words", (unsigned long long)n_words);
+    if (rc) {
+        free(slots);
+        free(words);
+        return rc;
+    }
+    pthread_mutex_lock(&source->lock);
+    free(source->slots); /* what they had was taken: see change_begin */
+    free(source->words);
+    source->slots = slots;
+    source->words = words;
+    source->n_slots = n_slots;
+    pthread_mutex_unlock(&source->lock);
     return 0;
 }
 
@@ -211,27 +235,21 @@ int colocache_source_kvm_ring(int vm_fd, const struct colocache_kvm_slot *slots,
     int rc = cc_source_check_slots(slots, n_slots);
     if (rc)
         return rc;
-    uint64_t n_words = 0;
-    for (uint32_t i = 0; i < n_slots; i++)
-        n_words += cc_words_for(slots[i].n_pages);
     struct ring_source *source = calloc(1, sizeof *source);
     if (!source)
         return cc_fail(-ENOMEM, "no memory for a dirty-ring log");
-    source->base = (struct colocache_source){.sync = ring_sync, .close = ring_close};
+    cc_source_init(&source->base, ring_sync, ring_close, ring_set_slots);
     pthread_mutex_init(&source->lock, NULL);
     source->n_entries = ring_bytes / (uint32_t)sizeof(struct ring_entry);
-    source->n_slots = n_slots;
     source->n_rings = n_rings;
-    source->slots = calloc(n_slots, sizeof *source->slots);
     source->rings = calloc(n_rings, sizeof *source->rings);
-    source->words = calloc(n_words, 8);
     source->vm_fd = fcntl(vm_fd, F_DUPFD_CLOEXEC, 3);
     if (source->vm_fd < 0)
         rc = cc_fail_errno("duplicating the VM's descriptor");
-    else if (!source->slots || !source->rings || !source->words)
-        rc = cc_fail(-ENOMEM, "no memory for a log of %llu words", (unsigned long long)n_words);
+    else if (!source->rings)
+        rc = cc_fail(-ENOMEM, "no memory for %u dirty rings", n_rings);
     if (rc == 0)
-        rc = take_slots(source, slots);
+        rc = ring_set_slots(&source->base, slots, n_slots);
     if (rc == 0)
         rc = map_rings(source, rings);
     if (rc) {

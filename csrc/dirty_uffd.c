@@ -241,7 +241,7 @@ static int make(const struct colocache_uffd_range *ranges, uint32_t n_ranges, bo
     struct uffd_source *source = calloc(1, sizeof *source + n_ranges * sizeof ranges[0]);
     if (!source)
         return cc_fail(-ENOMEM, "no memory for %u ranges", n_ranges);
-    source->base = (struct colocache_source){.sync = uffd_sync, .close = uffd_close};
+    cc_source_init(&source->base, uffd_sync, uffd_close, NULL);
     source->uffd = source->pagemap = -1;
     memcpy(source->ranges, ranges, n_ranges * sizeof ranges[0]);
     source->regions = calloc(REGIONS, sizeof *source->regions);

@@ -100,7 +100,9 @@ void cc_sender_mark_again(struct cc_sender_block *block, uint64_t first_pfn, uin
 
 static int mark(struct colocache_sender *sender, uint32_t index, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
 {
-    const uint32_t n_blocks = sender ? cc_observe32(&sender->n_blocks) : 0;
+    if (!sender)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the sender is NULL");
+    const uint32_t n_blocks = cc_observe32(&sender->n_blocks);
     if (index >= n_blocks)
         return cc_fail(COLOCACHE_E_BLOCK, "there is no block %u, the sender has %u", index, n_blocks);
     struct cc_sender_block *block = &sender->blocks[index];
@@ -131,7 +133,7 @@ int colocache_sender_sync_dirty_log(struct colocache_sender *sender, struct colo
 {
     if (!sender || !source)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the sender or the source is NULL");
-    return source->sync(source, take_into_sender, sender);
+    return cc_source_sync(source, take_into_sender, sender);
 }
 
 int colocache_sender_sync_words(struct colocache_sender *sender, uint32_t block, uint64_t first_pfn, uint64_t n_pages,

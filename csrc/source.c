@@ -4,8 +4,26 @@
 
 #include <errno.h>
 #include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
+#include "bitmap.h"
 #include "error.h"
+
+struct cc_kept {
+    struct cc_kept *next;
+    uint32_t block;
+    uint64_t first_pfn, n_pages;
+    uint64_t words[];
+};
+
+void cc_source_init(struct colocache_source *source, int (*sync)(struct colocache_source *, cc_take_fn *, void *),
+                    void (*close)(struct colocache_source *),
+                    int (*set_slots)(struct colocache_source *, const struct colocache_kvm_slot *, uint32_t))
+{
+    *source = (struct colocache_source){.sync = sync, .close = close, .set_slots = set_slots};
+    pthread_mutex_init(&source->lock, NULL);
+}
 
 int cc_source_fits(cc_take_fn *take, void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages)
 {
@@ -62,12 +80,91 @@ int colocache_source_discard(struct colocache_source *source)
 {
     if (!source)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the source is NULL");
-    return source->sync(source, throw_away, NULL);
+    return cc_source_sync(source, throw_away, NULL);
 }
 
 int colocache_source_close(struct colocache_source *source)
 {
-    if (source)
-        source->close(source);
+    if (!source)
+        return 0;
+    while (source->kept) {
+        struct cc_kept *kept = source->kept;
+        source->kept = kept->next;
+        free(kept);
+    }
+    pthread_mutex_destroy(&source->lock);
+    source->close(source);
     return 0;
+}
+
+/* ---- slots that change --------------------------------------------------------------------------------------------- */
+
+static int keep(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    struct colocache_source *source = context;
+    const uint64_t n_words = cc_words_for(n_pages);
+    uint64_t any = 0;
+    for (uint64_t i = 0; i < n_words && !any; i++)
+        any = words[i];
+    if (!any)
+        return 0;
+    struct cc_kept *kept = malloc(sizeof *kept + n_words * 8);
+    if (!kept)
+        return cc_fail(-ENOMEM, "no memory to keep the log of %llu pages", (unsigned long long)n_pages);
+    *kept = (struct cc_kept){.next = source->kept, .block = block, .first_pfn = first_pfn, .n_pages = n_pages};
+    memcpy(kept->words, words, n_words * 8);
+    source->kept = kept;
+    return 0;
+}
+
+static int hand_on_kept(struct colocache_source *source, cc_take_fn *take, void *context)
+{
+    while (source->kept) {
+        struct cc_kept *kept = source->kept;
+        int rc = take(context, kept->block, kept->first_pfn, kept->n_pages, kept->words);
+        if (rc)
+            return rc;
+        source->kept = kept->next;
+        free(kept);
+    }
+    return 0;
+}
+
+int cc_source_sync(struct colocache_source *source, cc_take_fn *take, void *context)
+{
+    pthread_mutex_lock(&source->lock);
+    int rc = source->changing ? cc_fail(COLOCACHE_E_ORDER, "the slots of this log are being changed: call "
+                                                           "colocache_source_change_end first")
+                              : hand_on_kept(source, take, context);
+    pthread_mutex_unlock(&source->lock);
+    return rc ? rc : source->sync(source, take, context);
+}
+
+int colocache_source_change_begin(struct colocache_source *source)
+{
+    if (!source)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the source is NULL");
+    if (!source->set_slots)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED, "this log has no KVM slots that could change");
+    pthread_mutex_lock(&source->lock);
+    int rc = source->changing ? cc_fail(COLOCACHE_E_ORDER, "the slots of this log are being changed already")
+                              : source->sync(source, keep, source);
+    source->changing = source->changing || rc == 0;
+    pthread_mutex_unlock(&source->lock);
+    return rc;
+}
+
+int colocache_source_change_end(struct colocache_source *source, const struct colocache_kvm_slot *slots, uint32_t n_slots)
+{
+    if (!source)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the source is NULL");
+    pthread_mutex_lock(&source->lock);
+    int rc = source->changing ? cc_source_check_slots(slots, n_slots)
+                              : cc_fail(COLOCACHE_E_ORDER, "no change of this log's slots was begun: call "
+                                                           "colocache_source_change_begin before the slots change");
+    if (rc == 0)
+        rc = source->set_slots(source, slots, n_slots);
+    source->changing = source->changing && rc != 0;
+    pthread_mutex_unlock(&source->lock);
+    return rc;
 }

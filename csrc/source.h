@@ -8,6 +8,7 @@
 #ifndef CC_SOURCE_H
 #define CC_SOURCE_H
 
+#include <pthread.h>
 #include <stdbool.h>
 #include <stdint.h>
 
@@ -20,12 +21,26 @@
 /* Words of a log: bit 0 of words[0] is page first_pfn of the block.  0, or an error and nothing was taken. */
 typedef int cc_take_fn(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words);
 
+struct cc_kept; /* words that were taken before slots were changed, and are handed on with the next sync */
+
 struct colocache_source {
     /* Get what was written since the last clear and hand it on; then clear.  `take` may be called several times a block.  If it fails
      * the bits are still in the log, or kept for the next sync; where a get has cleared them already, E_LOG_LOST. */
     int (*sync)(struct colocache_source *source, cc_take_fn *take, void *context);
     void (*close)(struct colocache_source *source);
+    /* Of a source with KVM slots: these from now on; 0, or an error and those from before.  Nothing is logged that was not taken. */
+    int (*set_slots)(struct colocache_source *source, const struct colocache_kvm_slot *slots, uint32_t n_slots);
+    pthread_mutex_t lock; /* of the two below: a ring source is synced by several threads */
+    struct cc_kept *kept;
+    bool changing; /* between change_begin and change_end */
 };
+
+/* Fill in what every source has; `set_slots` may be NULL. */
+void cc_source_init(struct colocache_source *source, int (*sync)(struct colocache_source *, cc_take_fn *, void *),
+                    void (*close)(struct colocache_source *),
+                    int (*set_slots)(struct colocache_source *, const struct colocache_kvm_slot *, uint32_t));
+/* What whoever takes calls: what was kept first, then the log.  E_ORDER while slots are changed. */
+int cc_source_sync(struct colocache_source *source, cc_take_fn *take, void *context);
 
 /* Would `take` have these pages?  Asked for all parts of a log before the first is got: a part that fits no block is then found
  * while nothing is lost. */

@@ -292,8 +292,8 @@ def test_words_that_do_not_fit_change_nothing(
 def test_a_dirty_log_of_something_that_is_no_vm_is_refused() -> None:
     slot = colocache.KvmSlot(slot=0, block=0, first_pfn=0, n_pages=13)
     with Path("/dev/null").open("rb") as null:
-        with pytest.raises(colocache.ColocacheError), colocache.KvmDirtyLog(null, [slot], False) as log:
-            log.discard()
+        with pytest.raises(ArgumentError, match="is no VM of KVM's"):
+            colocache.KvmDirtyLog(null, [slot])
         with pytest.raises(colocache.ColocacheError):
             colocache.KvmDirtyRing(null, [slot], [colocache.KvmRing(vcpu_fd=null.fileno())], 65536)
         for size in (-1, 1 << 32):

@@ -9,8 +9,20 @@ import numpy as np
 import pytest
 from vmm_support import Host, every_guest, exact_steps, run_steps, wait_for
 
-from colocache import BlockSpec, ColocacheError, RamImage, UffdDirtyLog, UffdRange, UnsupportedError
+from colocache import (
+    ArgumentError,
+    BlockSpec,
+    ColocacheError,
+    KvmSlot,
+    OrderError,
+    RamImage,
+    UffdDirtyLog,
+    UffdRange,
+    UnsupportedError,
+)
 from colocache.vmm.history import stores
+from colocache.vmm.kvm import BOOT_SLOT, HIGH_SLOT, LOW_SLOT
+from colocache.vmm.layout import LOW_ADDR, PAGE
 from colocache.vmm.smaps import kernel_page_size
 
 
@@ -54,6 +66,37 @@ def test_the_dirty_log_names_every_page_that_changed_and_no_page_is_lost(host: H
         before = after
     split = machine.layout.split_page
     assert min(seen) < split < max(seen)  # both memory slots
+    assert machine.verify().wrong == ()
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("kind", "backing"), [("kvm", "shm")])
+def test_slots_that_change_lose_no_page(host: Host) -> None:
+    """Taken out of the VM and put in again, with a new length in between, while the guest stands."""
+    machine = host.machine()
+    machine.boot()
+    machine.discard_dirty_log()
+    host.target.take()
+    before = host.contents()
+    run_steps(machine, 20)
+    kvm, log, ram, half = machine._kvm, machine._log, machine.ram, machine.layout.split_page // 2
+    split = machine.layout.split_page
+    boot = KvmSlot(BOOT_SLOT, machine.boot_ram.index, 0, machine.boot_ram.n_pages)
+    rest = KvmSlot(HIGH_SLOT, ram.index, split, ram.n_pages - split)
+    with log.changing([boot, KvmSlot(LOW_SLOT, ram.index, 0, half), KvmSlot(9, ram.index, half, split - half), rest]):
+        with pytest.raises(OrderError):
+            machine.sync_dirty_log(host.target.cache)
+        kvm.set_slot(LOW_SLOT, LOW_ADDR, ram.addr, 0, logged=False)
+        kvm.set_slot(LOW_SLOT, LOW_ADDR, ram.addr, half * PAGE, logged=True)
+        kvm.set_slot(9, LOW_ADDR + half * PAGE, ram.addr + half * PAGE, (split - half) * PAGE, logged=True)
+    with pytest.raises(ArgumentError, match="slot 77"), log.changing([KvmSlot(77, ram.index, 0, half)]):
+        pass
+    log.changed([boot, KvmSlot(LOW_SLOT, ram.index, 0, half), KvmSlot(9, ram.index, half, split - half), rest])
+    run_steps(machine, 20)
+    machine.sync_dirty_log(host.target.cache)
+    dirty, after = host.target.take(), host.contents()
+    for image, was, now in zip(host.images[0], before, after, strict=True):
+        assert set(np.flatnonzero((was != now).any(axis=1)).tolist()) <= dirty[image.spec.name]
     assert machine.verify().wrong == ()
 
 

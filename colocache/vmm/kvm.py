@@ -84,7 +84,7 @@ class KvmMachine(ReferenceMachine):
     def _make_memory(self, kvm: Kvm) -> KvmDirtyLog | None:
         from colocache import KvmDirtyLog, KvmSlot
 
-        manual = kvm.enable_manual_protect()
+        kvm.enable_manual_protect()  # if this KVM can: getting the log is then almost free
         with contextlib.suppress(OSError):  # only Intel CPUs have it
             fcntl.ioctl(kvm.vm, kvm_api.SET_TSS_ADDR, TSS_ADDR)
         split, ram = self.layout.split_page, self.ram
@@ -102,7 +102,7 @@ class KvmMachine(ReferenceMachine):
             KvmSlot(LOW_SLOT, ram.index, 0, split),
             KvmSlot(HIGH_SLOT, ram.index, split, ram.n_pages - split),
         ]
-        return KvmDirtyLog(kvm.vm, slots, manual_protect=manual)
+        return KvmDirtyLog(kvm.vm, slots)
 
     def _make_vcpu(self, kvm: Kvm) -> Vcpu:
         vcpu = Vcpu(kvm)

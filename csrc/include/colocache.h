@@ -92,7 +92,9 @@
  *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or
  *  you give guest_addr, your own MAP_SHARED mapping of guest_fd at guest_offset (checked when the
  *  block is added, by the kernel's list of mappings; the library writes through one of its own).
- *  A block by address alone (both descriptors -1) can be private memory; it dies with the process.
+ *  A block by address alone (both descriptors -1) can be private memory; it dies with the process,
+ *  and with one such block nobody can attach to the region: that is said to `log` (WARN) when it is
+ *  added.
  *
  * ---- Bounded memory ----
  *
@@ -185,15 +187,15 @@
  *  4096 bytes whatever backs it; so the block's page_size is 4096.  Slots that hold no block (ROM,
  *  device memory) are not listed.
  *  Choose one source for a VM: colocache_source_kvm, or _kvm_ring if the VM was made with dirty
- *  rings.  Enable KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if there is one (flag 1, without INITIALLY_SET)
- *  and say so in manual_protect.
+ *  rings.  Enable KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 if there is one (flag 1, not INITIALLY_SET):
+ *  the get is then almost free.
  *  The order at a checkpoint: all vCPUs out of KVM_RUN (an exit that is half done, such as port
  *  I/O, is completed by one more KVM_RUN with immediate_exit set, before registers are read or
  *  replaced) -> colocache_sync_dirty_log -> seal -> flush -> KVM_SET_* of the device state ->
  *  colocache_loaded -> KVM_RUN.  The flush needs no KVM call: guest and library share the pages.
- *  Slots may change only while vCPUs stand and the log is synced: close the source, change the
- *  slots, make a new one.  Switching logging off and on forgets what was logged:
- *  colocache_dirty_log_lost then.
+ *  Slots change only while vCPUs stand, between colocache_source_change_begin and
+ *  colocache_source_change_end.  Changed without them, or with logging switched off and on, they
+ *  have lost what was logged: colocache_dirty_log_lost then.
  *
  * ---- Threads ----
  *
@@ -271,10 +273,12 @@
  * ---- Limits ----
  *
  *  256 blocks, removed ones included, with names of 255 bytes, each up to 1 PiB in pages of 4 KiB
- *  to 2 MiB; epochs from 1 to 2^48-1, always growing; a device state up to the bound given at
- *  create (64 MiB by default, at most 1 TiB); 256 threads.  The control region takes 1/32768 of
- *  guest RAM per bitmap and there are three, besides two device states (sparse: only what comes is
- *  allocated).
+ *  to 2 MiB, as far as they can be mapped: guest RAM and cache are once each, and guest RAM once
+ *  more if you give guest_addr or it is bounded, so that on 47-bit addresses all blocks together
+ *  are at most about 63 or 42 TiB (COLOCACHE_E_NO_MEMORY above); epochs from 1 to 2^48-1, always
+ *  growing; a device state up to the bound given at create (64 MiB by default, at most 1 TiB); 256
+ *  threads.  The control region takes 1/32768 of guest RAM per bitmap and there are three, besides
+ *  two device states (sparse: only what comes is allocated).
  *  colocache_receive_stream needs 40 KiB of stack.  The wire carries no secrets' protection: for
  *  TLS give the library one end of a socketpair, or take packets apart yourself and call
  *  colocache_receive_pages.
@@ -329,7 +333,7 @@ extern "C" {
                                            idstr) */
 #define COLOCACHE_PAGE_SIZE_MIN 4096    /* bytes of the tracking unit, a power of two */
 #define COLOCACHE_PAGE_SIZE_MAX 2097152
-#define COLOCACHE_BLOCK_BYTES_MAX 1125899906842624 /* 1 PiB */
+#define COLOCACHE_BLOCK_BYTES_MAX 1125899906842624 /* 1 PiB; mapped 2 or 3 times: see Limits */
 #define COLOCACHE_EPOCH_MAX 0xffffffffffff /* epochs go from 1 to this: 2^48-1 */
 #define COLOCACHE_HEADER_BYTES 40       /* of a message on the wire, see stream below */
 #define COLOCACHE_PACKET_RUNS_MAX 1024  /* runs in one PAGES packet */
@@ -567,8 +571,9 @@ struct colocache_status {
     uint64_t receiving_epoch;          /* newest epoch whose pages may be in the cache, 0 = none */
     uint64_t received_pages;           /* pages of the open epoch so far, zero pages and repeats
                                           included */
-    uint64_t pvm_pages, svm_pages, flush_pages; /* bits set now in the three bitmaps (inspect),
-                                                   else 0 */
+    uint64_t pvm_pages, svm_pages, flush_pages; /* bits set now in the three bitmaps, from inspect;
+                                                   of a handle 0: counting takes as long as they are
+                                                   large, colocache_get_block does it per block */
     uint64_t device_state_bytes;       /* length of the sealed epoch's device state */
     uint64_t device_state_max_bytes;
     uint64_t control_bytes;            /* size of the control region */
@@ -753,9 +758,10 @@ struct colocache_uffd_range {          /* memory of this process; in colocache_s
                                           memory it is */
 };
 
-/* KVM's dirty log of a VM.  Slots must have KVM_MEM_LOG_DIRTY_PAGES set and 4096-byte pages.
- * manual_protect: not 0 if KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 was enabled; then get and clear are
- * two calls, made one after the other here. */
+/* KVM's dirty log of a VM.  Slots must have KVM_MEM_LOG_DIRTY_PAGES set and 4096-byte pages; each
+ * is probed here: E_ARGUMENT (no VM, no such slot, or one without the flag), E_LENGTH (another
+ * number of pages), E_UNSUPPORTED (the VM has dirty rings).  manual_protect is not looked at: the
+ * log is got and cleared, with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 or without. */
 int colocache_source_kvm(int vm_fd, const struct colocache_kvm_slot *slots, uint32_t n_slots,
                          int manual_protect, struct colocache_source **out);
 /* KVM's dirty rings, one per vCPU, of ring_bytes each: the size given to KVM_ENABLE_CAP for
@@ -788,6 +794,16 @@ int colocache_source_uffd(const struct colocache_uffd_range *ranges, uint32_t n_
 int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it,
                                   const struct colocache_uffd_range *ranges, uint32_t n_ranges,
                                   struct colocache_source **out);
+/* Slots of a KVM source (a log or rings) come, go, or get another length: begin takes what was
+ * logged so far into the source's own memory, then you change the slots, and end names and probes
+ * those that there are now, as when the source was made.  vCPUs stand from before begin until
+ * after end.  What was kept is handed on with the next sync, before any of its blocks is removed.
+ * If end fails the change is still under way: give it the right slots.  Between the two a sync is
+ * E_ORDER.  begin: same errors as colocache_sync_dirty_log, E_UNSUPPORTED (a source without
+ * slots), -ENOMEM; nothing changed then. */
+int colocache_source_change_begin(struct colocache_source *source);
+int colocache_source_change_end(struct colocache_source *source,
+                                const struct colocache_kvm_slot *slots, uint32_t n_slots);
 /* Get, clear and throw away: before the VM first runs. */
 int colocache_source_discard(struct colocache_source *source);
 int colocache_source_close(struct colocache_source *source);

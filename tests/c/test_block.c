@@ -230,6 +230,31 @@ static void block_by_address_alone_works_and_cannot_be_attached(void)
     end();
 }
 
+static char said[1024];
+
+static void hear(void *context, int level, const char *sentence)
+{
+    (void)context;
+    if (level == COLOCACHE_LOG_WARN)
+        snprintf(said, sizeof said, "%s", sentence);
+}
+
+static void block_by_address_is_warned_of_when_it_is_added(void)
+{
+    begin();
+    colocache_close(cc);
+    REQUIRE(ftruncate(control_fd, 0) == 0);
+    struct colocache_options options = {.struct_size = sizeof options, .log = hear};
+    CHECK_RC(0, colocache_create(control_fd, &options, &cc));
+    struct colocache_images images = rig_images(&one);
+    images.guest_fd = images.cache_fd = -1;
+    images.guest_addr = one.guest;
+    images.cache_addr = one.cache;
+    CHECK_RC(0, colocache_add_block(cc, &images, NULL));
+    CHECK(strstr(said, images.name) && strstr(said, "nobody can attach"));
+    end();
+}
+
 static void guest_addr_must_be_a_shared_mapping_of_the_image(void)
 {
     begin();
@@ -368,6 +393,7 @@ int main(void)
     RUN(there_is_room_for_256_blocks);
     RUN(info_and_bitmaps_of_a_block);
     RUN(block_by_address_alone_works_and_cannot_be_attached);
+    RUN(block_by_address_is_warned_of_when_it_is_added);
     RUN(guest_addr_must_be_a_shared_mapping_of_the_image);
     RUN(attach_takes_no_other_images);
     RUN(memory_that_cannot_be_written_is_refused_when_it_is_added);

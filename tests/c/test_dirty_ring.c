@@ -130,6 +130,29 @@ static void unknown_pages_are_lost_also_when_the_known_were_not_taken(void)
     CHECK_RC(COLOCACHE_E_LOG_LOST, colocache_sync_dirty_log(rig.cc, log)); /* past the end of a slot */
     end(log);
 }
+
+static void slots_change_and_no_entry_is_lost(void)
+{
+    struct colocache_source *log = NULL;
+    if (!begin(right, 2, &log))
+        return;
+    const struct colocache_kvm_slot changed[] = {{.slot = 5, .block = 1, .first_pfn = 0, .n_pages = 70}, right[1]};
+    kvm_writes(4, 10); /* of a slot that goes */
+    kvm_writes(2, 64);
+    CHECK_RC(0, colocache_source_change_begin(log));
+    CHECK_RC(COLOCACHE_E_ORDER, colocache_sync_dirty_log(rig.cc, log));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_source_change_end(log, NULL, 0));
+    const struct colocache_kvm_slot twice[] = {right[1], right[1]};
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_source_change_end(log, twice, 2));
+    CHECK_RC(0, colocache_source_change_end(log, changed, 2));
+    kvm_writes(5, 69);
+    CHECK_RC(0, colocache_sync_dirty_log(rig.cc, log));
+    rig.blocks[0].svm[64] = rig.blocks[1].svm[13] = rig.blocks[1].svm[69] = 1;
+    rig_check(&rig, false);
+    kvm_writes(4, 10); /* it is gone */
+    CHECK_RC(COLOCACHE_E_LOG_LOST, colocache_sync_dirty_log(rig.cc, log));
+    end(log);
+}
 #endif
 
 int main(void)
@@ -138,6 +161,7 @@ int main(void)
     RUN(entries_are_in_the_log_once);
     RUN(slots_that_fit_no_block_leave_the_ring_alone);
     RUN(what_was_not_taken_is_handed_on_again);
+    RUN(slots_change_and_no_entry_is_lost);
     RUN(unknown_pages_are_lost_also_when_the_known_were_not_taken);
 #endif
     return DONE();

@@ -430,6 +430,8 @@ static void a_senders_arguments_are_checked(void)
     CHECK_RC(COLOCACHE_E_RANGE, colocache_sender_sync_words(primary.sender, 0, 200, 101, words));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_sync_words(primary.sender, 0, 0, 64, NULL));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_sync_dirty_log(primary.sender, NULL));
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_mark_dirty(NULL, 0, 0, 1));
+    CHECK(strstr(colocache_last_error(), "the sender is NULL"));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 0, 0, 0, NULL));
     CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_sender_send(primary.sender, pair[0], 0, 1, 3, 3, 0, NULL));
     CHECK_RC(COLOCACHE_E_EPOCH, colocache_sender_send(primary.sender, pair[0], 0, 0, 0, 1, 0, NULL));
