@@ -42,6 +42,17 @@ class ChangingBlocks:
         with self._handle as cc:
             check(lib.colocache_mark_dirty(cc, index, first, count))
 
+    def give_back(self, block: Block | str | int, first_pfn: int, n_pages: int = 1) -> None:
+        """Pages that the SVM gives back to the host (balloon, free page reporting). Any thread.
+
+        They are zeros and take no memory in guest RAM; they count as written, and the cache keeps its own.
+        UnsupportedError: the block is not sparse, on huge pages or in bounded memory. SealedError: between a seal and
+        `loaded`. OrderError: no VM runs yet. RangeError.
+        """
+        index, first, count = self._block(block), u64(first_pfn, "first page"), u64(n_pages, "number of pages")
+        with self._handle as cc:
+            check(lib.colocache_give_back(cc, index, first, count))
+
     def add_block(self, images: Images) -> Block:
         """One more RAM block, with images that memory.add_block (or add_images) made; at any time but seal to loaded.
 

@@ -17,6 +17,7 @@
 #include "error.h"
 #include "image.h"
 #include "map.h"
+#include "sparse.h"
 #include "staging.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
@@ -196,9 +197,12 @@ int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_
         rc = cc_image_open(&block->cache, images->cache_fd, images->cache_offset, block->len_bytes, plan->cache_granule, images->cache_addr,
                            false);
     if (rc == 0 && block->sparse) {
-        block->allocated = calloc(cc_words_for(block->n_pages), 8);
+        block->allocated = calloc(2 * cc_words_for(block->n_pages), 8);
         if (!block->allocated)
             rc = cc_fail(-ENOMEM, "no memory for the page table of sparse block %s", block->name);
+        else
+            block->punched = block->allocated + cc_words_for(block->n_pages);
+        block->keeps_holes = rc == 0 && cc_sparse_can_punch(&block->guest) && cc_sparse_can_punch(&block->cache);
     }
     if (rc == 0 && cc->bounded)
         rc = cc_staging_open(block);
@@ -225,7 +229,8 @@ void cc_block_let_go(struct cc_block *block)
     block->guest = block->cache = (struct cc_image){.fd = -1};
     memset(block->bitmaps, 0, sizeof block->bitmaps);
     block->bitmap_map = NULL;
-    block->allocated = block->staged_words = NULL;
+    block->allocated = block->punched = block->staged_words = NULL;
+    block->keeps_holes = false;
     block->staged = NULL;
 }
 

@@ -18,6 +18,7 @@
 #include "flush_copy.h"
 #include "flush_set.h"
 #include "pool.h"
+#include "sparse.h"
 #include "strategy.h"
 
 #define THREAD_BYTES (1u << 20) /* what a thread must find to copy: waking it takes as long as copying a quarter of that */
@@ -103,10 +104,20 @@ static void add_waiting(struct colocache *cc, struct waiting *waiting, const str
     }
 }
 
+/* add_there -- the pages of a run that are no holes in the cache: reading one would fill it */
+static void add_there(struct colocache *cc, struct waiting *waiting, const struct cc_block *block, struct cc_bit_run run)
+{
+    for (uint64_t pfn = run.first; pfn < run.first + run.n; pfn++) {
+        if (cc_sparse_to_copy(block, pfn / 64) >> (pfn % 64) & 1)
+            add_waiting(cc, waiting, block, (struct cc_bit_run){.first = pfn, .n = 1});
+    }
+}
+
 /* copy_piece -- its pages, but for the last few, which wait for what comes next; how many runs begin in it */
 static uint64_t copy_piece(const struct copy_job *job, const struct piece *piece, struct waiting *waiting)
 {
     const struct cc_block *block = piece->block;
+    const bool may_be_holes = block->keeps_holes && !block->staged;
     const struct cc_bitmap *set = job->set(block);
     struct colocache *cc = job->cc;
     struct cc_bit_run runs[RUNS_AT_ONCE];
@@ -122,7 +133,7 @@ static uint64_t copy_piece(const struct copy_job *job, const struct piece *piece
     while ((n = cc_bitmap_runs(set, &from, piece->end, runs, RUNS_AT_ONCE)) != 0) {
         n_runs += n;
         for (uint32_t i = 0; i < n; i++)
-            add_waiting(cc, waiting, block, runs[i]);
+            (may_be_holes ? add_there : add_waiting)(cc, waiting, block, runs[i]);
     }
     return n_runs - goes_on;
 }
@@ -166,9 +177,40 @@ static const struct cc_bitmap *flush_set_of(const struct cc_block *block)
     return &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET];
 }
 
+/* punch_holes -- pages of the flush set that are holes in the cache become holes in guest RAM */
+static int punch_holes(struct cc_block *block)
+{
+    const struct cc_bitmap *set = flush_set_of(block);
+    struct cc_bit_run runs[RUNS_AT_ONCE];
+    uint64_t from = 0, first = 0, n_holes = 0;
+    uint32_t n;
+    int rc = 0;
+    while (rc == 0 && (n = cc_bitmap_runs(set, &from, block->n_pages, runs, RUNS_AT_ONCE)) != 0) {
+        for (uint32_t i = 0; rc == 0 && i < n; i++) {
+            for (uint64_t pfn = runs[i].first; rc == 0 && pfn < runs[i].first + runs[i].n; pfn++) {
+                if (cc_sparse_to_copy(block, pfn / 64) >> (pfn % 64) & 1)
+                    continue;
+                if (n_holes && first + n_holes != pfn) {
+                    rc = cc_sparse_punch_guest(block, first, n_holes);
+                    n_holes = 0;
+                }
+                first = n_holes++ ? first : pfn;
+            }
+        }
+    }
+    return rc == 0 && n_holes ? cc_sparse_punch_guest(block, first, n_holes) : rc;
+}
+
 static int begin(struct colocache *cc, struct colocache_flush_result *out)
 {
+    int rc = 0;
     CC_CRASH_POINT("flush: before the first page");
+    for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
+        if (!cc_gone(&cc->blocks[i]) && cc->blocks[i].keeps_holes)
+            rc = punch_holes(&cc->blocks[i]);
+    }
+    if (rc)
+        return rc; /* the epoch is sealed, and the flush can be repeated */
     cc_copy_pages_of(cc, flush_set_of, out);
     CC_CRASH_POINT("flush: after the last page");
     return 0;

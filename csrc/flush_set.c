@@ -70,7 +70,8 @@ int cc_flush_set_allocate(struct colocache *cc)
             for (uint32_t i = 0; i < n; i++)
                 __builtin_prefetch(&block->allocated[runs[i].first / 64]);
             for (uint32_t i = 0; i < n; i++) {
-                int rc = cc_sparse_allocate(block, runs[i].first, runs[i].n);
+                int rc = block->staged ? cc_sparse_allocate(block, runs[i].first, runs[i].n)
+                                       : cc_sparse_prepare(block, runs[i].first, runs[i].n);
                 if (rc)
                     return rc;
             }
@@ -115,4 +116,10 @@ bool cc_flush_set_take_arrived(struct cc_block *block, uint64_t *word, uint64_t 
 {
     struct cc_bitmap *pvm = &block->bitmaps[COLOCACHE_BITMAP_PVM];
     return cc_bitmap_take_next(pvm, word, pvm->n_words, bits_out);
+}
+
+void cc_flush_set_put_back(struct cc_block *block, uint64_t word, uint64_t bits)
+{
+    for (; bits; bits &= bits - 1)
+        cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], word * 64 + (uint64_t)__builtin_ctzll(bits), 1);
 }

@@ -17,6 +17,8 @@ void cc_flush_set_moved(struct colocache *cc);
 void cc_flush_set_forget(struct colocache *cc);
 /* Before anything is sealed: the next word of PVM bits from *word on, taken before its pages are copied; false if there is none. */
 bool cc_flush_set_take_arrived(struct cc_block *block, uint64_t *word, uint64_t *bits_out);
+/* They could not be copied. */
+void cc_flush_set_put_back(struct cc_block *block, uint64_t word, uint64_t bits);
 /* Bounded: no page has come.  The receive gate is closed, or nobody receives yet. */
 void cc_flush_set_drop(struct colocache *cc);
 

@@ -7,7 +7,7 @@
  *   holes in a bounded cache               staging.c           flush_staged.c, sparse.c
  *   SVM bits                               dirty_log.c         flush_set.c
  *   flush set; clearing of any bit         flush_set.c         flush_copy.c, recover.c, validate.c
- *   guest RAM                              flush_copy.c (the strategy), guest_pages.c (preflush, restart); the VM
+ *   guest RAM                              flush_copy.c (the strategy), guest_pages.c (preflush, restart); give_back.c; the VM
  *   device-state areas                     the caller, at the address device_state.c gave out
  *   commit word, records                   commit.c            everybody
  *   `receiving`, `taken_over`; state, open epoch, staged device state, receive gate   epoch.c   everybody
@@ -57,7 +57,9 @@ struct cc_block {
     struct cc_bitmap bitmaps[CC_BITMAPS]; /* enum colocache_bitmap_kind */
     void *bitmap_map;
     uint64_t bitmap_map_bytes;
+    bool keeps_holes;         /* sparse, on 4 KiB pages that can be given back one by one (sparse.h) */
     uint64_t *allocated;      /* sparse: pages whose both images are allocated (this process's knowledge) */
+    uint64_t *punched;        /* sparse: pages of guest RAM that were given back since `allocated` was asked last */
     struct cc_bitmap *staged; /* bounded: pages whose range of the cache may hold data (staging.h); else NULL */
     uint64_t *staged_words;
 };

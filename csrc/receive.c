@@ -72,10 +72,20 @@ static uint8_t *address(const struct cc_block *block, uint64_t pfn, enum place p
     return place == TO_GUEST ? cc_guest_page(block, pfn) : cc_cache_page(block, pfn);
 }
 
-static int zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
+/* zero_room -- what pages of zeros need before the epoch opens: nothing, where they stay holes */
+static int zero_room(const struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    return block->keeps_holes && place_of(cc) != TO_STAGING ? 0 : cc_sparse_allocate(block, first_pfn, n_pages);
+}
+
+/* zero -- before anything is sealed a preflush may be reading what is there, so that is filled and not given back */
+static int zero(const struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
 {
     if (place == TO_STAGING)
         return cc_staging_zero(block, first_pfn, n_pages);
+    if (block->keeps_holes)
+        return cc_sparse_zero(block, place == TO_GUEST ? &block->guest : &block->cache, first_pfn, n_pages,
+                              cc_observe(&cc->region.control->commit_word) == 0);
     memset(address(block, first_pfn, place), 0, n_pages << block->page_shift);
     return 0;
 }
@@ -96,7 +106,8 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
     if (rc)
         return rc;
     for (uint32_t i = 0; rc == 0 && i < n_runs; i++)
-        rc = cc_sparse_allocate(block, runs[i].first_pfn, runs[i].n_pages);
+        rc = runs[i].flags & CC_RUN_ZERO ? zero_room(cc, block, runs[i].first_pfn, runs[i].n_pages)
+                                         : cc_sparse_allocate(block, runs[i].first_pfn, runs[i].n_pages);
     rc = open_or_leave(cc, epoch, rc);
     if (rc)
         return rc;
@@ -105,7 +116,7 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
     for (uint32_t i = 0; rc == 0 && i < n_runs; i++) {
         const uint64_t first_pfn = runs[i].first_pfn, n = runs[i].n_pages;
         if (runs[i].flags & CC_RUN_ZERO) {
-            rc = zero(block, first_pfn, n, place);
+            rc = zero(cc, block, first_pfn, n, place);
         } else {
             if (place == TO_STAGING)
                 cc_staging_expect(block, first_pfn, n);
@@ -177,13 +188,15 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_
         rc = knock(cc, block);
     if (rc)
         return rc;
-    rc = open_or_leave(cc, epoch, cc_sparse_allocate(block, first_pfn, n_pages));
+    rc = open_or_leave(cc, epoch, zero_room(cc, block, first_pfn, n_pages));
     if (rc)
         return rc;
     const enum place place = place_of(cc);
-    rc = zero(block, first_pfn, n_pages, place);
+    rc = zero(cc, block, first_pfn, n_pages, place);
     if (rc == 0)
         done(cc, block, first_pfn, n_pages, place);
+    else if (place == TO_CACHE) /* some may be zeros now: the bit, but not the count */
+        cc_bitmap_set(&block->bitmaps[COLOCACHE_BITMAP_PVM], first_pfn, n_pages);
     cc_epoch_leave(cc);
     return rc;
 }

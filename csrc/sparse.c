@@ -3,8 +3,13 @@
 #include "sparse.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
+#include "error.h"
+#include "fault.h"
 #include "map.h"
 #include "page_copy.h"
 
@@ -47,6 +52,92 @@ static uint64_t next_hole(const struct cc_image *image, uint64_t from, uint64_t 
     return hole < len_bytes ? hole : len_bytes;
 }
 
+int cc_sparse_punch(const struct cc_image *image, uint64_t at, uint64_t n_bytes)
+{
+    int rc;
+    do {
+        rc = fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)(image->offset + at), (off_t)n_bytes);
+    } while (rc != 0 && errno == EINTR);
+    return rc == 0 ? 0 : cc_fail_errno("punching a hole into an image");
+}
+
+bool cc_sparse_can_punch(const struct cc_image *image)
+{
+    struct stat st;
+    if (image->fd < 0 || image->granule != CC_PAGE || fstat(image->fd, &st) != 0)
+        return false;
+    const off_t behind = (off_t)cc_round_to_page((uint64_t)st.st_size);
+    return fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, behind, CC_PAGE) == 0;
+}
+
+/* first_run -- of the bits of a word that is not 0 */
+static uint64_t first_run(uint64_t bits, uint64_t *n_out)
+{
+    const uint64_t first = (uint64_t)__builtin_ctzll(bits), rest = bits >> first;
+    *n_out = ~rest ? (uint64_t)__builtin_ctzll(~rest) : 64;
+    return first;
+}
+
+static int punch_pages(const struct cc_block *block, const struct cc_image *image, uint64_t first_pfn, uint64_t n_pages)
+{
+    return cc_sparse_punch(image, first_pfn << block->page_shift, n_pages << block->page_shift);
+}
+
+/* punch_unknown -- what is not known to be there; the rest is filled */
+static int punch_unknown(const struct cc_block *block, const struct cc_image *image, uint64_t first_pfn, uint64_t n_pages)
+{
+    const uint64_t end = first_pfn + n_pages;
+    int rc = 0;
+    for (uint64_t at = first_pfn, in_word; rc == 0 && at < end; at += in_word) {
+        in_word = 64 - at % 64 < end - at ? 64 - at % 64 : end - at;
+        const uint64_t mine = cc_word_mask(at % 64, in_word), base = at / 64 * 64;
+        const uint64_t there = cc_observe(&block->allocated[at / 64]) & mine;
+        uint64_t first, n;
+        for (uint64_t left = there; left; left &= ~cc_word_mask(first, n)) {
+            first = first_run(left, &n);
+            memset(image->addr + ((base + first) << block->page_shift), 0, n << block->page_shift);
+        }
+        for (uint64_t left = mine & ~there; rc == 0 && left; left &= ~cc_word_mask(first, n)) {
+            first = first_run(left, &n);
+            rc = punch_pages(block, image, base + first, n);
+        }
+    }
+    return rc;
+}
+
+/* set_or_drop -- these pages' bits in a bitmap of this process */
+static void set_or_drop(uint64_t *words, uint64_t first_pfn, uint64_t n_pages, bool set)
+{
+    const uint64_t end = first_pfn + n_pages;
+    for (uint64_t at = first_pfn, n; at < end; at += n) {
+        n = 64 - at % 64 < end - at ? 64 - at % 64 : end - at;
+        if (set)
+            cc_set_bits(&words[at / 64], cc_word_mask(at % 64, n));
+        else
+            cc_drop_bits(&words[at / 64], cc_word_mask(at % 64, n));
+    }
+}
+
+int cc_sparse_zero(struct cc_block *block, const struct cc_image *image, uint64_t first_pfn, uint64_t n_pages, bool keep)
+{
+    if (n_pages == 0)
+        return 0;
+    CC_CRASH_POINT("receive: before the hole of a page of zeros");
+    if (!keep)
+        set_or_drop(block->allocated, first_pfn, n_pages, false);
+    int rc = keep ? punch_unknown(block, image, first_pfn, n_pages) : punch_pages(block, image, first_pfn, n_pages);
+    CC_CRASH_POINT("receive: the hole of a page of zeros is there");
+    return rc;
+}
+
+int cc_sparse_punch_guest(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    set_or_drop(block->punched, first_pfn, n_pages, true);
+    CC_CRASH_POINT("guest RAM: before a hole");
+    int rc = punch_pages(block, &block->guest, first_pfn, n_pages);
+    CC_CRASH_POINT("guest RAM: a hole is there");
+    return rc;
+}
 /* has_bytes -- any that is not zero in [at, at + n_bytes)?  A hole reads as zeros and stays one. */
 static bool has_bytes(const struct cc_image *image, uint64_t at, uint64_t n_bytes)
 {
@@ -107,4 +198,69 @@ bool cc_sparse_next_staged(const struct cc_block *block, uint64_t from, uint64_t
     *first = start - start % block->page_size;
     *n_bytes = (end + block->page_size - 1) / block->page_size * block->page_size - *first;
     return true;
+}
+
+/* allocate_data -- pages that the cache has, of a stretch that is not known to be there */
+static int allocate_data(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    const uint64_t end = (first_pfn + n_pages) << block->page_shift;
+    uint64_t at = first_pfn << block->page_shift, first, n_bytes;
+    int rc = 0;
+    while (rc == 0 && at < end && (first = next_data(&block->cache, at, block->len_bytes)) < end) {
+        const uint64_t hole = next_hole(&block->cache, first, block->len_bytes), until = hole < end ? hole : end;
+        first -= first % block->page_size;
+        n_bytes = (until - first + block->page_size - 1) / block->page_size * block->page_size;
+        rc = cc_sparse_allocate(block, first >> block->page_shift, n_bytes >> block->page_shift);
+        at = first + n_bytes;
+    }
+    return rc;
+}
+
+int cc_sparse_prepare(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    if (!block->keeps_holes)
+        return cc_sparse_allocate(block, first_pfn, n_pages);
+    const uint64_t end = first_pfn + n_pages;
+    int rc = 0;
+    for (uint64_t at = first_pfn, in_word; rc == 0 && at < end; at += in_word) {
+        in_word = 64 - at % 64 < end - at ? 64 - at % 64 : end - at;
+        const uint64_t mine = cc_word_mask(at % 64, in_word), gone = cc_observe(&block->punched[at / 64]) & mine;
+        if (gone) {
+            cc_drop_bits(&block->allocated[at / 64], gone);
+            cc_drop_bits(&block->punched[at / 64], gone);
+        }
+        uint64_t first, n;
+        for (uint64_t left = mine & ~cc_observe(&block->allocated[at / 64]); rc == 0 && left; left &= ~cc_word_mask(first, n)) {
+            first = first_run(left, &n);
+            rc = allocate_data(block, at / 64 * 64 + first, n);
+        }
+    }
+    return rc;
+}
+
+uint64_t cc_sparse_to_copy(const struct cc_block *block, uint64_t word)
+{
+    return block->keeps_holes ? cc_observe(&block->allocated[word]) & ~cc_observe(&block->punched[word]) : ~0ull;
+}
+
+int cc_sparse_write_guest(const struct cc_block *block, uint64_t pfn)
+{
+    const uint8_t *from = block->cache.addr + (pfn << block->page_shift);
+    uint64_t at = pfn << block->page_shift, left = block->page_size;
+    CC_CRASH_POINT("preflush: before a page of a sparse block");
+    while (left) {
+        ssize_t n = pwrite(block->guest.fd, from, left, (off_t)(block->guest.offset + at));
+        if (n < 0 && errno == EINTR)
+            continue;
+        if (n < 0)
+            return errno == ENOSPC || errno == ENOMEM
+                       ? cc_fail(COLOCACHE_E_NO_MEMORY, "%s needs a page more than its file system has: enlarge it or free some",
+                                 block->name)
+                       : cc_fail_errno("writing a page into guest RAM");
+        from += n;
+        at += (uint64_t)n;
+        left -= (uint64_t)n;
+    }
+    CC_CRASH_POINT("preflush: a page of a sparse block");
+    return 0;
 }

@@ -4,7 +4,6 @@
 #include "staging.h"
 
 #include <errno.h>
-#include <fcntl.h>
 #include <stdlib.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -65,12 +64,7 @@ int cc_staging_write(struct cc_block *block, uint64_t pfn, const void *data)
 
 static int punch(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
-    int rc;
-    do {
-        rc = fallocate(block->cache.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-                       (off_t)(block->cache.offset + (first_pfn << block->page_shift)), (off_t)(n_pages << block->page_shift));
-    } while (rc != 0 && errno == EINTR);
-    return rc == 0 ? 0 : cc_fail_errno("punching a hole into the cache");
+    return cc_sparse_punch(&block->cache, first_pfn << block->page_shift, n_pages << block->page_shift);
 }
 
 int cc_staging_zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)

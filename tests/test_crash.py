@@ -55,7 +55,7 @@ def summed(results: list[dict[str, int]]) -> dict[str, int]:
     return {key: sum(result[key] for result in results) for key in results[0]}
 
 
-@pytest.mark.parametrize("memory", ["mirror", "bounded"])
+@pytest.mark.parametrize("memory", ["mirror", "sparse", "bounded"])
 def test_no_death_at_any_point_leaves_a_mix_or_no_state(
     programs: Path, memory: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -86,7 +86,8 @@
  *  Reserve an image before you add it: posix_fallocate on the file (a hugetlb mapping reserves by
  *  itself).  A page that can't be allocated later is a SIGBUS in whoever touches it.  With `sparse`
  *  set the library allocates both pages itself before it writes or flushes them and says
- *  COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them.
+ *  COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them; pages are
+ *  given back by colocache_give_back.
  *  To survive your process, descriptors must be held by somebody else too, or the files must have
  *  names.
  *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or
@@ -157,6 +158,23 @@
  *   - Its index is not given to another block, its name may be: a region has 256 blocks in its
  *     life.
  *
+ * ---- Memory that a guest gives back ----
+ *
+ *  A block added with `sparse`, its images in files of 4 KiB pages that can be punched, takes no
+ *  memory for pages of zeros: those that were never there stay holes in both images, and those that
+ *  become zeros are given back, in the cache when they come, in guest RAM with the flush.  (During
+ *  the initial copy a page that has come already keeps its memory.  On huge pages, and where a file
+ *  can't be punched, zeros are written.)  With bounded memory this is so for the initial copy.
+ *   - What the SVM gives back: colocache_give_back, and nobody else punches.  The pages count as
+ *     written and are zeros in guest RAM; the cache keeps its own, which a restart may need.  The
+ *     next flush brings back what the primary has there, so the gain lasts where the primary's
+ *     guest gave the same pages back.  Until loaded it is refused, and may be forgotten.
+ *   - What the PVM gives back: your memory, so your call (madvise or fallocate); when the pages are
+ *     zeros, colocache_sender_mark_dirty.  They travel as flags, and the secondary gives them back
+ *     with the flush of their epoch.  The sender reads them to see that they are zeros: in memory
+ *     that is a shared file that takes them again, so punch once more after RECEIVED, or use
+ *     private memory, where it takes nothing.
+ *
  * ---- What you must hold still, and when ----
  *
  *  From before colocache_sync_dirty_log until after colocache_loaded nobody but this library writes
@@ -200,7 +218,7 @@
  * ---- Threads ----
  *
  *  A handle may be used by many threads.  Safe at any time, from any thread: colocache_receive_*,
- *  colocache_mark_dirty, colocache_sync_words, colocache_failover, colocache_abort,
+ *  colocache_mark_dirty, colocache_give_back, colocache_sync_words, colocache_failover, colocache_abort,
  *  colocache_get_status, colocache_get_stats.  All other functions on one handle are called by one
  *  thread at a time (the conductor's); colocache_close by the last one.  colocache_seal and
  *  colocache_abort wait for receiving calls that are in the middle of a packet, at most
@@ -231,7 +249,7 @@
  *  In a jail.  Create, attach and add_block open files under /proc and /sys, unless /proc is not
  *  there: lock_fd then, and no guest_addr.  From then until close, these system calls and no
  *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
- *  state, sparse pages), lseek (sparse images), fstat and pread64 (validate), clock_gettime (where
+ *  state, sparse pages), lseek and pwrite64 (sparse images), fstat and pread64 (validate), clock_gettime (where
  *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what
  *  the C library does to end a thread; the colocache_loaded of an epoch that a block went with
  *  adds munmap and close.  tests/c/test_jail.c runs under exactly this list.  Bounded memory adds
@@ -720,6 +738,11 @@ int colocache_device_state(struct colocache *cc, const void **addr_out, uint64_t
 /* Pages written by user space on the SVM's side.  Any thread, at any time.  E_BLOCK, E_RANGE. */
 int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pfn,
                          uint64_t n_pages);
+/* Pages that the SVM gives back (balloon, free page reporting): they are zeros and take no memory in
+ * guest RAM when this returns; see "Memory that a guest gives back".  Any thread.  E_UNSUPPORTED: the
+ * block is not sparse, on huge pages, or in bounded memory; E_SEALED: between a seal and
+ * colocache_loaded; E_ORDER: no VM runs yet.  E_BLOCK, E_RANGE. */
+int colocache_give_back(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages);
 /* OR words of any log into the SVM bitmap: bit 0 of words[0] is page first_pfn (any page).  Bits
  * past n_pages must be zero (E_TAIL).  Clearing the log is then the caller's, before the VM
  * runs. */

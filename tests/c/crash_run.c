@@ -50,8 +50,8 @@ void memory_make(struct memory *memory)
 {
     mallopt(M_MMAP_THRESHOLD, 128 << 10); /* fixed: else the second handle's table is cleared by hand and copied at each fork */
     for (unsigned block = 0; block < 2; block++) {
-        memory->guest[block] = image("guest", block_bytes(block), true, &memory->guest_at[block]);
-        memory->cache[block] = image("cache", block_bytes(block), !bounded, &memory->cache_at[block]);
+        memory->guest[block] = image("guest", block_bytes(block), !sparse, &memory->guest_at[block]);
+        memory->cache[block] = image("cache", block_bytes(block), !bounded && !sparse, &memory->cache_at[block]);
     }
     memory->control = memfd_create("control", MFD_CLOEXEC);
     must(memory->control >= 0, "memfd_create");
@@ -64,13 +64,20 @@ void memory_make(struct memory *memory)
     memory->progress = map;
 }
 
+static void empty(int fd, uint64_t bytes)
+{
+    must(fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)bytes) == 0, "fallocate");
+}
+
 void memory_reset(struct memory *memory)
 {
     for (unsigned block = 0; block < 2; block++) {
-        memset(memory->guest_at[block], 0, block_bytes(block));
-        if (bounded)
-            must(fallocate(memory->cache[block], FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, (off_t)block_bytes(block)) == 0,
-                 "fallocate");
+        if (sparse)
+            empty(memory->guest[block], block_bytes(block));
+        else
+            memset(memory->guest_at[block], 0, block_bytes(block));
+        if (bounded || sparse)
+            empty(memory->cache[block], block_bytes(block));
         else
             memset(memory->cache_at[block], 0, block_bytes(block));
     }
@@ -80,6 +87,12 @@ void memory_reset(struct memory *memory)
 
 uint8_t *memory_page(const struct memory *memory, unsigned page)
 {
+    static uint8_t looked_at[PAGES][PAGE];
+    if (sparse) {
+        const off_t at = (page < PAGES_0 ? page : page - PAGES_0) * (off_t)PAGE;
+        must(pread(memory->guest[page >= PAGES_0], looked_at[page], PAGE, at) == PAGE, "pread");
+        return looked_at[page];
+    }
     return page < PAGES_0 ? memory->guest_at[0] + page * PAGE : memory->guest_at[1] + (page - PAGES_0) * PAGE;
 }
 
@@ -105,6 +118,7 @@ void memory_images(const struct memory *memory, struct colocache_images images[2
                                                   .name = names[block],
                                                   .len_bytes = block_bytes(block),
                                                   .page_size = PAGE,
+                                                  .sparse = sparse,
                                                   .guest_fd = memory->guest[block],
                                                   .cache_fd = memory->cache[block]};
 }
@@ -129,17 +143,16 @@ static void move(void *picture, void *live, uint64_t bytes, bool back)
     memcpy(back ? live : picture, back ? picture : live, bytes);
 }
 
-/* move_staged -- a sparse cache by its descriptors: reading a hole through a mapping would fill it */
-static void move_staged(struct picture *picture, const struct memory *memory, bool back)
+/* move_sparse -- an image with holes by its descriptors: reading one through a mapping would fill it */
+static void move_sparse(uint8_t *bytes, bool there[PAGES], const int fds[2], bool back)
 {
-    for (unsigned page = 0; page < PAGES; page++) {
-        const int fd = memory->cache[page >= PAGES_0];
+    for (unsigned page = 0; page < PAGES; page++, bytes += PAGE) {
+        const int fd = fds[page >= PAGES_0];
         const off_t at = (page < PAGES_0 ? page : page - PAGES_0) * (off_t)PAGE;
-        uint8_t *bytes = picture->cache + page * PAGE;
         if (!back)
-            picture->staged[page] = lseek(fd, at, SEEK_DATA) == at;
+            there[page] = lseek(fd, at, SEEK_DATA) == at;
         must(!back || fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, at, PAGE) == 0, "fallocate");
-        must(!picture->staged[page] || (back ? pwrite(fd, bytes, PAGE, at) : pread(fd, bytes, PAGE, at)) == PAGE, "a staged page");
+        must(!there[page] || (back ? pwrite(fd, bytes, PAGE, at) : pread(fd, bytes, PAGE, at)) == PAGE, "a page that is there");
     }
 }
 
@@ -150,10 +163,14 @@ void picture_move(struct picture *picture, const struct memory *memory, bool bac
     else
         picture->control_bytes = (uint64_t)lseek(memory->control, 0, SEEK_END);
     move(picture->control, memory->control_at, picture->control_bytes, back);
-    move(picture->guest, memory->guest_at[0], PAGES_0 * PAGE, back);
-    move(picture->guest + PAGES_0 * PAGE, memory->guest_at[1], PAGES_1 * PAGE, back);
-    if (bounded) {
-        move_staged(picture, memory, back);
+    if (sparse) {
+        move_sparse(picture->guest, picture->there, memory->guest, back);
+    } else {
+        move(picture->guest, memory->guest_at[0], PAGES_0 * PAGE, back);
+        move(picture->guest + PAGES_0 * PAGE, memory->guest_at[1], PAGES_1 * PAGE, back);
+    }
+    if (bounded || sparse) {
+        move_sparse(picture->cache, picture->staged, memory->cache, back);
     } else {
         move(picture->cache, memory->cache_at[0], PAGES_0 * PAGE, back);
         move(picture->cache + PAGES_0 * PAGE, memory->cache_at[1], PAGES_1 * PAGE, back);
@@ -375,6 +392,9 @@ void run_step(const struct memory *memory, const struct history *history, const 
         expect(memory, step, colocache_sync_words(*cc, 1, 0, PAGES_1, &words[1]), 0);
         break;
     }
+    case GIVE_BACK:
+        expect(memory, step, colocache_give_back(*cc, block_of(step->page), pfn_of(step->page), 1), 0);
+        break;
     case LATE_MARK:
         expect(memory, step, colocache_mark_dirty(*cc, block_of(step->page), pfn_of(step->page), 1), 0);
         break;
@@ -388,7 +408,7 @@ void run_step(const struct memory *memory, const struct history *history, const 
     case FLUSH:
         expect(memory, step, colocache_flush(*cc, NULL), 0);
         for (unsigned page = 0; page < PAGES; page++) {
-            if (!page_is(vm_page(*cc, page), history->pvm_at[step->epoch][page]))
+            if (!page_is(sparse ? memory_page(memory, page) : vm_page(*cc, page), history->pvm_at[step->epoch][page]))
                 give_up(memory, "after the flush of epoch %u the VM sees another page %u", step->epoch, page);
         }
         break;

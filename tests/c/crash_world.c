@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-bool bounded;
+bool bounded, sparse;
 
 /* ---- contents ------------------------------------------------------------------------------------------------ */
 
@@ -86,10 +86,9 @@ unsigned char state_byte(unsigned epoch, uint64_t i)
 
 const char *kind_name(enum kind kind)
 {
-    static const char *const names[] = {"create",       "add_block", "receive_page", "receive_zero", "receive_stream",
-                                        "torn packet",  "preflush",  "guest writes", "sync",         "late mark_dirty",
-                                        "device state", "seal",      "vetoed seal",  "flush",        "loaded",
-                                        "abort",        "end"};
+    static const char *const names[] = {"create",      "add_block",    "receive_page", "receive_zero",    "receive_stream", "torn packet",
+                                        "preflush",    "guest writes", "sync",         "late mark_dirty", "device state",   "seal",
+                                        "vetoed seal", "flush",        "loaded",       "abort",           "give_back",      "end"};
     return names[kind];
 }
 
@@ -113,6 +112,13 @@ static void pvm_writes(struct history *history, unsigned epoch, unsigned set)
         if (set >> page & 1)
             history->pvm_at[epoch][page] = tag_of(epoch, 1, page);
     }
+}
+
+/* each page of a set that the SVM gives back; only sparse blocks take it */
+static void add_give_back(struct history *history, unsigned epoch, unsigned set)
+{
+    if (sparse)
+        add_each(history, GIVE_BACK, epoch, set, 2);
 }
 
 static void begin_epoch(struct history *history, unsigned epoch)
@@ -183,6 +189,7 @@ void make_history(struct history *history, unsigned pvm, unsigned svm)
         history->pvm_at[3][1] = 0;
         add(history, (struct step){ZERO, 3, 1, 0, 0});
     }
+    add_give_back(history, 3, rotate(svm) & 0x1a);
     add_state(history, 3, STATE_MAX);
     add(history, (struct step){SYNC, 3, svm, 0, 0});
     add_commit(history, 3, (pvm + svm) % (PAGES + 1));
@@ -201,6 +208,7 @@ void make_history(struct history *history, unsigned pvm, unsigned svm)
         history->pvm_at[5][3] = 0; /* zeros in a stream */
     add_each(history, WRITE, 5, svm2 & 6, 2);
     add(history, (struct step){STREAM, 5, pvm2, 0, 0});
+    add_give_back(history, 5, rotate(svm2) & 5);
     add_state(history, 5, 4097);
     add(history, (struct step){SYNC, 5, svm2, 0, 0});
     add_commit(history, 5, PAGES);
@@ -209,6 +217,7 @@ void make_history(struct history *history, unsigned pvm, unsigned svm)
     pvm_writes(history, 6, 1);
     add_each(history, WRITE, 6, svm, 2);
     add_each(history, RECEIVE, 6, 1, 1);
+    add_give_back(history, 6, ALL & ~svm);
     add(history, (struct step){END, 6, 0, 0, 0});
     memcpy(history->pvm_at[7], history->pvm_at[6], sizeof history->pvm_at[7]);
 }
@@ -277,6 +286,10 @@ void model_step(struct model *model, const struct history *history, const struct
         if (!bounded)
             model->guest[step->page] = model->or_else[step->page] = step->tag;
         break;
+    case GIVE_BACK:
+        model->guest[step->page] = model->or_else[step->page] = 0;
+        model->svm_bits |= 1u << step->page;
+        break;
     case SYNC:
         model->svm_bits |= bounded ? 0 : step->page;
         break;
@@ -313,6 +326,9 @@ void model_death(struct model *model, const struct history *history, const struc
     case WRITE:
         if (!bounded)
             model->or_else[step->page] = step->tag;
+        break;
+    case GIVE_BACK:
+        model->or_else[step->page] = 0;
         break;
     case SEAL:
         if (progress->word_stored)

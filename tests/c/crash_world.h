@@ -49,18 +49,20 @@ enum kind {
     FLUSH,
     LOADED,
     ABORT,
+    GIVE_BACK,
     END
 };
 
 struct step {
     enum kind kind;
     unsigned epoch;
-    unsigned page; /* RECEIVE, ZERO, WRITE, LATE_MARK: page; ADD_BLOCK: block; STREAM, TORN, SYNC: set of pages */
+    unsigned page; /* RECEIVE, ZERO, WRITE, LATE_MARK, GIVE_BACK: page; ADD_BLOCK: block; STREAM, TORN, SYNC: set of pages */
     uint64_t tag;  /* RECEIVE, WRITE */
     uint64_t len;  /* STATE */
 };
 
 extern bool bounded; /* the memory mode of this run */
+extern bool sparse;  /* mirror, and no image is reserved: holes, and pages given back */
 
 struct history {
     unsigned pvm, svm; /* the case: sets of pages */
@@ -115,7 +117,8 @@ struct memory {
 
 struct picture { /* all of it, as it was at one moment */
     uint8_t guest[PAGES * PAGE], cache[PAGES * PAGE];
-    bool staged[PAGES]; /* bounded: no hole in the cache, which must stay one */
+    bool staged[PAGES]; /* bounded, sparse: no hole in the cache, which must stay one */
+    bool there[PAGES];  /* sparse: the same of guest RAM */
     uint8_t *control;
     uint64_t control_bytes;
     struct progress progress;
@@ -130,7 +133,7 @@ void memory_images(const struct memory *memory, struct colocache_images images[2
 struct colocache_options memory_options(void);
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out);
 int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
-uint8_t *memory_page(const struct memory *memory, unsigned page); /* of guest RAM */
+uint8_t *memory_page(const struct memory *memory, unsigned page); /* of guest RAM; sparse: a copy, as a look would fill a hole */
 uint8_t *vm_page(struct colocache *cc, unsigned page);            /* the same where the VM has it */
 bool cache_is_empty(const struct memory *memory);                 /* takes no memory */
 void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
