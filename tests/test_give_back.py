@@ -40,9 +40,13 @@ def test_pages_given_back_take_no_memory_and_are_written_to_nobody_but_a_sparse_
         cache.give_back("ram", 0)
 
 
-def test_the_initial_copy_of_bounded_memory_takes_what_the_guest_uses(make_memory: Callable[..., Memory]) -> None:
-    memory = make_memory((BlockSpec("ram", 1 << 20),), reserve=False, backing="shm", memory_mode="bounded")
-    with Cache.create(memory) as cache:
+def test_the_initial_copy_of_bounded_memory_takes_what_the_guest_uses(region_name: str) -> None:
+    with (
+        Memory.create(
+            region_name, [BlockSpec("ram", 1 << 20)], backing="shm", reserve=False, memory_mode="bounded"
+        ) as memory,
+        Cache.create(memory) as cache,
+    ):
         cache.receive(1, "ram", 5, b"x" * 4096)
         cache.receive_zero(1, "ram", 6, 250)
         cache.device_state_buffer(1, 0)
