@@ -202,7 +202,12 @@ int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_
             rc = cc_fail(-ENOMEM, "no memory for the page table of sparse block %s", block->name);
         else
             block->punched = block->allocated + cc_words_for(block->n_pages);
-        block->keeps_holes = rc == 0 && cc_sparse_can_punch(&block->guest) && cc_sparse_can_punch(&block->cache);
+        bool guest_can = false, cache_can = false;
+        if (rc == 0)
+            rc = cc_sparse_can_punch(&block->guest, &guest_can);
+        if (rc == 0)
+            rc = cc_sparse_can_punch(&block->cache, &cache_can);
+        block->keeps_holes = rc == 0 && guest_can && cache_can;
     }
     if (rc == 0 && cc->bounded)
         rc = cc_staging_open(block);

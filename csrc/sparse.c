@@ -61,13 +61,18 @@ int cc_sparse_punch(const struct cc_image *image, uint64_t at, uint64_t n_bytes)
     return rc == 0 ? 0 : cc_fail_errno("punching a hole into an image");
 }
 
-bool cc_sparse_can_punch(const struct cc_image *image)
+int cc_sparse_can_punch(const struct cc_image *image, bool *can_out)
 {
     struct stat st;
-    if (image->fd < 0 || image->granule != CC_PAGE || fstat(image->fd, &st) != 0)
-        return false;
-    const off_t behind = (off_t)cc_round_to_page((uint64_t)st.st_size);
-    return fallocate(image->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, behind, CC_PAGE) == 0;
+    *can_out = false;
+    if (image->fd < 0 || image->granule != CC_PAGE)
+        return 0;
+    if (fstat(image->fd, &st) != 0)
+        return cc_fail_errno("looking at an image");
+    const uint64_t behind = cc_round_to_page((uint64_t)st.st_size) - image->offset;
+    int rc = cc_sparse_punch(image, behind, CC_PAGE);
+    *can_out = rc == 0;
+    return rc == -EOPNOTSUPP || rc == -ENOSYS || rc == -EPERM ? 0 : rc; /* the file system's no, a seal's, a jail's */
 }
 
 /* first_run -- of the bits of a word that is not 0 */

@@ -20,8 +20,8 @@
 struct cc_block;
 struct cc_image;
 
-/* Can single pages of this file be given back?  Asked with a hole behind its end, which changes nothing. */
-bool cc_sparse_can_punch(const struct cc_image *image);
+/* Can single pages of this file be given back?  Asked with a hole behind its end, which changes nothing.  0, -errno. */
+int cc_sparse_can_punch(const struct cc_image *image, bool *can_out);
 /* Bytes [at, at + n_bytes) of the image read as zeros and take no memory.  0, -errno: some of them may have been punched. */
 int cc_sparse_punch(const struct cc_image *image, uint64_t at, uint64_t n_bytes);
 /* A block that keeps its holes: pages of zeros in `image`, which receives write.  Pages not known to be there become holes; the others are
