@@ -86,8 +86,8 @@
  *  Reserve an image before you add it: posix_fallocate on the file (a hugetlb mapping reserves by
  *  itself).  A page that can't be allocated later is a SIGBUS in whoever touches it.  With `sparse`
  *  set the library allocates both pages itself before it writes or flushes them and says
- *  COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them; pages are
- *  given back by colocache_give_back.
+ *  COLOCACHE_E_NO_MEMORY instead.  Do not shrink the files and do not punch holes in them:
+ *  colocache_give_back gives pages back.
  *  To survive your process, descriptors must be held by somebody else too, or the files must have
  *  names.
  *  Guest RAM is mapped by the library, shared and writable (colocache_get_block tells where), or
@@ -218,7 +218,8 @@
  * ---- Threads ----
  *
  *  A handle may be used by many threads.  Safe at any time, from any thread: colocache_receive_*,
- *  colocache_mark_dirty, colocache_give_back, colocache_sync_words, colocache_failover, colocache_abort,
+ *  colocache_mark_dirty, colocache_give_back, colocache_sync_words, colocache_failover,
+ *  colocache_abort,
  *  colocache_get_status, colocache_get_stats.  All other functions on one handle are called by one
  *  thread at a time (the conductor's); colocache_close by the last one.  colocache_seal and
  *  colocache_abort wait for receiving calls that are in the middle of a packet, at most
@@ -249,8 +250,8 @@
  *  In a jail.  Create, attach and add_block open files under /proc and /sys, unless /proc is not
  *  there: lock_fd then, and no guest_addr.  From then until close, these system calls and no
  *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
- *  state, sparse pages), lseek and pwrite64 (sparse images), fstat and pread64 (validate), clock_gettime (where
- *  the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what
+ *  state, sparse pages), lseek and pwrite64 (sparse images), fstat and pread64 (validate),
+ *  clock_gettime (where the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what
  *  the C library does to end a thread; the colocache_loaded of an epoch that a block went with
  *  adds munmap and close.  tests/c/test_jail.c runs under exactly this list.  Bounded memory adds
  *  pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
@@ -738,9 +739,9 @@ int colocache_device_state(struct colocache *cc, const void **addr_out, uint64_t
 /* Pages written by user space on the SVM's side.  Any thread, at any time.  E_BLOCK, E_RANGE. */
 int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pfn,
                          uint64_t n_pages);
-/* Pages that the SVM gives back (balloon, free page reporting): they are zeros and take no memory in
- * guest RAM when this returns; see "Memory that a guest gives back".  Any thread.  E_UNSUPPORTED: the
- * block is not sparse, on huge pages, or in bounded memory; E_SEALED: between a seal and
+/* Pages that the SVM gives back (balloon, free page reporting): they are zeros and take no memory
+ * in guest RAM when this returns; see "Memory that a guest gives back".  Any thread.
+ * E_UNSUPPORTED: the block is not sparse, on huge pages, or in bounded memory; E_SEALED: between a seal and
  * colocache_loaded; E_ORDER: no VM runs yet.  E_BLOCK, E_RANGE. */
 int colocache_give_back(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages);
 /* OR words of any log into the SVM bitmap: bit 0 of words[0] is page first_pfn (any page).  Bits
