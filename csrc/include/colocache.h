@@ -251,10 +251,10 @@
  *  there: lock_fd then, and no guest_addr.  From then until close, these system calls and no
  *  others are made: futex, recvmsg, sendmsg, poll or ppoll, ioctl (dirty logs), fallocate (a device
  *  state, sparse pages), lseek and pwrite64 (sparse images), fstat and pread64 (validate),
- *  clock_gettime (where the vDSO has none); nothing is allocated.  colocache_close adds munmap, close, fcntl and what
- *  the C library does to end a thread; the colocache_loaded of an epoch that a block went with
- *  adds munmap and close.  tests/c/test_jail.c runs under exactly this list.  Bounded memory adds
- *  pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
+ *  clock_gettime (where the vDSO has none); nothing is allocated.  colocache_close adds munmap,
+ *  close, fcntl and what the C library does to end a thread; the colocache_loaded of an epoch that
+ *  a block went with adds munmap and close.  tests/c/test_jail.c runs under exactly this list.
+ *  Bounded memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
  *
  * ---- Errors ----
  *
@@ -741,8 +741,8 @@ int colocache_mark_dirty(struct colocache *cc, uint32_t block, uint64_t first_pf
                          uint64_t n_pages);
 /* Pages that the SVM gives back (balloon, free page reporting): they are zeros and take no memory
  * in guest RAM when this returns; see "Memory that a guest gives back".  Any thread.
- * E_UNSUPPORTED: the block is not sparse, on huge pages, or in bounded memory; E_SEALED: between a seal and
- * colocache_loaded; E_ORDER: no VM runs yet.  E_BLOCK, E_RANGE. */
+ * E_UNSUPPORTED: the block is not sparse, on huge pages, or in bounded memory; E_SEALED: between a
+ * seal and colocache_loaded; E_ORDER: no VM runs yet.  E_BLOCK, E_RANGE. */
 int colocache_give_back(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages);
 /* OR words of any log into the SVM bitmap: bit 0 of words[0] is page first_pfn (any page).  Bits
  * past n_pages must be zero (E_TAIL).  Clearing the log is then the caller's, before the VM
