@@ -21,7 +21,8 @@
 
 int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
 
-static bool give_up, bounded;
+static bool give_up;
+bool bounded;
 
 void breach(const char *format, ...)
 {

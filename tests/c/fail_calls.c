@@ -145,7 +145,7 @@ int __wrap_fallocate(int fd, int mode, off_t offset, off_t n)
 {
     if (!happens(FALLOCATE))
         return __real_fallocate(fd, mode, offset, n);
-    punched_later = attaching;
+    punched_later = attaching && bounded && n > 4096; /* a cache is emptied; asking whether a file can be punched takes a page */
     return -1;
 }
 

@@ -50,6 +50,7 @@ extern unsigned call_moves;    /* of bytes over a socket: every fifth would bloc
 extern struct failure failure; /* the one to happen */
 extern bool failure_happened;
 extern bool attaching; /* inside an attach */
+extern bool bounded;   /* memory mode of the history */
 extern bool counting;  /* only calls made inside the library count */
 
 const int *errors_of(enum call call);        /* plausible ones, ended by 0 */
