@@ -79,8 +79,9 @@ static int probe(int vm_fd, const struct kvm_slots *all, const struct colocache_
         *can_clear = false;
         return 0;
     }
-    if (rc == -EINVAL && ioctl(vm_fd, KVM_GET_API_VERSION, 0) > 0)
-        rc = -ENOTTY; /* /dev/kvm itself */
+    if (rc == -EINVAL &&
+        (ioctl(vm_fd, KVM_GET_API_VERSION, 0) > 0 || ioctl(vm_fd, KVM_CHECK_EXTENSION, (unsigned long)KVM_CAP_USER_MEMORY) <= 0))
+        rc = -ENOTTY; /* /dev/kvm itself, or a vCPU */
     if (rc == -ENOENT)
         return cc_fail(COLOCACHE_E_ARGUMENT,
                        "KVM has no slot %u, or it has no KVM_MEM_LOG_DIRTY_PAGES: set that flag before the VM first runs", slot->slot);

@@ -122,7 +122,7 @@ static int hand_on_kept(struct colocache_source *source, cc_take_fn *take, void 
     while (source->kept) {
         struct cc_kept *kept = source->kept;
         int rc = take(context, kept->block, kept->first_pfn, kept->n_pages, kept->words);
-        if (rc)
+        if (rc && rc != COLOCACHE_E_BLOCK) /* a block that is gone by now has no page that could be wrong */
             return rc;
         source->kept = kept->next;
         free(kept);

@@ -151,10 +151,11 @@
  *     come and count, it is marked and synced, and after a death the epoch before is there with
  *     it.  An abort keeps the intention; a death forgets it, so remove it again after the attach
  *     (unless inspect no longer names it).
- *   - Between that seal and colocache_loaded you take it out of the SVM: its KVM slots go, and the
- *     sources that log it are made anew before the next sync, as a log with pages of no block is
- *     refused.  colocache_loaded then unmaps the library's mappings.  What is in the images is
- *     yours again; bounded memory leaves there what was staged of it.
+ *   - Between that seal and colocache_loaded you take it out of the SVM: its KVM slots go, between
+ *     colocache_source_change_begin and _end; a uffd source that logs it is made anew before the
+ *     next sync, as a log with pages of no block is refused.  colocache_loaded then unmaps the
+ *     library's mappings.  What is in the images is yours again; bounded memory leaves there what
+ *     was staged of it.
  *   - Its index is not given to another block, its name may be: a region has 256 blocks in its
  *     life.
  *
@@ -821,7 +822,8 @@ int colocache_source_uffd_process(int uffd, int pagemap_fd, int kvm_maps_it,
 /* Slots of a KVM source (a log or rings) come, go, or get another length: begin takes what was
  * logged so far into the source's own memory, then you change the slots, and end names and probes
  * those that there are now, as when the source was made.  vCPUs stand from before begin until
- * after end.  What was kept is handed on with the next sync, before any of its blocks is removed.
+ * after end.  What was kept is handed on with the next sync; pages of a block that is gone by then
+ * are nobody's.
  * If end fails the change is still under way: give it the right slots.  Between the two a sync is
  * E_ORDER.  begin: same errors as colocache_sync_dirty_log, E_UNSUPPORTED (a source without
  * slots), -ENOMEM; nothing changed then. */

@@ -153,6 +153,31 @@ static void slots_change_and_no_entry_is_lost(void)
     CHECK_RC(COLOCACHE_E_LOG_LOST, colocache_sync_dirty_log(rig.cc, log));
     end(log);
 }
+
+static int take_of_block_0(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_pages, const uint64_t *words)
+{
+    if (block != 0)
+        return cc_fail(COLOCACHE_E_BLOCK, "block %u was removed", block);
+    for (uint64_t i = 0; i < n_pages; i++)
+        *(uint64_t *)context += words[i / 64] >> i % 64 & 1 ? first_pfn + i : 0;
+    return 0;
+}
+
+static void what_was_kept_of_a_block_that_is_gone_holds_nothing_up(void)
+{
+    struct colocache_source *log = NULL;
+    uint64_t pages = 0;
+    if (!begin(right, 2, &log))
+        return;
+    kvm_writes(4, 10);
+    kvm_writes(2, 64);
+    CHECK_RC(0, colocache_source_change_begin(log));
+    CHECK_RC(0, colocache_source_change_end(log, &right[1], 1));
+    kvm_writes(2, 3);
+    CHECK_RC(0, cc_source_sync(log, take_of_block_0, &pages));
+    CHECK_EQ(67, pages);
+    end(log);
+}
 #endif
 
 int main(void)
@@ -162,6 +187,7 @@ int main(void)
     RUN(slots_that_fit_no_block_leave_the_ring_alone);
     RUN(what_was_not_taken_is_handed_on_again);
     RUN(slots_change_and_no_entry_is_lost);
+    RUN(what_was_kept_of_a_block_that_is_gone_holds_nothing_up);
     RUN(unknown_pages_are_lost_also_when_the_known_were_not_taken);
 #endif
     return DONE();
