@@ -255,6 +255,8 @@
  *  clock_gettime (where the vDSO has none); nothing is allocated.  colocache_close adds munmap,
  *  close, fcntl and what the C library does to end a thread; the colocache_loaded of an epoch that
  *  a block went with adds munmap and close.  tests/c/test_jail.c runs under exactly this list.
+ *  A colocache_add_block in the jail, without guest_addr, adds fstat, fstatfs, fcntl, ftruncate,
+ *  fallocate and mmap, and after an error munmap and close.
  *  Bounded memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
  *
  * ---- Errors ----
