@@ -18,6 +18,7 @@ from colocache.commands.options import (
     print_json,
     seconds_option,
     streams_option,
+    trace_option,
     verify_option,
 )
 
@@ -58,6 +59,7 @@ from colocache.commands.options import (
 @click.option("--initrd", default="", metavar="FILE", help="Its initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="Its command line.")
 @click.option("--seed", type=int, default=None, help="With --kill-primary-at random: the same moment again.")
+@trace_option
 @json_option
 @foreseen
 def demo(as_json: bool, **given: Any) -> None:
@@ -95,6 +97,7 @@ def demo(as_json: bool, **given: Any) -> None:
             accel=given["accel"],
             console=given["console"],
             command=guest.options.command,
+            trace=given["trace"],
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:

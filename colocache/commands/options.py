@@ -241,6 +241,14 @@ report_options = options(
 )
 
 
+trace_option = click.option(
+    "--trace",
+    default="",
+    metavar="FILE",
+    help="Write the stages of each checkpoint to FILE, as trace events that chrome://tracing and ui.perfetto.dev open.",
+)
+
+
 def foreseen(function: F) -> F:
     """Errors of this package end the command with their sentence and status 1."""
 

@@ -24,6 +24,7 @@ from colocache.commands.options import (
     size_option,
     streams_option,
     timing_options,
+    trace_option,
     verify_option,
 )
 
@@ -73,6 +74,7 @@ from colocache.commands.options import (
     "the old one up: it must never take over, and the arbiter is asked to see to that.",
 )
 @security_options
+@trace_option
 @report_options
 @click.option("--hold", is_flag=True, hidden=True)
 @click.option("--hash-at", type=int, default=0, hidden=True)
@@ -98,6 +100,7 @@ def primary(**given: Any) -> None:
     from colocache.replication.primary import Primary
     from colocache.replication.security import make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
+    from colocache.replication.trace import Trace, begin_trace, end_trace
     from colocache.vmm.guests import make_machine
 
     if given["die_with_parent"]:
@@ -123,6 +126,8 @@ def primary(**given: Any) -> None:
     security = security_of(given, events.emit)
     wrap = make_wrap(security, pair=given["pair"], role="primary", timeout=given["peer_timeout"])
     guest = chosen_guest(given)
+    if given["trace"]:
+        begin_trace(given["trace"])
     made: list[Primary] = []
 
     def request_checkpoint() -> None:
@@ -140,6 +145,11 @@ def primary(**given: Any) -> None:
         def mark_dirty(block: int, first_pfn: int, n_pages: int) -> None:
             made[0].mark_dirty(block, first_pfn, n_pages)
 
+        if given["trace"]:
+            stack.callback(end_trace, given["trace"])
+        trace = stack.enter_context(
+            Trace(given["trace"], "primary", failed=lambda sentence: events.emit("trace_error", sentence))
+        )
         machine = make_machine(guest.kind, rams_of_images(images), guest.options, mark_dirty)
         stack.callback(machine.close)
         backing = images[0].backing
@@ -164,6 +174,7 @@ def primary(**given: Any) -> None:
                     hold=given["hold"],
                 ),
                 wrap=wrap,
+                trace=trace,
             )
         )
         summary = made[0].run()

@@ -29,6 +29,7 @@ from colocache.commands.options import (
     size_option,
     streams_option,
     timing_options,
+    trace_option,
 )
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ if TYPE_CHECKING:
 )
 @arbiter_option
 @security_options
+@trace_option
 @report_options
 @foreseen
 def secondary(**given: Any) -> None:
@@ -110,6 +112,7 @@ def secondary(**given: Any) -> None:
     from colocache.replication.keeper import Keeper
     from colocache.replication.security import check_plain, make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
+    from colocache.replication.trace import begin_trace, end_trace
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -132,6 +135,9 @@ def secondary(**given: Any) -> None:
     config = _config(given, guest, security)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
+        if given["trace"]:
+            begin_trace(given["trace"])
+            stack.callback(end_trace, given["trace"])
         stop = stack.enter_context(stop_on_signals(actions))
         # The address first: a region that was attached must not go because a port is in use.
         listener, address = Address.parse(given["listen"]).listen()
@@ -215,6 +221,7 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
             device_state_max=given["device_state_max"],
             machine_readable=given["events"],
             as_json=given["as_json"],
+            trace=given["trace"],
         )
 
     return make

@@ -12,10 +12,12 @@ import random
 import secrets
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from colocache import list_regions
@@ -26,6 +28,7 @@ from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
 from colocache.errors import ColocacheError
 from colocache.replication.signals import Stop
+from colocache.replication.trace import begin_trace, read_trace, write_trace
 from colocache.vmm.guests import blocks_for, guest_kind_available
 
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
@@ -60,6 +63,7 @@ class DemoOptions:
     accel: str = "auto"
     console: str = ""
     command: tuple[str, ...] = ()
+    trace: str = ""  # a file for the stages of both sides; "" = none
 
 
 class Side:
@@ -150,6 +154,7 @@ class DemoRun:
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
         self._killed_ns: int | None = None
         self._console: ConsoleTail | None = None
+        self._traces = ""  # a folder for those of both sides
         self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
         self._kill_after = options.checkpoints
@@ -167,6 +172,10 @@ class DemoRun:
             if kind == "qemu":
                 self._console = stack.enter_context(ConsoleTail(self.options.console))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
+            if self.options.trace:
+                begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
+                self._traces = stack.enter_context(tempfile.TemporaryDirectory(prefix="colocache.trace-"))
+                stack.callback(self._join_traces)
             secondary = Side("secondary", self._secondary_args(address), self._events)
             stack.callback(secondary.close)
             address = str(self._until("secondary", "listening", [secondary])["address"])
@@ -203,15 +212,37 @@ class DemoRun:
             "--accel", o.accel, "--console", self._console.path if self._console else "",
         ]  # fmt: skip
 
+    def _trace_args(self, side: str) -> list[str]:
+        return ["--trace", self._trace_of(side)] if self._traces else []
+
+    def _trace_of(self, side: str) -> str:
+        return f"{self._traces}/{side}"
+
+    def _join_traces(self) -> None:
+        """Both sides ended: their clocks are one, and so is the file."""
+        sides = [self._trace_of(side) for side in ("primary", "secondary")]
+        events = [event for path in sides if Path(path).exists() for event in read_trace(path)]
+        write_trace(self.options.trace, events)
+
     def _secondary_args(self, address: str) -> list[str]:
         limit = str(self.options.reconnect_limit)
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
         memory = ["--memory", self.options.memory_mode]
-        return self._with_command([*self._common_args(), "--listen", address, "--name", self._name, *memory, *limits])
+        args = [*self._common_args(), *self._trace_args("secondary"), "--listen", address, "--name", self._name]
+        return self._with_command([*args, *memory, *limits])
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
-        args = [*self._common_args(), "--connect", address, "--interval", str(o.interval), "--verify", o.verify]
+        args = [
+            *self._common_args(),
+            *self._trace_args("primary"),
+            "--connect",
+            address,
+            "--interval",
+            str(o.interval),
+            "--verify",
+            o.verify,
+        ]
         if o.kill_at in ("receiving", "sealed"):
             number = o.checkpoints + 1
             last = o.checkpoints if o.kill_at == "receiving" else number

@@ -26,6 +26,7 @@ from colocache.replication.options import SecondaryOptions, Timing
 from colocache.replication.secondary import Secondary
 from colocache.replication.security import Security, make_wrap
 from colocache.replication.signals import Wakeup, end_as_by, stop_on_signals
+from colocache.replication.trace import Trace
 from colocache.vmm.guests import make_machine
 from colocache.vmm.workload import GuestOptions
 
@@ -53,6 +54,7 @@ class ChildConfig:
     device_state_max: int
     machine_readable: bool
     as_json: bool
+    trace: str = ""  # a file that was begun; "" = none
 
     def as_file(self) -> BinaryIO:
         """A file without a name, at its beginning, for subprocess's stdin; the caller closes it."""
@@ -118,7 +120,8 @@ def _run(
     # The memory stays open until this process ends: the keeper owns it.
     memory = Memory.from_manifest(config.manifest)
     listener = socket.socket(fileno=config.listener_fd)
-    with listener, _open_cache(config, memory) as cache:
+    trace = Trace(config.trace, "secondary", failed=lambda sentence: events.emit("trace_error", sentence))
+    with listener, trace, _open_cache(config, memory) as cache:
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, GuestOptions(**config.guest_options), cache.mark_dirty)
         try:
@@ -132,6 +135,7 @@ def _run(
                 stop=stop,
                 arbiter=make_arbiter(config.arbiter),
                 wrap=wrap,
+                trace=trace,
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)

@@ -37,6 +37,7 @@ from colocache.replication.pvm import Pvm
 from colocache.replication.results import SentCheckpoint
 from colocache.replication.signals import Flag
 from colocache.replication.streams_out import open_streams
+from colocache.replication.trace import Trace
 from colocache.replication.transport import PlainTransport, Wrap
 from colocache.vmm.machine import Machine
 
@@ -88,6 +89,7 @@ class Primary:
         observer: Observer | None = None,
         release_output: Callable[[int | None], None] = lambda _epoch: None,
         wrap: Wrap = PlainTransport,
+        trace: Trace | None = None,
     ) -> None:
         self.pvm = Pvm(machine, sender, release_output=release_output)
         self.options = options
@@ -99,6 +101,7 @@ class Primary:
         self._leave = Leave(arbiter or SoloArbiter())
         self._observer = observer or Observer()
         self._wrap = wrap
+        self._trace = trace
         self._checkpoint_wanted = Flag()
         self._deadline = 0.0  # until when the secondary is tried
         self._in_session = False
@@ -197,6 +200,7 @@ class Primary:
             observer=self._observer,
             done=self._checkpoint_done,
             tick=self._leave.check,
+            trace=self._trace,
         )
         try:
             session.run(fresh)

@@ -19,7 +19,9 @@ from colocache.replication.options import PrimaryOptions
 from colocache.replication.pvm import Pvm
 from colocache.replication.results import SentCheckpoint
 from colocache.replication.signals import Flag
+from colocache.replication.stages import Span, Stages
 from colocache.replication.streams_out import OutStreams
+from colocache.replication.trace import Trace
 
 INITIAL_ROUND_PAGES = 8192  # between two of these the secondary copies what has come to its guest RAM
 INITIAL_PASSES = 3  # over what the guest dirtied during the pass before
@@ -44,6 +46,7 @@ class PrimarySession:
         observer: Observer,
         done: Callable[[SentCheckpoint], None],
         tick: Callable[[], None] = lambda: None,
+        trace: Trace | None = None,
     ) -> None:
         """`done` hears of each checkpoint; `tick` is called every now and then and may end the session by raising."""
         self._pvm = pvm
@@ -57,6 +60,7 @@ class PrimarySession:
         self._channel = channel
         self._streams = OutStreams(channel)
         self._inbox = Inbox(channel, tick)
+        self._trace = trace or Trace()
         self._save_failures = 0
 
     def run(self, fresh: bool) -> None:
@@ -106,7 +110,15 @@ class PrimarySession:
 
     def _send(self, max_pages: int = 0) -> int:
         # A secondary that flushes takes nothing for a while: that is back-pressure. Silence is the inbox's to notice.
-        return self._pvm.send(self._streams, timeout=self._timing.checkpoint_timeout, max_pages=max_pages)
+        begin = time.monotonic_ns()
+        n_pages = self._pvm.send(self._streams, timeout=self._timing.checkpoint_timeout, max_pages=max_pages)
+        self._trace.add(f"send {n_pages} pages", begin, time.monotonic_ns(), self._pvm.epoch)
+        return n_pages
+
+    def _sync(self) -> None:
+        begin = time.monotonic_ns()
+        self._pvm.sync()
+        self._trace.add("log", begin, time.monotonic_ns(), self._pvm.epoch)
 
     def _initial_copy(self) -> None:
         """All of RAM while the machine runs, then what it dirtied meanwhile, until little is left."""
@@ -142,7 +154,7 @@ class PrimarySession:
                 return
             if now >= next_round:
                 if self._options.background:
-                    self._pvm.sync()
+                    self._sync()
                     self._send()
                 next_round = time.monotonic() + step
                 continue
@@ -193,26 +205,32 @@ class PrimarySession:
         pvm, channel, timeout = self._pvm, self._channel, self._timing.checkpoint_timeout
         number = pvm.pair.checkpoints + 1
         background = pvm.sent.n_pages
+        stages = Stages()
         channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch)
         self._inbox.expect(State.REQUESTED, epoch, timeout)
+        stages.done("ask")
 
         channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
         pvm.pause()
-        stopped = time.monotonic_ns()
+        stopped = stages.done("stop")
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
         try:
             saved = self._observer.save(pvm.machine, number)
         except ColocacheError as error:
             self._take_back(epoch, error)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
+        stages.done("state")
         pvm.sync()  # after the device state: saving it may itself write guest RAM
+        stages.done("log")
         self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
         self._send()
         sent = pvm.sent
         low, high = split_u64(sent.n_pages)
+        stages.done("pages")
         pvm.in_flight()
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
         self._inbox.expect(State.SENT, epoch, timeout)
+        stages.done("answer")
         channel.limit(None)
         self._observer.received(number, epoch)
         pvm.received()
@@ -220,8 +238,12 @@ class PrimarySession:
         # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
         # it writes belongs to the next epoch, of which nothing goes out before LOADED.
         pvm.resume()
-        running = time.monotonic_ns()
+        running = stages.done("resume")
         self._inbox.expect(State.SEALED, epoch, timeout)
+        stages.done("loaded")
+        self._trace.checkpoint(epoch, stages, Span("the primary's machine stands", stopped, running))
+        took = {span.name: span.ns for span in stages.spans()}
+        took["state"] = max(0, took["state"] - saved.extra_ns)
         return SentCheckpoint(
             epoch=epoch,
             sent_pages=sent.n_pages,
@@ -229,6 +251,7 @@ class PrimarySession:
             zero_pages=sent.n_zero,
             n_bytes=sent.n_bytes,
             state_bytes=len(saved.state),
+            **{f"{name}_ns": ns for name, ns in took.items()},
             pause_ns=max(0, running - stopped - saved.extra_ns),
             extra_ns=saved.extra_ns,
         )

@@ -6,7 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-STAGES = ("receive", "sync", "check", "union", "seal", "copy", "forget", "load")
+from colocache.replication.stages import Span, Stages
+
+# The secondary's. All but `receive` are parts of its pause and, with `rest`, all of it.
+STAGES = ("receive", "sync", "check", "union", "seal", "answer", "copy", "forget", "load", "resume", "rest")
+# The primary's: before its machine stands, while it stands, and after.
+SENT_STAGES = ("ask", "stop", "state", "log", "pages", "answer", "resume", "loaded")
 
 
 def ms(nanoseconds: int) -> float:
@@ -35,9 +40,11 @@ class CheckpointResult:
     check_ns: int  # the VM's look at the device state
     union_ns: int
     seal_ns: int  # record, commit word, clearing of the bits
+    answer_ns: int  # RECEIVED handed to the network
     copy_ns: int
     forget_ns: int  # bounded memory: the SVM's private pages
     load_ns: int
+    resume_ns: int
     verify_ns: int
     pause_ns: int
     stop_ns: int
@@ -45,9 +52,26 @@ class CheckpointResult:
     wrong_pages: int
 
     @property
+    def rest_ns(self) -> int:
+        """What of the pause is no stage: the steps between them."""
+        known = [int(getattr(self, f"{stage}_ns")) for stage in STAGES if stage not in ("receive", "rest")]
+        return self.pause_ns - sum(known)
+
+    @property
     def flush_gb_per_s(self) -> float:
         """Speed of the copy in 1e9 bytes a second; 0 if nothing was copied."""
         return self.n_bytes / self.copy_ns if self.copy_ns else 0.0
+
+    def parts(self, stages: Stages) -> list[Span]:
+        """What the engine did within two of its stages, in its order; the engine tells how long, not when."""
+        made = []
+        for whole, names in (("seal", ("check", "union", "seal")), ("flush", ("copy", "forget"))):
+            begin = stages.span(whole).begin
+            for name in names:
+                end = begin + int(getattr(self, f"{name}_ns"))
+                made.append(Span("commit" if name == "seal" else name, begin, end))
+                begin = end
+        return made
 
     def to_event(self) -> dict[str, Any]:
         """The fields of the `checkpoint` event."""
@@ -79,7 +103,9 @@ class CheckpointResult:
 
 @dataclass(frozen=True)
 class SentCheckpoint:
-    """One checkpoint as the primary saw it. `pause_ns`: its VM stopped to running, without its observer's time."""
+    """One checkpoint as the primary saw it; times in nanoseconds. `pause_ns`: its VM stopped to running, without its
+    observer's time: the stages `state` to `resume`. What the secondary does meanwhile is in `answer_ns`.
+    """
 
     epoch: int
     sent_pages: int  # background and foreground
@@ -87,14 +113,23 @@ class SentCheckpoint:
     zero_pages: int
     n_bytes: int
     state_bytes: int
+    ask_ns: int  # CHECKPOINT_REQUEST to REPLY; the machine runs
+    stop_ns: int  # until it stands
+    state_ns: int  # its device state is saved
+    log_ns: int  # its dirty log
+    pages_ns: int  # its last pages
+    answer_ns: int  # device state sent, to RECEIVED: the secondary checks and seals
+    resume_ns: int
+    loaded_ns: int  # until the secondary runs; part of the pause only with resume_at "loaded"
     pause_ns: int
     extra_ns: int  # of the observer, for what is no part of a checkpoint: hashes
 
     def to_event(self) -> dict[str, Any]:
         """The fields of the `checkpoint` event."""
-        made = {field.name: getattr(self, field.name) for field in fields(self)}
+        made: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("pause_ns", "extra_ns"):
             made[name.replace("_ns", "_ms")] = ms(made.pop(name))
+        made["stages"] = {f"{stage}_ms": ms(made.pop(f"{stage}_ns")) for stage in SENT_STAGES}
         made["bytes"] = made.pop("n_bytes")
         return made
 

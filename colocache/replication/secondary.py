@@ -34,6 +34,7 @@ from colocache.replication.secondary_session import SecondarySession, StoppedErr
 from colocache.replication.signals import Flag
 from colocache.replication.svm import Svm
 from colocache.replication.takeover import Takeover
+from colocache.replication.trace import Trace
 from colocache.replication.transport import PlainTransport, Wrap
 from colocache.vmm.machine import Machine
 
@@ -83,6 +84,7 @@ class Secondary:
         stop: threading.Event,
         arbiter: Arbiter | None = None,
         wrap: Wrap = PlainTransport,
+        trace: Trace | None = None,
     ) -> None:
         self.svm = Svm(cache, machine, events)
         self.cache = cache
@@ -91,6 +93,7 @@ class Secondary:
         self.events = events
         self.stop = stop
         self.checkpoints = 0
+        self._trace = trace
         self._door = Door(
             cache,
             listener,
@@ -234,6 +237,7 @@ class Secondary:
             stop=self.stop,
             checkpoint_wanted=self._checkpoint_wanted,
             done=self._checkpoint_done,
+            trace=self._trace,
         )
 
     def _come_back(self) -> None:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from colocache import SealResult
 from colocache.errors import (
     ColocacheError,
     EpochError,
@@ -23,8 +24,10 @@ from colocache.replication.messages import AbortKind, Message, MessageType, deco
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
 from colocache.replication.signals import Flag
+from colocache.replication.stages import Span, Stages
 from colocache.replication.streams_in import InStreams
-from colocache.replication.svm import Sealed, Svm
+from colocache.replication.svm import Svm
+from colocache.replication.trace import Trace
 
 
 class StoppedError(ColocacheError):
@@ -51,6 +54,7 @@ class SecondarySession:
         stop: threading.Event,
         checkpoint_wanted: Flag,
         done: Callable[[CheckpointResult], None],
+        trace: Trace | None = None,
     ) -> None:
         self._svm = svm
         self._cache = svm.cache
@@ -60,6 +64,7 @@ class SecondarySession:
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
         self._done = done
+        self._trace = trace or Trace()
         self._state = State.READY
         self._asked = False  # for the checkpoint that comes next
         self._began = time.monotonic()
@@ -198,19 +203,22 @@ class SecondarySession:
                 self._over(meaning, message)
 
     def _checkpoint(self, epoch: int) -> None:
-        requested = time.monotonic_ns()
+        stages = Stages()
         if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
         self._svm.pause()
+        stages.done("stop")
         self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
         limit = self._options.timing.checkpoint_timeout
         self._channel.limit(limit, f"the primary did not complete epoch {epoch} within {limit:g} s")
         try:
             self._state = State.PAUSED
             self._expect(epoch)
+            stages.done("wait")
             self._state = State.COMPLETING
             size = self._expect(epoch)
+            stages.done("pages")
         except CheckpointGivenUpError as error:
             if self._streams:
                 # The primary waits for this: pages of the next epoch must not overtake its ABORT on another stream.
@@ -226,10 +234,12 @@ class SecondarySession:
         room.release()
         n_pages = join_u64(size.a, size.b)
         self._wait_for_pages(epoch, n_pages)
-        received = time.monotonic_ns()
+        stages.done("state")
         self._channel.limit(None)
         try:
-            sealed = self._svm.seal(epoch, n_pages, sync_ns=self._svm.sync())
+            self._svm.sync()
+            stages.done("sync")
+            sealed = self._svm.seal(epoch, n_pages)
         except (VetoError, IncompleteError) as error:
             cause = error.__cause__ or error
             reason = f"{error.sentence}: {cause}" if cause is not error else str(error)
@@ -238,21 +248,23 @@ class SecondarySession:
             self._take_over_if_asked(epoch)
             self._svm.resume()
             return
-        self._finish(epoch, sealed, requested, received)
+        stages.done("seal")
+        self._finish(epoch, sealed, stages)
 
     def _wait_for_pages(self, epoch: int, n_pages: int) -> None:
         timing = self._options.timing
         self._streams.wait_for_pages(epoch, n_pages, quiet=timing.peer_timeout, limit=timing.checkpoint_timeout)
 
-    def _finish(self, epoch: int, sealed: Sealed, requested: int, received: int) -> None:
+    def _finish(self, epoch: int, sealed: SealResult, stages: Stages) -> None:
         """The epoch is sealed: it is finished whatever becomes of the primary."""
         lost: ColocacheError | None = None
         try:
             self._channel.send(MessageType.VMSTATE_RECEIVED, epoch=epoch)
         except (PeerLostError, TimedOutError) as error:
             lost = error
+        stages.done("answer")
         try:
-            result, take_over = self._svm.finish(sealed, requested=requested, received=received)
+            result, take_over = self._svm.finish(sealed, stages)
         except SecondaryLostError as error:
             self._give_up(AbortKind.LOAD, str(error), epoch)
             raise
@@ -266,6 +278,14 @@ class SecondarySession:
             raise lost
         self._channel.send(MessageType.VMSTATE_LOADED, epoch=epoch)
         self._svm.tidy()
+        stages.done("loaded")
+        self._trace.checkpoint(
+            epoch,
+            stages,
+            Span("the secondary's machine stands", stages.span("stop").end, stages.span("resume").end),
+            Span("pause", stages.span("state").end, stages.span("resume").end),
+            below=result.parts(stages),
+        )
 
     def _initial_copy_done(self) -> None:
         seconds = time.monotonic() - self._began

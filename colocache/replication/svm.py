@@ -26,25 +26,15 @@ tidy         runs again                              memory of a committed epoch
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
-
 from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
 from colocache.replication.errors import SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
+from colocache.replication.stages import Stages
 from colocache.vmm.machine import LoadReport, Machine
 
 FLUSH_TRIES = 3  # a flush may be repeated after an error: cache and flush set are still there
-
-
-@dataclass(frozen=True)
-class Sealed:
-    """An epoch that is sealed and not yet flushed, with its times so far."""
-
-    result: SealResult
-    sync_ns: int
 
 
 class Svm:
@@ -114,36 +104,34 @@ class Svm:
         with self.cache.device_state_buffer(epoch, len(state)) as room:
             room[:] = state
 
-    def sync(self) -> int:
-        """Get, OR into the SVM bitmap, clear, while the machine stands: nanoseconds that it took."""
-        begin = time.monotonic_ns()
+    def sync(self) -> None:
+        """Get, OR into the SVM bitmap, clear, while the machine stands."""
         try:
             self.machine.sync_dirty_log(self.cache)
         except LogLostError:
             self.cache.dirty_log_lost()
-        return time.monotonic_ns() - begin
 
-    def seal(self, epoch: int, n_pages: int | None = None, *, sync_ns: int = 0) -> Sealed:
-        """The commit point, after `sync`. `n_pages`: how many the primary says it sent; `sync_ns`: what sync told.
+    def seal(self, epoch: int, n_pages: int | None = None) -> SealResult:
+        """The commit point, after `sync`. `n_pages`: how many the primary says it sent.
 
         VetoError, IncompleteError, FailedOverError: nothing was sealed.
         """
-        return Sealed(self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state), sync_ns)
+        return self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state)
 
-    def finish(self, sealed: Sealed, *, requested: int, received: int) -> tuple[CheckpointResult, bool]:
-        """Flush, load, run. `requested`, `received`: CLOCK_MONOTONIC in ns of CHECKPOINT_REQUEST and of the last byte.
+    def finish(self, seal: SealResult, stages: Stages) -> tuple[CheckpointResult, bool]:
+        """Flush, load, run. `stages` began at CHECKPOINT_REQUEST; `state` ended with the last byte.
 
         True beside the result: failover was asked for meanwhile, take over now; the machine stands. SecondaryLostError:
         the device state did not load; this machine never runs again.
         """
         flush = self.flush()
-        begin = time.monotonic_ns()
-        report, take_over = self.load(sealed.result.epoch)
-        load_ns = time.monotonic_ns() - begin - report.verify_ns
+        stages.done("flush")
+        report, take_over = self.load(seal.epoch)
+        stages.done("load")
         if not take_over:
             self.resume()
-        now = time.monotonic_ns()
-        seal = sealed.result
+        now = stages.done("resume")
+        received = stages.span("state").end
         return (
             CheckpointResult(
                 epoch=seal.epoch,
@@ -153,17 +141,19 @@ class Svm:
                 flushed_pages=flush.n_pages,
                 n_runs=flush.n_runs,
                 n_bytes=flush.n_bytes,
-                receive_ns=received - requested,
-                sync_ns=sealed.sync_ns,
+                receive_ns=received - stages.begin,
+                sync_ns=stages.span("sync").ns,
                 check_ns=seal.check_ns,
                 union_ns=seal.union_ns,
                 seal_ns=seal.commit_ns + seal.clear_ns,
+                answer_ns=stages.span("answer").ns,
                 copy_ns=flush.copy_ns,
                 forget_ns=flush.forget_ns,
-                load_ns=load_ns,
+                load_ns=max(0, stages.span("load").ns - report.verify_ns),
+                resume_ns=stages.span("resume").ns,
                 verify_ns=report.verify_ns,
                 pause_ns=max(0, now - received - report.verify_ns),
-                stop_ns=max(0, now - requested - report.verify_ns),
+                stop_ns=max(0, now - stages.begin - report.verify_ns),
                 verified_pages=report.epoch_hashes_checked,
                 wrong_pages=len(report.wrong_pages),
             ),

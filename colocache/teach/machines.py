@@ -163,7 +163,7 @@ class _MachinePair:
         self.svm.put_device_state(epoch, self.pvm.machine.save_device_state(with_hashes=True))
         self.svm.sync()
         pvm, svm = (self._runs(name) for name in ("pvm_bitmap", "svm_bitmap"))
-        sealed = self.svm.seal(epoch, self.pvm.sent.n_pages).result
+        sealed = self.svm.seal(epoch, self.pvm.sent.n_pages)
         self.pvm.received()
         flushed = self.svm.flush()
         loaded, _ = self.svm.load(epoch)

@@ -85,7 +85,7 @@ class Secondary:
         self._svm.put_device_state(epoch, f"registers of the PVM at epoch {epoch}".encode())
 
     def seal(self, epoch: int) -> dict[str, int]:
-        result = self._svm.seal(epoch).result
+        result = self._svm.seal(epoch)
         return {"pvm": result.pvm_pages, "svm": result.svm_pages, "both": result.both_pages}
 
     def flush(self) -> int:
