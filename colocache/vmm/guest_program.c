@@ -27,8 +27,7 @@ GUEST_INLINE uint64_t mix(uint64_t x)
 
 /* Stores are volatile throughout: a compiler that made a call to memset of them would make a guest that jumps into nothing,
  * and one that saw through a rewrite would leave it out. */
-__attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN
-void guest_program(volatile struct guest_mailbox *box)
+__attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN void guest_program(volatile struct guest_mailbox *box)
 {
     const uint64_t salt = box->salt, first_page = box->first_page, n_pages = box->n_pages;
     const uint64_t split_page = box->split_page, low = box->low_addr, high = box->high_addr;
@@ -47,8 +46,7 @@ void guest_program(volatile struct guest_mailbox *box)
                 n = n_pages - at;
         }
         for (uint64_t page = first_page + at; n; n--, page++) {
-            const uint64_t addr = page < split_page ? low + page * GUEST_PAGE_BYTES
-                                                    : high + (page - split_page) * GUEST_PAGE_BYTES;
+            const uint64_t addr = page < split_page ? low + page * GUEST_PAGE_BYTES : high + (page - split_page) * GUEST_PAGE_BYTES;
             volatile uint64_t *word = (volatile uint64_t *)(uintptr_t)addr;
             volatile uint64_t *const end = word + GUEST_PAGE_WORDS;
             if (rewrite) {

@@ -34,20 +34,20 @@
 /* All that lives across a step, in device memory of its own: no RAM block, not replicated.  Numbers of pages are of the
  * block pc.ram.  Written by the VMM while the guest stands still, but for `stop`, which it may set at any time. */
 struct guest_mailbox {
-    uint64_t step;           /* the next step; stored after each step */
-    uint64_t limit;          /* leave before this step */
-    uint64_t stop;           /* not 0: leave at the next step boundary */
+    uint64_t step;  /* the next step; stored after each step */
+    uint64_t limit; /* leave before this step */
+    uint64_t stop;  /* not 0: leave at the next step boundary */
     uint64_t salt;
-    uint64_t first_page;     /* the working set: n_pages pages from here */
+    uint64_t first_page; /* the working set: n_pages pages from here */
     uint64_t n_pages;
-    uint64_t run_pages;      /* longest run */
-    uint64_t rewrite_below;  /* of 65536 */
-    uint64_t run_below;      /* of 65536, at least rewrite_below */
-    uint64_t split_page;     /* pages from here on lie at high_addr, those before at low_addr */
+    uint64_t run_pages;     /* longest run */
+    uint64_t rewrite_below; /* of 65536 */
+    uint64_t run_below;     /* of 65536, at least rewrite_below */
+    uint64_t split_page;    /* pages from here on lie at high_addr, those before at low_addr */
     uint64_t low_addr;
     uint64_t high_addr;
-    uint64_t bitmap;         /* address of the program's own log, one bit a page of pc.ram, or 0: somebody else keeps one */
-    uint64_t pages_stored;   /* pages written and rewritten so far */
+    uint64_t bitmap;       /* address of the program's own log, one bit a page of pc.ram, or 0: somebody else keeps one */
+    uint64_t pages_stored; /* pages written and rewritten so far */
 };
 
 void guest_program(volatile struct guest_mailbox *box);

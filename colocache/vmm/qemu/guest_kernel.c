@@ -47,8 +47,7 @@ GUEST_INLINE void say_number(uint8_t mark, uint64_t number)
     }
 }
 
-__attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN
-void guest_kernel(volatile struct guest_control *control)
+__attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN void guest_kernel(volatile struct guest_control *control)
 {
     volatile struct guest_mailbox *box = (volatile struct guest_mailbox *)(uintptr_t)control->mailbox;
     volatile uint64_t *ring = (volatile uint64_t *)(uintptr_t)control->ring;
@@ -94,57 +93,59 @@ void guest_kernel(volatile struct guest_control *control)
 #define STRING(x) #x
 #define TEXT_OF(x) STRING(x)
 __asm__(".pushsection guest_boot, \"a\", @progbits\n"
-        ".set LOAD, " TEXT_OF(GUEST_LOAD) "\n"
-        ".set CONTROL, " TEXT_OF(GUEST_CONTROL) "\n"
-        ".balign 8\n"
-        ".code32\n"
-        "guest_boot_begin:\n"
-        "  .long 0x1badb002, 0x10000, -(0x1badb002 + 0x10000)\n" /* with the addresses that follow */
-        "  .long LOAD, LOAD, 0, 0, LOAD + guest_boot_entry - guest_boot_begin\n"
-        "guest_boot_entry:\n"
-        "  cli\n"
-        "  movl $LOAD + 0x3000, %eax\n"
-        "  movl %eax, %cr3\n"
-        "  movl %cr4, %eax\n"
-        "  orl $0x620, %eax\n" /* PAE, SSE */
-        "  movl %eax, %cr4\n"
-        "  movl $0xc0000080, %ecx\n" /* EFER: long mode */
-        "  rdmsr\n"
-        "  orl $0x100, %eax\n"
-        "  wrmsr\n"
-        "  movl $LOAD + 0x14000, %esp\n"
-        "  lgdt LOAD + 0x2f00\n"
-        "  movl $0x80010033, %eax\n" /* paging, write protection, protection, and what goes with them */
-        "  movl %eax, %cr0\n"
-        "  ljmp $0x08, $LOAD + guest_boot_long - guest_boot_begin\n"
-        ".code64\n"
-        "guest_boot_long:\n"
-        "  movl $0x10, %eax\n"
-        "  movl %eax, %ss\n"
-        "  movl $0x2b, %eax\n"
-        "  movl %eax, %ds\n"
-        "  movl %eax, %es\n"
-        "  movl $CONTROL, %edi\n"
-        "  cmpl $1, 16(%rdi)\n"
-        "  je 1f\n"
-        "  pushq $0x2b\n"
-        "  pushq 8(%rdi)\n"
-        "  pushq $0x3002\n" /* IOPL 3: level 3 uses ports, and no interrupt comes */
-        "  pushq $0x33\n"
-        "  pushq (%rdi)\n"
-        "  iretq\n"
-        "1:\n"
-        "  movl $0x174, %ecx\n" /* the base of SYSEXIT's segments: code 0x30, stack 0x38 */
-        "  movl $0x10, %eax\n"
-        "  xorl %edx, %edx\n"
-        "  wrmsr\n"
-        "  pushq $0x3002\n"
-        "  popfq\n"
-        "  movq (%rdi), %rdx\n"
-        "  movq 8(%rdi), %rcx\n"
-        "  sysexitq\n"
-        "guest_boot_end:\n"
-        ".popsection\n");
+        ".set LOAD, " TEXT_OF(
+            GUEST_LOAD) "\n"
+                        ".set CONTROL, " TEXT_OF(
+                            GUEST_CONTROL) "\n"
+                                           ".balign 8\n"
+                                           ".code32\n"
+                                           "guest_boot_begin:\n"
+                                           "  .long 0x1badb002, 0x10000, -(0x1badb002 + 0x10000)\n" /* with the addresses that follow */
+                                           "  .long LOAD, LOAD, 0, 0, LOAD + guest_boot_entry - guest_boot_begin\n"
+                                           "guest_boot_entry:\n"
+                                           "  cli\n"
+                                           "  movl $LOAD + 0x3000, %eax\n"
+                                           "  movl %eax, %cr3\n"
+                                           "  movl %cr4, %eax\n"
+                                           "  orl $0x620, %eax\n" /* PAE, SSE */
+                                           "  movl %eax, %cr4\n"
+                                           "  movl $0xc0000080, %ecx\n" /* EFER: long mode */
+                                           "  rdmsr\n"
+                                           "  orl $0x100, %eax\n"
+                                           "  wrmsr\n"
+                                           "  movl $LOAD + 0x14000, %esp\n"
+                                           "  lgdt LOAD + 0x2f00\n"
+                                           "  movl $0x80010033, %eax\n" /* paging, write protection, protection, and what goes with them */
+                                           "  movl %eax, %cr0\n"
+                                           "  ljmp $0x08, $LOAD + guest_boot_long - guest_boot_begin\n"
+                                           ".code64\n"
+                                           "guest_boot_long:\n"
+                                           "  movl $0x10, %eax\n"
+                                           "  movl %eax, %ss\n"
+                                           "  movl $0x2b, %eax\n"
+                                           "  movl %eax, %ds\n"
+                                           "  movl %eax, %es\n"
+                                           "  movl $CONTROL, %edi\n"
+                                           "  cmpl $1, 16(%rdi)\n"
+                                           "  je 1f\n"
+                                           "  pushq $0x2b\n"
+                                           "  pushq 8(%rdi)\n"
+                                           "  pushq $0x3002\n" /* IOPL 3: level 3 uses ports, and no interrupt comes */
+                                           "  pushq $0x33\n"
+                                           "  pushq (%rdi)\n"
+                                           "  iretq\n"
+                                           "1:\n"
+                                           "  movl $0x174, %ecx\n" /* the base of SYSEXIT's segments: code 0x30, stack 0x38 */
+                                           "  movl $0x10, %eax\n"
+                                           "  xorl %edx, %edx\n"
+                                           "  wrmsr\n"
+                                           "  pushq $0x3002\n"
+                                           "  popfq\n"
+                                           "  movq (%rdi), %rdx\n"
+                                           "  movq 8(%rdi), %rcx\n"
+                                           "  sysexitq\n"
+                                           "guest_boot_end:\n"
+                                           ".popsection\n");
 
 extern const char guest_boot_begin[] __attribute__((visibility("hidden")));
 extern const char guest_boot_end[] __attribute__((visibility("hidden")));

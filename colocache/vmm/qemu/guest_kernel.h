@@ -38,18 +38,18 @@
 #define GUEST_RING_ENTRIES (GUEST_RING_PAGES * GUEST_PAGE_BYTES / 16)
 
 struct guest_control {
-    uint64_t entry;           /* address of guest_kernel */
-    uint64_t stack;           /* its end */
-    uint64_t by_sysexit;      /* how level 3 is entered: 1 SYSEXIT, else IRETQ */
-    uint64_t mailbox;         /* addresses */
-    uint64_t ring;            /* GUEST_RING_ENTRIES of {first step, salt} */
-    uint64_t batch_steps;     /* a new salt every so many steps */
-    uint64_t batch_ticks;     /* of the time stamp counter, from one batch to the next; 0 = flat out */
-    uint64_t line_ticks;      /* between two lines on the console; 0 = none */
-    uint64_t area;            /* guest-physical: what is cleared at a reboot */
+    uint64_t entry;       /* address of guest_kernel */
+    uint64_t stack;       /* its end */
+    uint64_t by_sysexit;  /* how level 3 is entered: 1 SYSEXIT, else IRETQ */
+    uint64_t mailbox;     /* addresses */
+    uint64_t ring;        /* GUEST_RING_ENTRIES of {first step, salt} */
+    uint64_t batch_steps; /* a new salt every so many steps */
+    uint64_t batch_ticks; /* of the time stamp counter, from one batch to the next; 0 = flat out */
+    uint64_t line_ticks;  /* between two lines on the console; 0 = none */
+    uint64_t area;        /* guest-physical: what is cleared at a reboot */
     uint64_t area_end;
-    uint64_t n_salts;         /* the guest's: drawn so far; the newest is entry (n_salts - 1) mod GUEST_RING_ENTRIES */
-    uint64_t n_lines;         /* the guest's: lines written */
+    uint64_t n_salts; /* the guest's: drawn so far; the newest is entry (n_salts - 1) mod GUEST_RING_ENTRIES */
+    uint64_t n_lines; /* the guest's: lines written */
 };
 
 void guest_kernel(volatile struct guest_control *control);
