@@ -21,4 +21,5 @@ PAIR_BYTES_MAX = 64  # of a pair's name
 DEVICE_STATE_MAX = 1 << 40  # bytes of a device state, at most, as the engine says
 STREAMS_MAX = 16  # connections that carry the pages of one pair
 ACCELERATORS = ("auto", "kvm", "tcg")  # of the small QEMU guest
+RESUME_AT = ("received", "loaded")  # when the primary runs again: its epoch is sealed, or the secondary runs from it
 TRANSPORTS = ("unix", "tcp")  # what the demo's two sides meet on

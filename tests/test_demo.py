@@ -18,9 +18,10 @@ import pytest
 import colocache
 from colocache import backing as bk
 from colocache.children import python_command
-from colocache.choices import MEMORY_MODES
+from colocache.choices import MEMORY_MODES, RESUME_AT
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally, percentile, summary_of
+from colocache.replication.results import SENT_STAGES, STAGES
 from colocache.vmm import blocks_for
 from colocache.vmm.kvm import kvm_trouble
 
@@ -111,6 +112,16 @@ def test_every_backing_works_with_all_of_ram_as_working_set(backing: str) -> Non
     assert report["backing"] == backing
     assert report["wrong_pages"] == 0
     assert report["flushed_pages"] > 4096 // 2
+
+
+def test_the_report_has_the_pauses_of_both_machines_with_their_stages_and_says_when_the_primary_ran_again() -> None:
+    for resume_at in RESUME_AT:
+        report = report_of(demo(*SMALL, "--resume-at", resume_at, "--json"))
+        assert report["resume_at"] == resume_at
+        assert list(report["stages_ms"]) == list(STAGES)
+        assert set(report["pvm_stages_ms"]) == set(SENT_STAGES)
+        shares = [report["pvm_stages_ms"][stage]["max"] for stage in SENT_STAGES if stage not in ("ask", "stop")]
+        assert report["pvm_pause_ms"]["max"] <= sum(shares) + 0.001
 
 
 @pytest.mark.parametrize(("verify", "moments"), [("none", 2), ("last", 3), ("all", 6)])
@@ -277,11 +288,12 @@ def test_the_tally_adds_each_checkpoint_once_and_only_the_secondarys_pages() -> 
     }  # fmt: skip
     tally.add(checkpoint)
     tally.add({**checkpoint, "pause_ms": 4.0, "stages": {"copy_ms": 1.0}})
-    tally.add({"event": "checkpoint", "side": "primary", "pause_ms": 7.0})
+    tally.add({"event": "checkpoint", "side": "primary", "pause_ms": 7.0, "stages": {"answer_ms": 6.0, "log_ms": 1.0}})
     report = tally.report(None)
     assert (report["checkpoints"], report["flushed_pages"], report["wrong_pages"]) == (2, 12, 2)
     assert report["pause_ms"] == {"p50": 2.0, "p99": 4.0, "max": 4.0}
     assert report["pvm_pause_ms"]["max"] == 7.0
+    assert {stage: one["p99"] for stage, one in report["pvm_stages_ms"].items()} == {"answer": 6.0, "log": 1.0}
     assert report["stages_ms"] == {"copy": {"p50": 0.5, "p99": 1.0, "max": 1.0}}
     assert report["flush_gb_per_s"] == round(12 * 4096 / 1.5e6, 3)
     assert report["failover"] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,35 @@ def test_what_is_marked_while_the_epoch_in_flight_is_in_doubt_is_not_forgotten(p
     pair.events_s.wait("checkpoint", 3)
     no_page_wrong(pair)
     assert np.all(pair.cache.blocks["pc.ram"].cache[250] == 99)
+
+
+@pytest.mark.parametrize(("resume_at", "runs"), [("received", True), ("loaded", False)])
+def test_the_primary_stands_until_received_or_if_asked_until_loaded(pair: Pair, resume_at: str, runs: bool) -> None:
+    """The secondary's load is held up: by then its primary has heard RECEIVED(3) and not LOADED(3)."""
+    loading, go_on = threading.Event(), threading.Event()
+
+    def load() -> None:
+        if pair.cache.status().sealed_epoch == 3:
+            loading.set()
+            assert go_on.wait(10)
+
+    pair.make_secondary()
+    pair.make_primary(checkpoints=4, resume_at=resume_at)
+    pair.svm.on_load = load
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    assert loading.wait(10)
+    until = time.monotonic() + 10
+    while pair.released[-1:] != [3] and time.monotonic() < until:
+        time.sleep(0.01)
+    assert pair.released[-1] == 3
+    time.sleep(0.05)
+    assert pair.pvm.running == runs
+    go_on.set()
+    assert primary.join().checkpoints == secondary.join().checkpoints == 4
+    no_page_wrong(pair)
+    third = pair.events_p.all("checkpoint")[2]
+    standing = ["state", "log", "pages", "answer", "resume", *(["loaded"] if not runs else [])]
+    assert sum(third["stages"][f"{stage}_ms"] for stage in standing) == pytest.approx(third["pause_ms"], abs=0.001)
 
 
 def test_a_link_that_stalls_is_noticed_by_both(pair: Pair) -> None:

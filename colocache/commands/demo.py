@@ -16,6 +16,7 @@ from colocache.commands.options import (
     json_option,
     memory_option,
     print_json,
+    resume_option,
     seconds_option,
     streams_option,
     trace_option,
@@ -55,6 +56,7 @@ from colocache.commands.options import (
     help="Kind of socket that the two sides meet on.",
 )
 @streams_option
+@resume_option
 @click.option("--kernel", default="", metavar="FILE", help="With --guest qemu: a Linux kernel to boot in both QEMUs.")
 @click.option("--initrd", default="", metavar="FILE", help="Its initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="Its command line.")
@@ -98,6 +100,7 @@ def demo(as_json: bool, **given: Any) -> None:
             console=given["console"],
             command=guest.options.command,
             trace=given["trace"],
+            resume_at=given["resume_at"],
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:
@@ -133,9 +136,6 @@ def _in_words(report: dict[str, Any]) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
     detect = failover["detect_ms"]
-    stages = ", ".join(
-        f"{name} {one['p50']:.2f}/{one['p99']:.2f}/{one['max']:.2f}" for name, one in report["stages_ms"].items()
-    )
     verdict = "FAILED: the secondary's memory was wrong"
     if not report["wrong_pages"]:
         verdict = "OK: the secondary took over and every page was right"
@@ -148,10 +148,16 @@ def _in_words(report: dict[str, Any]) -> str:
         f"{report['flush_gb_per_s']:.1f} GB/s\n"
         f"secondary's pause {pause['p50']:.2f} ms (p50), {pause['p99']:.2f} (p99), {pause['max']:.2f} (max); "
         f"primary's {primary['p50']:.2f}, {primary['p99']:.2f}, {primary['max']:.2f}\n"
-        f"stages of the secondary's in ms, p50/p99/max: {stages}\n"
+        f"stages of the secondary's in ms, p50/p99/max: {_stages(report['stages_ms'])}\n"
+        f"stages of the primary's, which runs again at {report['resume_at'].upper()}: "
+        f"{_stages(report['pvm_stages_ms'])}\n"
         f"primary killed ({report['kill_primary_at']}): {failover['cause']}; {noticed}"
         f"took over at epoch {failover['epoch']} within {failover['promote_ms']:.2f} ms of the decision, "
         f"ran on for {failover['steps_run_on']:,} steps\n"
         f"{report['verified_pages']:,} pages verified, {report['wrong_pages']} wrong\n"
         f"{verdict}"
     )
+
+
+def _stages(of: dict[str, dict[str, float]]) -> str:
+    return ", ".join(f"{name} {one['p50']:.2f}/{one['p99']:.2f}/{one['max']:.2f}" for name, one in of.items())

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from colocache.choices import ACCELERATORS, BACKINGS, GUEST_KINDS, MEMORY_MODES, PAIR_BYTES_MAX, STREAMS_MAX, VERIFY
+from colocache.choices import (
+    ACCELERATORS,
+    BACKINGS,
+    GUEST_KINDS,
+    MEMORY_MODES,
+    PAIR_BYTES_MAX,
+    RESUME_AT,
+    STREAMS_MAX,
+    VERIFY,
+)
 from colocache.errors import ColocacheError
 
 if TYPE_CHECKING:
@@ -240,6 +249,15 @@ report_options = options(
     click.option("--die-with-parent", type=int, default=0, hidden=True),
 )
 
+
+resume_option = click.option(
+    "--resume-at",
+    type=click.Choice(RESUME_AT),
+    default="received",
+    show_default=True,
+    help="When the primary's machine runs again. received: its epoch is sealed and can't be lost by one failure; "
+    "loaded, to compare: the secondary runs from it too, so that its flush is part of the primary's pause.",
+)
 
 trace_option = click.option(
     "--trace",

@@ -18,6 +18,7 @@ from colocache.commands.options import (
     pair_option,
     print_json,
     report_options,
+    resume_option,
     seconds_option,
     security_of,
     security_options,
@@ -55,6 +56,7 @@ from colocache.commands.options import (
     show_default=True,
     help="Send pages between checkpoints too, while the guest runs.",
 )
+@resume_option
 @verify_option
 @streams_option
 @timing_options
@@ -120,6 +122,7 @@ def primary(**given: Any) -> None:
         dirty_limit_pages=-(-given["dirty_limit"] // 4096),
         streams=given["streams"],
         rejoin=given["rejoin"],
+        resume_at=given["resume_at"],
     )
     arbiter = make_arbiter(given["arbiter"])
     events = Events("primary", machine_readable=given["events"])

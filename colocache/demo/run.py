@@ -63,6 +63,7 @@ class DemoOptions:
     accel: str = "auto"
     console: str = ""
     command: tuple[str, ...] = ()
+    resume_at: str = "received"
     trace: str = ""  # a file for the stages of both sides; "" = none
 
 
@@ -196,6 +197,7 @@ class DemoRun:
             **self.tally.report(self._killed_ns),
             "kill_primary_at": self.options.kill_at,
             "verify": self.options.verify,
+            "resume_at": self.options.resume_at,
             "seconds": round(time.monotonic() - begin, 3),
         }
         self._check(report)
@@ -233,16 +235,8 @@ class DemoRun:
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
-        args = [
-            *self._common_args(),
-            *self._trace_args("primary"),
-            "--connect",
-            address,
-            "--interval",
-            str(o.interval),
-            "--verify",
-            o.verify,
-        ]
+        args = [*self._common_args(), *self._trace_args("primary"), "--connect", address]
+        args += ["--interval", str(o.interval), "--verify", o.verify, "--resume-at", o.resume_at]
         if o.kill_at in ("receiving", "sealed"):
             number = o.checkpoints + 1
             last = o.checkpoints if o.kill_at == "receiving" else number

@@ -42,6 +42,7 @@ class Tally:
     pauses: list[float] = field(default_factory=list)
     stages: dict[str, list[float]] = field(default_factory=dict)
     primary_pauses: list[float] = field(default_factory=list)
+    primary_stages: dict[str, list[float]] = field(default_factory=dict)
     lost: dict[str, Any] | None = None
     promoted: dict[str, Any] | None = None
     takeover: dict[str, Any] | None = None
@@ -53,6 +54,8 @@ class Tally:
         if side == "primary":
             if name == "checkpoint":
                 self.primary_pauses.append(event["pause_ms"])
+                for stage, value in event["stages"].items():
+                    self.primary_stages.setdefault(stage.removesuffix("_ms"), []).append(value)
             return
         if name == "checkpoint":
             self.checkpoints += 1
@@ -87,6 +90,7 @@ class Tally:
             "pause_ms": summary_of(self.pauses),
             "pvm_pause_ms": summary_of(self.primary_pauses),
             "stages_ms": {stage: summary_of(values) for stage, values in self.stages.items()},
+            "pvm_stages_ms": {stage: summary_of(values) for stage, values in self.primary_stages.items()},
             "flush_gb_per_s": round(self.flush_gb_per_s, 3),
             "failover": self._failover(killed_ns),
             "verified_pages": self.verified_pages,

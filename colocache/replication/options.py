@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colocache.choices import STREAMS_MAX
+from colocache.choices import RESUME_AT, STREAMS_MAX
 from colocache.errors import ArgumentError
 
 
@@ -45,8 +45,11 @@ class PrimaryOptions:
     dirty_limit_pages: int = 0  # dirty pages that call for a checkpoint before its time; 0 = no limit
     streams: int = 1  # connections that carry pages at once
     rejoin: bool = False  # a secondary that is gone for good may be given up for a fresh one
+    resume_at: str = "received"  # the machine runs again at RECEIVED, or, to compare, at LOADED
 
     def __post_init__(self) -> None:
+        if self.resume_at not in RESUME_AT:
+            raise ArgumentError(f"resume_at is {self.resume_at!r}: give {' or '.join(RESUME_AT)}")
         _check_streams(self.streams)
         if not 0 <= self.interval <= 86400:
             raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")

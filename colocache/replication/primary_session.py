@@ -235,12 +235,16 @@ class PrimarySession:
         self._observer.received(number, epoch)
         pvm.received()
         pvm.open_epoch()
+        if self._options.resume_at == "loaded":
+            self._inbox.expect(State.SEALED, epoch, timeout)
+            stages.done("loaded")
         # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
         # it writes belongs to the next epoch, of which nothing goes out before LOADED.
         pvm.resume()
         running = stages.done("resume")
-        self._inbox.expect(State.SEALED, epoch, timeout)
-        stages.done("loaded")
+        if self._options.resume_at != "loaded":
+            self._inbox.expect(State.SEALED, epoch, timeout)
+            stages.done("loaded")
         self._trace.checkpoint(epoch, stages, Span("the primary's machine stands", stopped, running))
         took = {span.name: span.ns for span in stages.spans()}
         took["state"] = max(0, took["state"] - saved.extra_ns)

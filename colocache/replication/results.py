@@ -104,7 +104,8 @@ class CheckpointResult:
 @dataclass(frozen=True)
 class SentCheckpoint:
     """One checkpoint as the primary saw it; times in nanoseconds. `pause_ns`: its VM stopped to running, without its
-    observer's time: the stages `state` to `resume`. What the secondary does meanwhile is in `answer_ns`.
+    observer's time: the stages `state` to `resume`, and `loaded` if it waited for that (`resume_at`). What the
+    secondary does meanwhile is in `answer_ns`.
     """
 
     epoch: int
