@@ -13,19 +13,28 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from toy import PAGE, QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
 
 from colocache import ArgumentError, BlockSpec, Memory, message_header
 from colocache.children import python_command
 from colocache.replication.address import Address
-from colocache.replication.errors import ProtocolError, RefusedError
+from colocache.replication.channel import Channel
+from colocache.replication.errors import ProtocolError, RefusedError, SessionEndedError
 from colocache.replication.hello import Hello
+from colocache.replication.messages import AbortKind, MessageType, encode_reason
 from colocache.replication.security import Plain, Security, check_user, is_loopback, make_wrap
+from colocache.replication.streams_in import take_streams
 from colocache.replication.tls import HOW_TO, Certificates, context_of, findings
+from colocache.replication.transport import Transport
+from colocache.replication.waiting_room import WaitingRoom
 
 Make = Callable[..., Memory]
 WIDE_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", (3 * 4096 + 2100) * PAGE))
@@ -199,6 +208,85 @@ def test_a_primary_sends_no_byte_to_a_wrong_secondary(
     assert heard == b""
 
 
+# ---- the bytes ----
+
+
+@contextlib.contextmanager
+def both_ends(folder: Path, *, buffer_bytes: int = 0) -> Iterator[tuple[Transport, Transport]]:
+    """A primary's and a secondary's transport on one connection, hands shaken."""
+    both = wraps(folder)
+    ours, theirs = socket.socketpair()
+    for end in (ours, theirs) if buffer_bytes else ():
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
+    server = both["secondary"](theirs)  # type: ignore[operator]
+    with ThreadPoolExecutor(1) as pool:
+        connecting = pool.submit(both["primary"], ours)  # type: ignore[arg-type]
+        while not connecting.done():
+            assert server.receive(memoryview(bytearray(1))) is None
+        client = connecting.result()
+        with contextlib.closing(client), contextlib.closing(server):
+            yield client, server
+
+
+@given(
+    parts=st.lists(st.lists(st.integers(1, 300_000), min_size=1, max_size=3), min_size=1, max_size=6),
+    rooms=st.lists(st.integers(1, 400_000), min_size=1, max_size=4),
+    seed=st.integers(0, 1 << 32),
+)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_byte_arrives_in_order_however_little_the_socket_takes(
+    folder: Path, parts: list[list[int]], rooms: list[int], seed: int
+) -> None:
+    """The oracle: all that was sent, one after the other."""
+    order = Random(seed)
+    sent = order.randbytes(sum(map(sum, parts)))
+    came, at = bytearray(), 0
+    with both_ends(folder / "toy", buffer_bytes=20_000) as (client, server):
+        waiting: list[list[memoryview]] = []
+        for group in parts:
+            waiting.append([])
+            for n in group:
+                waiting[-1].append(memoryview(sent)[at : at + n])
+                at += n
+        turn = 0
+        while len(came) < len(sent) and turn < 50_000:
+            if waiting and order.random() < 0.5:
+                group_left = waiting[0]
+                taken = client.send(group_left) or 0
+                while group_left and taken >= len(group_left[0]):
+                    taken -= len(group_left.pop(0))
+                if group_left:
+                    group_left[0] = group_left[0][taken:]
+                else:
+                    waiting.pop(0)
+                continue
+            room = bytearray(rooms[turn % len(rooms)])
+            turn += 1
+            came += room[: server.receive(memoryview(room)) or 0]
+        assert bytes(came) == sent
+        client.shut_down(socket.SHUT_WR)
+        assert server.receive(memoryview(bytearray(1))) == 0
+
+
+def test_what_came_behind_another_message_is_heard_at_once(folder: Path) -> None:
+    """Over TLS a poll does not tell of it: a primary that gives up does not cost the time for its streams."""
+    own = Hello("secondary", "toy", None, 0, 0, False, "toy", (), streams=2, session=b"s" * 16)
+    hello = Hello("primary", "toy", None, 0, 0, False, "toy", (), streams=2).encode()
+    reason = encode_reason("I think again")
+    words = [
+        message_header(int(MessageType.HELLO), 0, len(hello)) + hello,
+        message_header(int(MessageType.PING), 0, 0),
+        message_header(int(MessageType.ABORT), 0, len(reason), int(AbortKind.SESSION)) + reason,
+    ]
+    with both_ends(folder / "toy") as (client, server), socket.create_server(("127.0.0.1", 0)) as nobody:
+        assert client.send([memoryview(word) for word in words]) == sum(map(len, words))
+        channel = Channel(server, peer_timeout=5.0)
+        assert channel.receive().type is MessageType.HELLO
+        room = WaitingRoom(nobody, peer_timeout=5.0, device_state_max=0)
+        with contextlib.closing(room), pytest.raises(SessionEndedError, match="I think again"):
+            take_streams(room, channel, own, seconds=1.0, refused=print)
+
+
 # ---- plain sockets ----
 
 
@@ -311,3 +399,14 @@ def test_the_commands_pair_over_tls_and_refuse_plain_tcp_beyond_this_machine(fol
     assert refused.returncode == 1
     assert "plain TCP with 0.0.0.0 would show guest memory" in refused.stderr
     assert "--insecure" in refused.stderr
+
+
+def test_pages_over_tls_are_measured_beside_ssl() -> None:
+    """bench/beside_ssl.py, with the least of everything; it compares what came with what was sent."""
+    script = Path(__file__).resolve().parent.parent / "bench" / "beside_ssl.py"
+    if not script.is_file():
+        pytest.skip("these tests are not in a source tree")
+    least = ["--ram", "8M", "--rounds", "1", "--streams", "2", "--backing", "shm", "--json"]
+    done = subprocess.run([sys.executable, script, *least], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [len(rates) for rates in json.loads(done.stdout)["gb_per_s"]["2"].values()] == [1, 1, 1, 1]

@@ -66,8 +66,9 @@ class ReadAhead:
         """Read what is there, until `wanted` bytes are. False: there was nothing."""
         if self._first + max(wanted, 1) > len(self._room):
             kept = self._room[self._first : self._end]
-            self._room = bytearray(max(ROOM_BYTES, wanted))
-            self._room[: len(kept)] = kept
+            if max(wanted, ROOM_BYTES) > len(self._room):
+                self._room = bytearray(max(wanted, ROOM_BYTES))
+            self._room[: len(kept)] = kept  # the same room again: a new one would be zeroed and faulted in each time
             self._first, self._end = 0, len(kept)
         some = False
         with memoryview(self._room) as room:

@@ -42,6 +42,7 @@ def take_streams(
     with contextlib.ExitStack() as stack:
         stack.callback(_close, found)
         while len(found) < own.streams - 1:
+            _hear_the_primary(channel)
             came = room.next(deadline, last_word=0.0, beside=channel)
             if came is not None:
                 _let_join(room, *came, own, found, refused)
@@ -49,8 +50,6 @@ def take_streams(
                 raise TimedOutError(
                     f"{len(found)} of the primary's {own.streams - 1} further streams came within {seconds:g} s"
                 )
-            else:
-                _hear_the_primary(channel)
         stack.pop_all()
     channel.streams = tuple(found[index] for index in sorted(found))
 
@@ -62,14 +61,12 @@ def _close(found: dict[int, Channel]) -> None:
 
 def _hear_the_primary(channel: Channel) -> None:
     """What it says before its streams are there can only be that it gives up."""
-    message = channel.try_receive()
-    if message is None:
-        return
-    meaning = meaning_of(State.STREAMS, message)
-    if meaning is Meaning.REFUSED:
-        raise RefusedError(f"the primary refuses this secondary: {decode_reason(message.body)}")
-    if meaning is Meaning.SESSION_ENDS:
-        raise SessionEndedError(f"the primary ended the session: {decode_reason(message.body)}")
+    while (message := channel.try_receive()) is not None:  # all of it: over TLS a poll need not tell of the rest
+        meaning = meaning_of(State.STREAMS, message)
+        if meaning is Meaning.REFUSED:
+            raise RefusedError(f"the primary refuses this secondary: {decode_reason(message.body)}")
+        if meaning is Meaning.SESSION_ENDS:
+            raise SessionEndedError(f"the primary ended the session: {decode_reason(message.body)}")
 
 
 def _let_join(
