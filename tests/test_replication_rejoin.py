@@ -15,6 +15,7 @@ from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, Running, no_page_wrong, pair
 
 from colocache import Memory, Phase
 from colocache.replication.arbiter import NeverArbiter
+from colocache.replication.channel import Channel
 from colocache.replication.errors import TookOverError
 from colocache.replication.messages import AbortKind, MessageType
 
@@ -200,6 +201,32 @@ def test_the_primary_is_told_of_a_takeover_before_the_secondary_runs(pair: Pair,
     if moment != "idle":
         assert stood[1:], "the secondary did not take over"
         assert stood[1], "the secondary ran before the primary could have been told"
+
+
+def test_a_session_that_meets_a_takeover_before_its_operator_has_told_the_primary_tells_it(pair: Pair) -> None:
+    """The operator's thread grants it and tells the primary; in between the session's own thread may end it."""
+    pair.make_secondary()
+    pair.make_primary(interval=0.1)
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    last_word, main = Channel.last_word, threading.current_thread()
+    met = threading.Event()
+
+    def slow_operator(channel: Channel, kind: AbortKind, reason: str) -> None:
+        if threading.current_thread() is main:
+            assert met.wait(10)
+            return
+        last_word(channel, kind, reason)
+        met.set()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "last_word", slow_operator)
+        pair.secondary.request_failover()
+        with pytest.raises(TookOverError):
+            primary.join(10)
+    pair.events_s.wait("takeover")
+    pair.stop_s.set()
+    assert secondary.join().took_over
 
 
 @pytest.mark.parametrize("stage", ["hello", "ready", "idle", "requested", "sent", "received"])

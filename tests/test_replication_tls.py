@@ -230,7 +230,7 @@ def both_ends(folder: Path, *, buffer_bytes: int = 0) -> Iterator[tuple[Transpor
 
 @given(
     parts=st.lists(st.lists(st.integers(1, 300_000), min_size=1, max_size=3), min_size=1, max_size=6),
-    rooms=st.lists(st.integers(1, 400_000), min_size=1, max_size=4),
+    rooms=st.lists(st.integers(500, 400_000), min_size=1, max_size=4),
     seed=st.integers(0, 1 << 32),
 )
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

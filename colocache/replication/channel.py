@@ -35,6 +35,7 @@ from colocache.replication.transport import Transport
 
 LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
 LINGER_BYTES_MAX = 256 << 20
+WORD_SECONDS = 0.1
 DISCARD_BYTES = 1 << 18
 PACK_BYTES = 1 << 18  # of packets at once through memory: small enough for the CPU's cache
 PACK_BYTES_MAX = (2 << 20) + 4096  # one page of the largest kind
@@ -133,12 +134,13 @@ class Channel:
             self.send(MessageType.ABORT, epoch=epoch, a=int(kind), b=count, body=encode_reason(reason))
 
     def last_word(self, kind: AbortKind, reason: str) -> None:
-        """Tell the peer why this side is about to go, without waiting for anything; nothing can be sent after it.
+        """Tell the peer why this side is about to go, without waiting for it; nothing can be sent after it.
 
-        Any thread. A peer that takes nothing, or that is being sent something, finds only a broken connection.
+        Any thread, and more than one: the first says it. A message under way gets WORD_SECONDS to leave; a peer that
+        takes nothing finds only a broken connection.
         """
         body = encode_reason(reason)
-        if self._send_lock.acquire(blocking=False):
+        if self._send_lock.acquire(timeout=WORD_SECONDS):
             try:
                 if not (self._closed or self._broken):
                     self._broken = True

@@ -222,7 +222,9 @@ class Secondary:
         finally:
             self._channel = None
             if self.svm.failed_over:
-                self._door.see_out(channel)  # the primary shall read that this side takes over
+                # Whoever granted it says so too, but this thread may find out before it has.
+                channel.last_word(AbortKind.TOOK_OVER, TOLD)
+                self._door.see_out(channel)
             else:
                 channel.close()
         now = time.monotonic()
