@@ -39,15 +39,16 @@ class Plan:
     middle: int
     end: str
     interval: float
+    tls: bool
 
     @classmethod
-    def draw(cls, rng: random.Random, guest: str, backing: str, memory: str = "mirror") -> Plan:
+    def draw(cls, rng: random.Random, guest: str, backing: str, memory: str = "mirror", *, tls: bool = False) -> Plan:
         """One at random."""
         end = rng.choices(ENDS, weights=(8, 7, 3, 3, 1, 1))[0]
         middle = 0 if end in ("primary, too early", "keeper for good") else rng.randint(1, 8)
         if end == "primary" and rng.random() < 0.5:
             middle = 0  # these have a short reconnect limit, and so the arbiter is asked
-        return cls(guest, backing, memory, middle, end, rng.choice((0.02, 0.02, 0.04, 0.12)))
+        return cls(guest, backing, memory, middle, end, rng.choice((0.02, 0.02, 0.04, 0.12)), tls)
 
     @property
     def asks_arbiter(self) -> bool:
@@ -61,7 +62,9 @@ class Pair(Watched):
     def __init__(
         self, name: str, plan: Plan, rng: random.Random, folder: Path, counts: Counts, claim: Callable[[], bool]
     ) -> None:
-        super().__init__(name, folder, plan.guest, plan.backing, plan.interval, counts, memory=plan.memory)
+        super().__init__(
+            name, folder, plan.guest, plan.backing, plan.interval, counts, memory=plan.memory, tls=plan.tls
+        )
         self.plan, self.rng = plan, rng
         self.moment = "start"  # for the report of a failure
         self._claim = claim

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import shutil
 import time
 from pathlib import Path
 
+from certificates import make_certificates
 from soak_process import BROKEN_LINE, BrokenError, Event, Process
 
 from colocache.vmm import GuestOptions, blocks_for
@@ -55,6 +57,7 @@ class Watched:
         counts: Counts,
         *,
         memory: str = "mirror",
+        tls: bool = False,
     ) -> None:
         self.name, self.counts = name, counts
         self.persistent = False  # the memory outlives its keeper
@@ -77,6 +80,11 @@ class Watched:
             self._n_pages = self._dirty_pages_max = QEMU_RAM_BYTES // 4096
             self._own_pages = own_pages_of_the_small_guest()
         self._stack = contextlib.ExitStack()
+        self._certificates = Path()
+        if tls:
+            self._certificates = folder / f"{name}.tls"
+            make_certificates(self._certificates, name)
+            self._stack.callback(shutil.rmtree, self._certificates)
 
     # ---- its processes ----
 
@@ -97,6 +105,9 @@ class Watched:
             "--working-set", str(WORKING_SET_BYTES), "--peer-timeout", "20",
             "--run-on", "0.2",
         ]  # fmt: skip
+        if self._certificates.name:
+            for option, file in (("cert", f"{side}.pem"), ("key", f"{side}.key"), ("ca", "ca.pem")):
+                common += [f"--tls-{option}", str(self._certificates / file)]
         process = Process(side, [*common, *args], self._folder / f"{self.name}.{side}.log", self._inbox)
         self._stack.callback(process.close)
         return process

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import socket
 import ssl
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from certificates import make_certificates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import PAGE, QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
@@ -32,19 +32,12 @@ from colocache.replication.hello import Hello
 from colocache.replication.messages import AbortKind, MessageType, encode_reason
 from colocache.replication.security import Plain, Security, check_user, is_loopback, make_wrap
 from colocache.replication.streams_in import take_streams
-from colocache.replication.tls import HOW_TO, Certificates, context_of, findings
+from colocache.replication.tls import Certificates, context_of, findings
 from colocache.replication.transport import Transport
 from colocache.replication.waiting_room import WaitingRoom
 
 Make = Callable[..., Memory]
 WIDE_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", (3 * 4096 + 2100) * PAGE))
-
-
-def make_certificates(folder: Path, pair: str) -> None:
-    """By the very commands that the help gives."""
-    folder.mkdir()
-    commands = re.sub(r"(?m)^An authority.*\n|^\x08\n", "", HOW_TO).replace("\b", "").replace("PAIR", pair)
-    subprocess.run(["sh", "-e"], input=commands, text=True, cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="session")

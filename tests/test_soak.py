@@ -55,6 +55,14 @@ def test_no_kill_of_either_side_ever_costs_a_page(memory: str, capsys: pytest.Ca
     assert counts["pages verified"] >= 16384 * done // 2
 
 
+@pytest.mark.slow
+def test_nor_does_it_over_tls() -> None:
+    kills = max(20, KILLS // 10)
+    ran = soak("--tls", "--kills", str(kills), "--backing", "shm", timeout=300 + 2 * kills)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert f"\n{kills} kills in" in ran.stdout
+
+
 def test_a_soak_that_is_interrupted_ends_in_order_and_leaves_nothing() -> None:
     with subprocess.Popen(
         [sys.executable, str(SOAK), "--kills", "1000", "--backing", "shm", "--guest", "process", "--pairs", "1"],
