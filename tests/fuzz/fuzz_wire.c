@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * fuzz_wire.c -- any bytes on the socket: colocache_receive_stream and colocache_message_parse, against a second parser.
+ * fuzz_wire.c -- any bytes from a peer: colocache_receive_stream, colocache_receive_packets and colocache_message_parse, against a
+ * second parser.
  *
  * An input is a little program that makes a stream: bytes as they are, PAGES packets with fields of the input's choice and, mostly,
  * right checksums (which a fuzzer never guesses), other messages, and changes of bytes already made.  The parser here, written from the
@@ -8,6 +9,8 @@
  *   - each byte of both caches is what the parser says, where the packet came whole and did not contradict itself;
  *   - a bit is set in the PVM bitmap for each page that was touched, and for no other: a refused packet leaves nothing at all;
  *   - guest RAM is untouched, the count is right, and the connection ended for the reason that the parser names.
+ * Through memory the stream comes in pieces of any size, each in an allocation of its own that the address sanitizer watches; there a
+ * packet that broke off leaves nothing either.
  */
 #include "fuzz_world.h"
 
@@ -132,6 +135,7 @@ struct oracle {
 };
 
 static struct oracle oracle;
+static bool in_memory; /* the stream is handed over in memory, not on a socket */
 
 static bool runs_fit(const struct wire_header *header, const struct wire_run *runs)
 {
@@ -187,6 +191,8 @@ static enum verdict parse(uint64_t expected_epoch)
             return REFUSED;
         if (header.type != COLOCACHE_MSG_PAGES)
             return header.checksum == checksum(&header, NULL, 0) ? MESSAGE : REFUSED;
+        if (in_memory && header.body_len_bytes > wire_bytes - at)
+            return BROKE_OFF;
         if ((expected_epoch && header.epoch != expected_epoch) || header.b == 0 || header.b > RUNS_MAX ||
             header.body_len_bytes < header.b * sizeof *runs)
             return REFUSED;
@@ -238,24 +244,56 @@ static void check_epoch(struct world *world, enum verdict verdict)
     }
 }
 
+static int receive_on_a_socket(struct world *world, uint64_t expected_epoch, uint8_t *header, uint64_t *n_pages)
+{
+    int pair[2], room = 2 * WIRE_MAX;
+    PROMISE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0, "socketpair");
+    setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
+    ssize_t sent = wire_bytes ? send(pair[0], wire, wire_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) : 0;
+    wire_bytes = sent > 0 ? (size_t)sent : 0; /* what fits: the parser sees no more */
+    close(pair[0]);
+    int rc = colocache_receive_stream(world->cc, pair[1], 1000, expected_epoch, header, n_pages);
+    close(pair[1]);
+    return rc;
+}
+
+/* receive_in_memory -- in pieces of up to `most` bytes more each time; the end of the stream is as that of a socket */
+static int receive_in_memory(struct world *world, uint64_t expected_epoch, size_t most, uint8_t *header, uint64_t *n_pages)
+{
+    size_t from = 0, came = 0;
+    *n_pages = 0;
+    for (size_t turn = 1;; turn++) {
+        const size_t more = 1 + turn * 7919 % most;
+        came = more < wire_bytes - came ? came + more : wire_bytes;
+        uint8_t *data = malloc(came - from + !(came - from));
+        uint64_t used, n;
+        PROMISE(data, "no memory");
+        memcpy(data, wire + from, came - from);
+        int rc = colocache_receive_packets(world->cc, data, came - from, expected_epoch, header, &used, &n);
+        free(data);
+        PROMISE(used <= came - from, "%llu of %zu bytes were taken", (unsigned long long)used, came - from);
+        *n_pages += n;
+        from += used;
+        if (rc != COLOCACHE_READY_NOT)
+            return rc;
+        if (came == wire_bytes)
+            return COLOCACHE_E_PEER_LOST;
+    }
+}
+
 static void receive(struct world *world, uint64_t expected_epoch)
 {
     static uint8_t guest[BLOCKS][PAGES_MAX * PAGE];
     uint8_t header[COLOCACHE_HEADER_BYTES];
     uint64_t n_pages;
-    int pair[2], room = 2 * WIRE_MAX;
     for (unsigned b = 0; b < BLOCKS; b++) {
         memcpy(guest[b], world->guest_at[b], block_pages[b] * PAGE);
         memcpy(oracle.cache[b], world->cache_at[b], block_pages[b] * PAGE);
     }
-    PROMISE(socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) == 0, "socketpair");
-    setsockopt(pair[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof room);
-    ssize_t sent = wire_bytes ? send(pair[0], wire, wire_bytes, MSG_DONTWAIT | MSG_NOSIGNAL) : 0;
-    wire_bytes = sent > 0 ? (size_t)sent : 0;
-    close(pair[0]);
+    const size_t most = wire_bytes % 5 ? 64 : 3 * PAGE; /* small pieces, or large */
+    int rc = in_memory ? receive_in_memory(world, expected_epoch, most, header, &n_pages)
+                       : receive_on_a_socket(world, expected_epoch, header, &n_pages);
     enum verdict verdict = parse(expected_epoch);
-    int rc = colocache_receive_stream(world->cc, pair[1], 1000, expected_epoch, header, &n_pages);
-    close(pair[1]);
     if (verdict == MESSAGE) {
         PROMISE(rc == 0 && memcmp(header, wire + oracle.message_at, sizeof header) == 0, "a message was not handed over (%d)", rc);
     } else if (verdict == BROKE_OFF) {
@@ -291,7 +329,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         oracle.newest = 2;
     }
     make_stream(&input);
-    receive(&world, how & 2 ? how >> 2 : 0);
+    in_memory = how & 128;
+    receive(&world, how & 2 ? how >> 2 & 31 : 0);
     world_close(&world);
 
     uint32_t type, a, b;

@@ -12,6 +12,7 @@ from pathlib import Path
 
 PACKET, MESSAGE, RAW, CHANGE = range(4)  # fuzz_wire.c: make_stream
 FRESH, IN_STEP = 0, 1
+IN_MEMORY = 128  # not on a socket
 
 
 def small(value: int, n_bytes: int) -> bytes:
@@ -94,6 +95,7 @@ def main() -> None:
         sys.exit(__doc__)
     target = Path(sys.argv[1])
     files = {f"wire/{name}": data for name, data in WIRE.items()}
+    files |= {f"wire/{name}-in-memory": bytes([data[0] | IN_MEMORY]) + data[1:] for name, data in WIRE.items()}
     for state in range(STATES):
         files |= {f"region/{state}-{name}": bytes([state]) + data for name, data in DAMAGE.items()}
     for name, data in files.items():
