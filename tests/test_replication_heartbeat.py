@@ -16,7 +16,7 @@ from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, MessageType
+from colocache.replication.messages import AbortKind, Message, MessageType
 from colocache.replication.transport import PlainTransport
 
 
@@ -163,6 +163,64 @@ def test_silence_wakes_a_sender_that_is_stuck(ends: tuple[socket.socket, socket.
                 mine.send(MessageType.ABORT, body=bytes(1024))
         assert isinstance(inbox.why_ended(caught.value), TimedOutError)
         assert time.monotonic() - begin < 5
+        inbox.stop()
+
+
+def test_silence_in_a_checkpoint_is_noticed_while_whoever_expects_the_answer_is_busy(
+    ends: tuple[socket.socket, socket.socket],
+) -> None:
+    """A sender in C, stuck at a peer that is stopped, is woken by the end of the channel."""
+    near, far = ends
+    with Channel(PlainTransport(near), peer_timeout=0.3) as mine:
+        inbox = Inbox(mine)
+        inbox.start()
+        inbox.hear_here(True)
+        far.settimeout(5.0)
+        assert far.recv(1) == b"", "the channel is not broken"
+        assert isinstance(inbox.why_ended(PeerLostError("a broken pipe")), TimedOutError)
+        inbox.stop()
+
+
+def test_an_answer_is_heard_by_the_thread_that_expects_it(ends: tuple[socket.socket, socket.socket]) -> None:
+    """No other lies between RECEIVED and a machine that stands."""
+    near, far = ends
+    readers: list[int] = []
+    with Channel(PlainTransport(near), peer_timeout=5) as mine, Channel(PlainTransport(far), peer_timeout=5) as peer:
+        sort, inbox = Inbox._sort, Inbox(mine)
+
+        def sorted_by(message: Message) -> None:
+            readers.append(threading.get_ident())
+            sort(inbox, message)
+
+        inbox._sort = sorted_by  # type: ignore[method-assign]
+        inbox.start()
+        for epoch in range(1, 20):  # the reading goes to and fro, and no message is lost on the way
+            inbox.hear_here(True)
+            late = threading.Timer(0.005, lambda: peer.send(MessageType.VMSTATE_RECEIVED, epoch=epoch))  # noqa: B023
+            late.start()
+            assert inbox.expect(State.SENT, epoch, 5.0).epoch == epoch
+            assert readers[-1] == threading.get_ident()
+            inbox.hear_here(False)
+            late.join()
+            peer.send(MessageType.CHECKPOINT_REQUEST)
+            assert inbox.checkpoint_wanted.wait(5.0)
+            inbox.checkpoint_wanted.clear()
+            assert readers[-1] != threading.get_ident()
+            inbox.check_idle()
+        inbox.stop()
+
+
+def test_a_peer_that_goes_in_a_checkpoint_is_told_to_whoever_expects(ends: tuple[socket.socket, socket.socket]) -> None:
+    near, far = ends
+    with Channel(PlainTransport(near), peer_timeout=5) as mine:
+        inbox = Inbox(mine)
+        inbox.start()
+        inbox.hear_here(True)
+        far.shutdown(socket.SHUT_RDWR)
+        for _ in range(2):  # the end stays the end
+            with pytest.raises(PeerLostError, match="closed the connection"):
+                inbox.expect(State.SENT, 1, 5.0)
+        assert isinstance(inbox.why_ended(TimedOutError("nothing came")), PeerLostError)
         inbox.stop()
 
 

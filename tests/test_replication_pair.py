@@ -16,6 +16,7 @@ from colocache import LogLostError, NoStateError, PeerLostError, Phase
 from colocache.replication.arbiter import Loss, NeverArbiter, SoloArbiter, Verdict
 from colocache.replication.errors import RefusedError, SecondaryLostError, TookOverError
 from colocache.replication.messages import MessageType
+from colocache.vmm import DeviceStateError
 
 
 @pytest.fixture
@@ -117,6 +118,26 @@ def test_a_dirty_log_that_cannot_be_read_counts_as_all_ones(pair: Pair, who: str
     machine.sync_dirty_log = lost  # type: ignore[method-assign]
     pair.primary.request_checkpoint()
     pair.events_s.wait("checkpoint", 2)
+    no_page_wrong(pair)
+
+
+def test_the_look_at_the_state_before_a_checkpoint_costs_nothing_whatever_it_says(pair: Pair) -> None:
+    """The secondary looks at its newest state while its machine still runs; only the look before the seal counts."""
+    pair.make_secondary()
+    pair.make_primary(checkpoints=4)
+    check, early = pair.svm.check_device_state, []
+
+    def looked(state: memoryview | bytes) -> None:
+        if pair.svm.running:
+            early.append(bytes(state))
+            raise DeviceStateError("not now")
+        check(state)
+
+    pair.svm.check_device_state = looked  # type: ignore[method-assign]
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    assert primary.join().checkpoints == secondary.join().checkpoints == 4
+    assert len(early) == 3
+    assert not pair.events_s.all("aborted")
     no_page_wrong(pair)
 
 

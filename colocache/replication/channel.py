@@ -8,6 +8,7 @@ Sending is locked, so that a heartbeat comes between messages and never inside o
 from __future__ import annotations
 
 import contextlib
+import os
 import select
 import socket
 import threading
@@ -38,6 +39,7 @@ LINGER_BYTES_MAX = 256 << 20
 WORD_SECONDS = 0.1
 DISCARD_BYTES = 1 << 18
 PACK_BYTES = 1 << 18  # of packets at once through memory: small enough for the CPU's cache
+SPIN_SECONDS = 0.001  # that `spin` keeps a core awake: sleeping and waking costs more than most answers take
 PACK_BYTES_MAX = (2 << 20) + 4096  # one page of the largest kind
 
 
@@ -52,6 +54,9 @@ class Channel:
         self._transport = transport
         self._ahead = ReadAhead(transport) if transport.plain_fd is None else None
         self._fd = transport.fileno()
+        self._spin_seconds = SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self._readable = select.poll()
+        self._readable.register(self._fd, select.POLLIN)
         self.peer_timeout = peer_timeout
         self._device_state_max = device_state_max
         self._send_lock = threading.Lock()
@@ -186,10 +191,42 @@ class Channel:
 
         Once begun it must be whole within the peer timeout: single bytes now and then are no sign of life.
         """
+        begin = time.monotonic()
         while (message := self.try_receive()) is None:
-            left = self._begun_at + self.peer_timeout - time.monotonic() if self._begun else self.peer_timeout
-            self._wait(select.POLLIN, "finish its message" if self._begun else "say anything", max(0.0, left))
+            self._wait(select.POLLIN, self._awaited, max(0.0, self._patient_until(begin) - time.monotonic()))
         return message
+
+    def receive_within(self, seconds: float, wake_fd: int = -1) -> Message | None:
+        """The same, or None after `seconds`, and as soon as `wake_fd` is readable. Silence is counted over calls."""
+        until = time.monotonic() + seconds
+        poll = select.poll()
+        poll.register(self._fd, select.POLLIN)
+        if wake_fd >= 0:
+            poll.register(wake_fd, select.POLLIN)
+        while (message := self.try_receive()) is None:
+            now, patient = time.monotonic(), self._patient_until(self.last_heard)
+            if now >= patient:
+                raise TimedOutError(f"the peer did not {self._awaited} for {self.peer_timeout:g} s")
+            if now >= until:
+                return None
+            ready = poll.poll(max(0.0, min(until, patient) - now) * 1000)
+            if any(fd == wake_fd for fd, _ in ready):
+                return None
+        return message
+
+    @property
+    def _awaited(self) -> str:
+        return "finish its message" if self._begun else "say anything"
+
+    def _patient_until(self, begin: float) -> float:
+        return (self._begun_at if self._begun else begin) + self.peer_timeout
+
+    def spin(self) -> None:
+        """Wait a moment for the peer's next byte without going to sleep. For a machine that stands: while it does, a
+        core has nothing better to do. Whoever receives must be the one who spins."""
+        until = time.monotonic() + self._spin_seconds
+        while time.monotonic() < until and not self._readable.poll(0):
+            pass
 
     def try_receive(self) -> Message | None:
         """The next message if all of it has come; never waits. What has come of it is kept for the next call."""

@@ -5,6 +5,7 @@ if it is killed; it then attaches to what it finds. It dies with its keeper."""
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -139,6 +140,7 @@ def _run(
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)
+            gc.freeze()  # a look through all that was imported would take milliseconds, in the middle of a pause
             summary = secondary.run()
         except FINAL:
             raise

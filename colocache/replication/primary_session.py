@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
+from colocache.replication.apart import apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError
@@ -68,6 +70,10 @@ class PrimarySession:
         self._inbox.start()
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
         self._pvm.open_epoch()
+        with apart(self._channel.fileno(), "primary") if len(self._streams) == 1 else contextlib.nullcontext():
+            self._converse_to_the_end(fresh)
+
+    def _converse_to_the_end(self, fresh: bool) -> None:
         try:
             if fresh:
                 self._initial_copy()
@@ -187,6 +193,7 @@ class PrimarySession:
         epoch = self._pvm.epoch
         self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
+        self._inbox.hear_here(True)
         try:
             result = self._converse(epoch)
         except CheckpointAbortedError as error:
@@ -196,6 +203,8 @@ class PrimarySession:
             reason = f"the secondary gave up epoch {epoch}: {error}"
             self._events.emit("aborted", reason, epoch=epoch, reason=reason)
             return False
+        finally:
+            self._inbox.hear_here(False)
         self._save_failures = 0
         self._pvm.loaded()
         self._done(result)

@@ -8,7 +8,7 @@ from typing import Any
 
 from colocache.replication.stages import Span, Stages
 
-# The secondary's. All but `receive` are parts of its pause and, with `rest`, all of it.
+# The secondary's. `sync` is a part of `receive`; those after it are parts of its pause and, with `rest`, all of it.
 STAGES = ("receive", "sync", "check", "union", "seal", "answer", "copy", "forget", "load", "resume", "rest")
 # The primary's: before its machine stands, while it stands, and after.
 SENT_STAGES = ("ask", "stop", "state", "log", "pages", "answer", "resume", "loaded")
@@ -36,7 +36,7 @@ class CheckpointResult:
     n_runs: int
     n_bytes: int
     receive_ns: int  # CHECKPOINT_REQUEST to the last byte
-    sync_ns: int  # the SVM's dirty log
+    sync_ns: int  # the SVM's dirty log, while the primary stops and saves its machine
     check_ns: int  # the VM's look at the device state
     union_ns: int
     seal_ns: int  # record, commit word, clearing of the bits
@@ -54,7 +54,7 @@ class CheckpointResult:
     @property
     def rest_ns(self) -> int:
         """What of the pause is no stage: the steps between them."""
-        known = [int(getattr(self, f"{stage}_ns")) for stage in STAGES if stage not in ("receive", "rest")]
+        known = [int(getattr(self, f"{stage}_ns")) for stage in STAGES if stage not in ("receive", "sync", "rest")]
         return self.pause_ns - sum(known)
 
     @property

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from colocache.errors import (
     TimedOutError,
     VetoError,
 )
+from colocache.replication.apart import apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
@@ -73,7 +75,7 @@ class SecondarySession:
     def run(self) -> str:
         """Until the primary says that it ends: its reason. PeerLostError, TimedOutError, ProtocolError, ..."""
         # After the streams are joined no page comes any more: only then may the caller give up the open epoch.
-        with self._streams:
+        with self._streams, contextlib.nullcontext() if self._streams else apart(self._channel.fileno(), "secondary"):
             try:
                 return self._converse()
             except PeerLostError as error:
@@ -189,6 +191,7 @@ class SecondarySession:
                 raise TimedOutError(f"the primary lives but sent no {state.value.awaits}({epoch}) for {limit:g} s")
             if self._stop.is_set():
                 raise StoppedError("the secondary was stopped by its operator")
+            self._channel.spin()
             message, n_pages = self._channel.receive_past_pages(self._cache, epoch)
             self._n_pages += n_pages
             if n_pages and not any(entry.meaning is Meaning.PAGES for entry in state.value.hears):
@@ -207,9 +210,13 @@ class SecondarySession:
         if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
+        self._svm.rehearse()
+        stages.done("rehearse")
         self._svm.pause()
         stages.done("stop")
         self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
+        self._svm.sync()  # while the primary stops its machine and saves it
+        stages.done("sync")
         limit = self._options.timing.checkpoint_timeout
         self._channel.limit(limit, f"the primary did not complete epoch {epoch} within {limit:g} s")
         try:
@@ -237,8 +244,6 @@ class SecondarySession:
         stages.done("state")
         self._channel.limit(None)
         try:
-            self._svm.sync()
-            stages.done("sync")
             sealed = self._svm.seal(epoch, n_pages)
         except (VetoError, IncompleteError) as error:
             cause = error.__cause__ or error
