@@ -313,6 +313,15 @@ class Cache(ChangingBlocks):
         with self._handle as cc:
             check(lib.colocache_free_staged(cc))
 
+    def limit_staged(self, n_bytes: int) -> None:
+        """Bounded: the most memory that staged pages may take; 0 = no limit, as at the beginning. Any thread.
+
+        A page that would pass it is refused by NoMemoryError; the epoch is then to be aborted. UnsupportedError: mirror.
+        """
+        limit = u64(n_bytes, "limit of staged pages")
+        with self._handle as cc:
+            check(lib.colocache_limit_staged(cc, limit))
+
     def private_bytes(self) -> int:
         """Bounded: memory that the VM's private pages take in this process, as the kernel counts it. Any thread."""
         return sum(private_bytes(0, block.guest_addr, block.len_bytes) for block in self.blocks.values())

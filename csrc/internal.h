@@ -107,6 +107,9 @@ struct colocache {
 
     pthread_mutex_t walking; /* over the descriptors of all blocks, for threads beside the conductor, while a removed one's are closed */
 
+    _Alignas(64) uint64_t staged_bytes; /* bounded: pages whose range of a cache may hold data (staging.h) */
+    uint64_t staged_limit;              /* 0 = none */
+
     struct cc_epoch epoch;
     _Alignas(64) struct cc_gate mark_gate; /* who sets SVM bits */
     struct cc_stats stats;

@@ -79,10 +79,10 @@ static int zero_room(const struct colocache *cc, struct cc_block *block, uint64_
 }
 
 /* zero -- before anything is sealed a preflush may be reading what is there, so that is filled and not given back */
-static int zero(const struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
+static int zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
 {
     if (place == TO_STAGING)
-        return cc_staging_zero(block, first_pfn, n_pages);
+        return cc_staging_zero(cc, block, first_pfn, n_pages);
     if (block->keeps_holes)
         return cc_sparse_zero(block, place == TO_GUEST ? &block->guest : &block->cache, first_pfn, n_pages,
                               cc_observe(&cc->region.control->commit_word) == 0);
@@ -90,11 +90,11 @@ static int zero(const struct colocache *cc, struct cc_block *block, uint64_t fir
     return 0;
 }
 
-static int bring_page(struct cc_block *block, uint64_t pfn, const void *data, enum place place)
+static int bring_page(struct colocache *cc, struct cc_block *block, uint64_t pfn, const void *data, enum place place)
 {
     CC_HALF(address(block, pfn, place), data, block->page_size, "receive: half a page");
     if (place == TO_STAGING)
-        return cc_staging_write(block, pfn, data);
+        return cc_staging_write(cc, block, pfn, data);
     memcpy(address(block, pfn, place), data, block->page_size);
     return 0;
 }
@@ -119,7 +119,7 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
             rc = zero(cc, block, first_pfn, n, place);
         } else {
             if (place == TO_STAGING)
-                cc_staging_expect(block, first_pfn, n);
+                rc = cc_staging_expect(cc, block, first_pfn, n);
             iov[n_iov++] = (struct iovec){.iov_base = address(block, first_pfn, place), .iov_len = n << block->page_shift};
         }
     }
@@ -165,7 +165,7 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
     const uint8_t *from = data;
     const enum place place = place_of(cc);
     for (uint64_t i = 0; rc == 0 && i < n_pages; i++) {
-        rc = bring_page(block, pfns[i], from + i * block->page_size, place);
+        rc = bring_page(cc, block, pfns[i], from + i * block->page_size, place);
         if (rc == 0)
             done(cc, block, pfns[i], 1, place);
     }
@@ -204,13 +204,14 @@ int colocache_receive_zero(struct colocache *cc, uint64_t epoch, uint32_t block_
 /* ---- in place: the caller writes the bytes itself ------------------------------------------------------------------------ */
 
 /* room_for -- in the file, before anybody stores through the mapping: a hole on a full file system would be a SIGBUS */
-static int room_for(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
+static int room_for(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, enum place place)
 {
     if (place != TO_STAGING)
         return 0;
-    cc_staging_expect(block, first_pfn, n_pages);
-    int rc =
-        cc_map_reserve(block->cache.fd, block->cache.offset + (first_pfn << block->page_shift), n_pages << block->page_shift, block->name);
+    int rc = cc_staging_expect(cc, block, first_pfn, n_pages);
+    if (rc)
+        return rc;
+    rc = cc_map_reserve(block->cache.fd, block->cache.offset + (first_pfn << block->page_shift), n_pages << block->page_shift, block->name);
     return rc == COLOCACHE_E_NO_MEMORY ? cc_staging_no_room(block) : rc;
 }
 
@@ -233,7 +234,7 @@ int colocache_receive_begin(struct colocache *cc, uint64_t epoch, uint32_t block
     rc = open_or_leave(cc, epoch, cc_sparse_allocate(block, first_pfn, n_pages));
     if (rc)
         return rc;
-    rc = room_for(block, first_pfn, n_pages, place_of(cc));
+    rc = room_for(cc, block, first_pfn, n_pages, place_of(cc));
     if (rc)
         cc_epoch_leave(cc);
     else

@@ -38,18 +38,41 @@ int cc_staging_no_room(const struct cc_block *block)
                    block->name);
 }
 
-void cc_staging_expect(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+/* new_pages -- how many of them are not counted yet */
+static uint64_t new_pages(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
-    cc_bitmap_set(block->staged, first_pfn, n_pages);
+    const uint64_t end = first_pfn + n_pages;
+    uint64_t n_new = 0;
+    for (uint64_t at = first_pfn, n; at < end; at += n) {
+        n = 64 - at % 64 < end - at ? 64 - at % 64 : end - at;
+        n_new += (uint64_t)__builtin_popcountll(~cc_observe(&block->staged->words[at / 64]) & cc_word_mask(at % 64, n));
+    }
+    return n_new;
 }
 
-int cc_staging_write(struct cc_block *block, uint64_t pfn, const void *data)
+int cc_staging_expect(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+{
+    const uint64_t n_bytes = new_pages(block, first_pfn, n_pages) << block->page_shift, limit = cc_observe(&cc->staged_limit);
+    const uint64_t before = cc_add(&cc->staged_bytes, n_bytes);
+    if (n_bytes && limit && (before > limit || n_bytes > limit - before)) {
+        cc_add(&cc->staged_bytes, 0 - n_bytes);
+        return cc_fail(
+            COLOCACHE_E_NO_MEMORY,
+            "%llu bytes of pages are staged, and %llu more of block %s would pass their limit of %llu: abort the epoch, and raise "
+            "the limit or take checkpoints more often",
+            (unsigned long long)before, (unsigned long long)n_bytes, block->name, (unsigned long long)limit);
+    }
+    cc_bitmap_set(block->staged, first_pfn, n_pages);
+    return 0;
+}
+
+int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t pfn, const void *data)
 {
     const uint8_t *from = data;
     uint64_t left = block->page_size;
     off_t at = (off_t)(block->cache.offset + (pfn << block->page_shift));
-    cc_staging_expect(block, pfn, 1);
-    while (left) {
+    int rc = cc_staging_expect(cc, block, pfn, 1);
+    while (rc == 0 && left) {
         ssize_t n = pwrite(block->cache.fd, from, left, at);
         if (n < 0 && errno == EINTR)
             continue;
@@ -59,7 +82,7 @@ int cc_staging_write(struct cc_block *block, uint64_t pfn, const void *data)
         at += n;
         left -= (uint64_t)n;
     }
-    return 0;
+    return rc;
 }
 
 static int punch(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
@@ -67,7 +90,7 @@ static int punch(const struct cc_block *block, uint64_t first_pfn, uint64_t n_pa
     return cc_sparse_punch(&block->cache, first_pfn << block->page_shift, n_pages << block->page_shift);
 }
 
-int cc_staging_zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
+int cc_staging_zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages)
 {
     const uint64_t end = first_pfn + n_pages;
     for (uint64_t at = first_pfn, n; at < end; at += n) {
@@ -80,7 +103,7 @@ int cc_staging_zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages
         if (rc)
             return rc;
         CC_CRASH_POINT("receive: the hole is there");
-        cc_drop_bits(word, mine);
+        cc_add(&cc->staged_bytes, 0 - ((uint64_t)__builtin_popcountll(cc_drop_bits(word, mine) & mine) << block->page_shift));
     }
     return 0;
 }
@@ -112,6 +135,8 @@ int cc_staging_empty(struct colocache *cc)
     pthread_mutex_lock(&cc->walking);
     for (uint32_t i = 0; rc == 0 && i < cc_observe32(&cc->n_blocks); i++)
         rc = cc_gone(&cc->blocks[i]) ? 0 : cc_staging_empty_one(&cc->blocks[i]);
+    if (rc == 0)
+        cc_publish(&cc->staged_bytes, 0);
     pthread_mutex_unlock(&cc->walking);
     return rc;
 }
@@ -145,4 +170,15 @@ int cc_staging_bytes(struct colocache *cc, uint64_t *n_bytes_out)
     pthread_mutex_unlock(&cc->walking);
     *n_bytes_out = n_bytes;
     return rc;
+}
+
+int colocache_limit_staged(struct colocache *cc, uint64_t n_bytes)
+{
+    if (!cc)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
+    if (!cc->bounded)
+        return cc_fail(COLOCACHE_E_UNSUPPORTED, "a limit of %llu bytes for staged pages: only bounded memory stages any",
+                       (unsigned long long)n_bytes);
+    cc_publish(&cc->staged_limit, n_bytes);
+    return 0;
 }

@@ -7,6 +7,9 @@
  *
  * Each block has a bitmap in this process's memory, `staged`: pages whose file range may hold data.  A bit is set before the first byte
  * and cleared after the hole is punched, so that a clear bit is certain.  A process that attaches asks the file (cc_staging_find).
+ *
+ * `staged_bytes` of the handle counts those bits against the limit, before they are set.  Two threads that bring the same page at the same
+ * time count it twice: the limit is then met early, never passed, and the count is right again when the cache is emptied.
  */
 #ifndef CC_STAGING_H
 #define CC_STAGING_H
@@ -16,12 +19,13 @@
 int cc_staging_open(struct cc_block *block); /* -ENOMEM */
 void cc_staging_close(struct cc_block *block);
 
-/* Inside the receive gate.  Bytes are about to come through the mapping, by a system call: it answers a full file system with EFAULT. */
-void cc_staging_expect(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
+/* Inside the receive gate.  Bytes are about to come: E_NO_MEMORY if they would take more than the limit.  If they come through the mapping
+ * it is by a system call: it answers a full file system with EFAULT. */
+int cc_staging_expect(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
 /* 0, E_NO_MEMORY, -errno. */
-int cc_staging_write(struct cc_block *block, uint64_t pfn, const void *data);
+int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t pfn, const void *data);
 /* Holes, before their bits are set: a page that held data must not show it under a bit. */
-int cc_staging_zero(struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
+int cc_staging_zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
 int cc_staging_no_room(const struct cc_block *block); /* E_NO_MEMORY with its sentence */
 
 /* Replay: which pages of the flush set hold data.  Nobody receives. */

@@ -25,6 +25,7 @@ from colocache import (
     LengthError,
     Memory,
     MemoryShortError,
+    NoMemoryError,
     RamImage,
     UnsupportedError,
 )
@@ -154,6 +155,27 @@ def test_a_bounded_region_reserves_one_image_and_stays_so(region_name: str) -> N
                 assert cache.recovery.action == Action.RESTART
                 assert cache.status().staged_bytes == 0
             again.close()
+
+
+def test_a_limit_of_staged_pages_refuses_the_next_and_costs_the_epoch_only(region_name: str) -> None:
+    with (
+        Memory.create(region_name, [BlockSpec("ram", 1 << 20)], backing="shm", memory_mode="bounded") as memory,
+        Cache.create(memory) as cache,
+    ):
+        cache.receive_zero(1, 0, 0, 256)
+        cache.device_state_buffer(1, 0)
+        cache.seal(1)
+        cache.flush()
+        cache.loaded()
+        cache.limit_staged(2 * 4096)
+        cache.receive(2, 0, 3, bytes([7]) * 4096)
+        cache.receive(2, 0, 4, bytes([7]) * 4096)
+        with pytest.raises(NoMemoryError, match="8192 bytes of pages are staged"):
+            cache.receive(2, 0, 5, bytes([7]) * 4096)
+        assert cache.status().staged_bytes == 2 * 4096
+        cache.abort(2, "the limit")
+        cache.receive(3, 0, 5, bytes([7]) * 4096)
+        assert cache.status().staged_bytes == 4096
 
 
 def copied(manifest: str) -> str:

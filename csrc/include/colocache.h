@@ -121,11 +121,12 @@
  *     REPLAYED), never NO_RESTART. What had come of a newer epoch is thrown away; the primary
  *     sends it again (colocache_sender_resend).  So is what had come of an epoch that is aborted,
  *     or that a failing seal gave up.
- *   - A machine without room for a further page: the receiving call says COLOCACHE_E_NO_MEMORY;
- *     abort the epoch.
+ *   - A machine without room for a further page, or a limit that it would pass: the receiving call
+ *     says COLOCACHE_E_NO_MEMORY; abort the epoch.
  *   - How much memory the secondary takes beside the one image: status.staged_bytes,
  *     colocache_private_bytes of the VM's mappings, the control region.  Near a limit ask for a
- *     checkpoint: both go down to nothing with it.
+ *     checkpoint: both go down to nothing with it.  colocache_limit_staged keeps the first below
+ *     what you say; of the second only standing vCPUs take no more.
  *   - Refused: hugetlb (a private copy is a whole huge page), blocks by address, SHARED_ELSEWHERE.
  *     Nobody may punch holes into the guest image (a balloon, free page reporting): that changes
  *     the image under a private mapping too.
@@ -913,6 +914,13 @@ int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
  * given up.  Call it when the VM runs again; else it is done before the first page of the next
  * epoch is let in.  Any thread.  0, -errno. */
 int colocache_free_staged(struct colocache *cc);
+
+/* Bounded: the most memory that staged pages may take, in bytes; 0 = no limit, as at the beginning.
+ * A receiving call whose pages would pass it says E_NO_MEMORY before a byte of them is stored (zero
+ * pages take none); what is staged already stays.  Pages of an epoch that is committed count until
+ * they are freed.  The initial copy stages nothing.  Of this handle only; any thread.
+ * E_UNSUPPORTED: a mirror stages nothing. */
+int colocache_limit_staged(struct colocache *cc, uint64_t n_bytes);
 
 /* Give up the open epoch.  Its number is not used again; bits and cache stay (in bounded memory
  * both are dropped).  Waits for receives under way, and changes nothing if that takes too long
