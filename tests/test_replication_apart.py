@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two sides on one host talk on different cores; two hosts, and a host with one core, are left as they are."""
+"""Two sides on one host meet on different cores; two hosts, and a host with one core, are left as they are."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from colocache.replication.apart import apart
+from colocache.replication.apart import Apart
 
 CORES = os.sched_getaffinity(0)
 several = pytest.mark.skipif(len(CORES) < 2, reason="there is one core")
@@ -27,11 +27,11 @@ def own_thread_keeps_its_cores() -> Iterator[None]:
 def test_two_sides_on_one_host_share_no_core_and_no_core_is_idle() -> None:
     for near, far in (socket.socketpair(), loopback("127.0.0.1")):
         with near, far:
-            with apart(near.fileno(), "primary"):
+            with Apart(near.fileno(), "primary"):
                 primary = os.sched_getaffinity(0)
-            with apart(far.fileno(), "secondary"):
+            with Apart(far.fileno(), "secondary"):
                 secondary = os.sched_getaffinity(0)
-        assert not primary & secondary
+        assert not primary & secondary  # nor is that of their other threads changed: see own_thread_keeps_its_cores
         assert primary | secondary == CORES
 
 
@@ -39,7 +39,7 @@ def test_two_sides_on_one_host_share_no_core_and_no_core_is_idle() -> None:
 @pytest.mark.usefixtures("own_thread_keeps_its_cores")
 def test_a_peer_at_another_address_is_left_alone() -> None:
     near, far = loopback("127.0.0.2")
-    with near, far, apart(near.fileno(), "primary"):
+    with near, far, Apart(near.fileno(), "primary"):
         assert os.sched_getaffinity(0) == CORES
 
 
@@ -51,7 +51,9 @@ def test_one_core_is_shared() -> None:
         near, far = socket.socketpair()
         with near, far:
             for side in ("primary", "secondary"):
-                with apart(near.fileno(), side):
+                apart = Apart(near.fileno(), side)
+                assert not apart.own_core, "it would wait awake, and the peer for it"
+                with apart:
                     seen.append(os.sched_getaffinity(0))
 
     thread = threading.Thread(target=on_one)
@@ -62,9 +64,9 @@ def test_one_core_is_shared() -> None:
 
 @several
 @pytest.mark.usefixtures("own_thread_keeps_its_cores")
-def test_a_session_that_ends_in_an_error_gives_the_cores_back() -> None:
+def test_a_checkpoint_that_ends_in_an_error_gives_the_cores_back() -> None:
     near, far = socket.socketpair()
-    with near, far, pytest.raises(RuntimeError), apart(near.fileno(), "primary"):
+    with near, far, pytest.raises(RuntimeError), Apart(near.fileno(), "primary"):
         raise RuntimeError
 
 

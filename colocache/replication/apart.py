@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
 
 
 def of_one_host(fd: int) -> bool:
@@ -23,21 +22,28 @@ def of_one_host(fd: int) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def apart(fd: int, side: str) -> Iterator[None]:
-    """The calling thread on its side's half of the cores; nothing if the peer is elsewhere, or there is one core only.
+class Apart:
+    """`with` it, the calling thread is on its side's half of the cores. Nothing if the peer is elsewhere, or if there is
+    one core only. Threads and processes that it starts meanwhile inherit that."""
 
-    Threads and processes that it starts meanwhile inherit that.
-    """
-    cores = sorted(os.sched_getaffinity(0))
-    half = cores[: len(cores) // 2] if side == "primary" else cores[len(cores) // 2 :]
-    if len(cores) < 2 or not of_one_host(fd):
-        yield
-        return
-    with contextlib.suppress(OSError):  # a container may forbid it: then they meet on a core
-        os.sched_setaffinity(0, half)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, cores)
+    def __init__(self, fd: int, side: str, *, wanted: bool = True) -> None:
+        """`fd`: the connected socket; not `wanted`: nothing."""
+        self._all = sorted(os.sched_getaffinity(0))
+        half = len(self._all) // 2
+        self._half = self._all[:half] if side == "primary" else self._all[half:]
+        one_host = of_one_host(fd)
+        self._does = wanted and half > 0 and one_host
+        self.own_core = half > 0 and (self._does or not one_host)  # whoever waits awake keeps none from the peer
+
+    def __enter__(self) -> None:
+        if self._does:
+            _run_on(self._half)
+
+    def __exit__(self, *_: object) -> None:
+        if self._does:
+            _run_on(self._all)
+
+
+def _run_on(cores: list[int]) -> None:
+    with contextlib.suppress(OSError):  # a container may forbid it: then the two may meet on a core
+        os.sched_setaffinity(0, cores)

@@ -8,7 +8,6 @@ Sending is locked, so that a heartbeat comes between messages and never inside o
 from __future__ import annotations
 
 import contextlib
-import os
 import select
 import socket
 import threading
@@ -54,7 +53,7 @@ class Channel:
         self._transport = transport
         self._ahead = ReadAhead(transport) if transport.plain_fd is None else None
         self._fd = transport.fileno()
-        self._spin_seconds = SPIN_SECONDS if len(os.sched_getaffinity(0)) > 1 else 0.0
+        self.may_spin = False
         self._readable = select.poll()
         self._readable.register(self._fd, select.POLLIN)
         self.peer_timeout = peer_timeout
@@ -223,9 +222,9 @@ class Channel:
 
     def spin(self) -> None:
         """Wait a moment for the peer's next byte without going to sleep. For a machine that stands: while it does, a
-        core has nothing better to do. Whoever receives must be the one who spins."""
-        until = time.monotonic() + self._spin_seconds
-        while time.monotonic() < until and not self._readable.poll(0):
+        core has nothing better to do. Whoever receives must be the one who spins. Only if `may_spin` is set."""
+        until = time.monotonic() + SPIN_SECONDS
+        while self.may_spin and time.monotonic() < until and not self._readable.poll(0):
             pass
 
     def try_receive(self) -> Message | None:

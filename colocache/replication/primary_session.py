@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
 
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
-from colocache.replication.apart import apart
+from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError
@@ -62,6 +61,8 @@ class PrimarySession:
         self._channel = channel
         self._streams = OutStreams(channel)
         self._inbox = Inbox(channel, tick)
+        self._apart = Apart(channel.fileno(), "primary", wanted=len(self._streams) == 1)
+        channel.may_spin = self._apart.own_core
         self._trace = trace or Trace()
         self._save_failures = 0
 
@@ -70,10 +71,6 @@ class PrimarySession:
         self._inbox.start()
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
         self._pvm.open_epoch()
-        with apart(self._channel.fileno(), "primary") if len(self._streams) == 1 else contextlib.nullcontext():
-            self._converse_to_the_end(fresh)
-
-    def _converse_to_the_end(self, fresh: bool) -> None:
         try:
             if fresh:
                 self._initial_copy()
@@ -195,7 +192,8 @@ class PrimarySession:
         self._inbox.checkpoint_wanted.clear()
         self._inbox.hear_here(True)
         try:
-            result = self._converse(epoch)
+            with self._apart:
+                result = self._converse(epoch)
         except CheckpointAbortedError as error:
             self._channel.limit(None)
             self._pvm.give_up()

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from colocache.errors import (
     TimedOutError,
     VetoError,
 )
-from colocache.replication.apart import apart
+from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
@@ -62,6 +61,8 @@ class SecondarySession:
         self._cache = svm.cache
         self._channel = channel
         self._streams = InStreams(channel, svm.cache)
+        self._apart = Apart(channel.fileno(), "secondary", wanted=not self._streams)
+        channel.may_spin = self._apart.own_core
         self._options = options
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
@@ -75,7 +76,7 @@ class SecondarySession:
     def run(self) -> str:
         """Until the primary says that it ends: its reason. PeerLostError, TimedOutError, ProtocolError, ..."""
         # After the streams are joined no page comes any more: only then may the caller give up the open epoch.
-        with self._streams, contextlib.nullcontext() if self._streams else apart(self._channel.fileno(), "secondary"):
+        with self._streams:
             try:
                 return self._converse()
             except PeerLostError as error:
@@ -119,7 +120,8 @@ class SecondarySession:
                 if self._cache.status().sealed_epoch == 0:
                     self._cache.preflush()  # a moment between packets of the initial copy
             elif meaning is Meaning.CHECKPOINT:
-                self._checkpoint(message.epoch)
+                with self._apart:
+                    self._checkpoint(message.epoch)
                 self._state = State.BETWEEN
             elif meaning is Meaning.EPOCH_GIVEN_UP:
                 self._epoch_given_up(message)
