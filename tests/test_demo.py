@@ -288,11 +288,15 @@ def test_the_tally_adds_each_checkpoint_once_and_only_the_secondarys_pages() -> 
     }  # fmt: skip
     tally.add(checkpoint)
     tally.add({**checkpoint, "pause_ms": 4.0, "stages": {"copy_ms": 1.0}})
-    tally.add({"event": "checkpoint", "side": "primary", "pause_ms": 7.0, "stages": {"answer_ms": 6.0, "log_ms": 1.0}})
+    primary = {"event": "checkpoint", "side": "primary", "pause_ms": 7.0, "stages": {"answer_ms": 6.0, "log_ms": 1.0}}
+    tally.add({**primary, "t": 10**9, "steps": 100})
+    assert tally.report(None)["pvm_steps_per_s"] == 0
+    tally.add({**primary, "t": 3 * 10**9, "steps": 500})
     report = tally.report(None)
     assert (report["checkpoints"], report["flushed_pages"], report["wrong_pages"]) == (2, 12, 2)
     assert report["pause_ms"] == {"p50": 2.0, "p99": 4.0, "max": 4.0}
     assert report["pvm_pause_ms"]["max"] == 7.0
+    assert report["pvm_steps_per_s"] == 200
     assert {stage: one["p99"] for stage, one in report["pvm_stages_ms"].items()} == {"answer": 6.0, "log": 1.0}
     assert report["stages_ms"] == {"copy": {"p50": 0.5, "p99": 1.0, "max": 1.0}}
     assert report["flush_gb_per_s"] == round(12 * 4096 / 1.5e6, 3)

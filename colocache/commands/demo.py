@@ -11,6 +11,7 @@ import click
 from colocache.choices import KILL_POINTS, TRANSPORTS
 from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
+    background_options,
     foreseen,
     guest_options,
     json_option,
@@ -57,6 +58,7 @@ from colocache.commands.options import (
 )
 @streams_option
 @resume_option
+@background_options
 @click.option("--kernel", default="", metavar="FILE", help="With --guest qemu: a Linux kernel to boot in both QEMUs.")
 @click.option("--initrd", default="", metavar="FILE", help="Its initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="Its command line.")
@@ -101,6 +103,9 @@ def demo(as_json: bool, **given: Any) -> None:
             command=guest.options.command,
             trace=given["trace"],
             resume_at=given["resume_at"],
+            background=given["background"],
+            round_delay=given["round_delay"],
+            round_pages=given["round_pages"],
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:
@@ -151,6 +156,7 @@ def _in_words(report: dict[str, Any]) -> str:
         f"stages of the secondary's in ms, p50/p99/max: {_stages(report['stages_ms'])}\n"
         f"stages of the primary's, which runs again at {report['resume_at'].upper()}: "
         f"{_stages(report['pvm_stages_ms'])}\n"
+        f"the primary's guest did {report['pvm_steps_per_s']:,.0f} steps a second meanwhile\n"
         f"primary killed ({report['kill_primary_at']}): {failover['cause']}; {noticed}"
         f"took over at epoch {failover['epoch']} within {failover['promote_ms']:.2f} ms of the decision, "
         f"ran on for {failover['steps_run_on']:,} steps\n"

@@ -250,6 +250,28 @@ report_options = options(
 )
 
 
+background_options = options(
+    click.option(
+        "--background/--no-background",
+        default=True,
+        show_default=True,
+        help="Send pages between checkpoints too, while the guest runs, and in shrinking rounds just before each.",
+    ),
+    seconds_option(
+        "--round-delay",
+        default=0.0,
+        help="Time between two looks at how much the guest has written; 0 = a quarter of --interval, at least 0.05.",
+    ),
+    click.option(
+        "--round-pages",
+        type=click.IntRange(0, 1 << 40),
+        default=0,
+        show_default=True,
+        help="Written pages from which on such a look starts a round of sending. (A stock QEMU's are not known before: "
+        "each look starts one.)",
+    ),
+)
+
 resume_option = click.option(
     "--resume-at",
     type=click.Choice(RESUME_AT),

@@ -14,6 +14,7 @@ import click
 from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
     arbiter_option,
+    background_options,
     foreseen,
     guest_options,
     pair_option,
@@ -51,12 +52,7 @@ from colocache.commands.options import (
     show_default="none",
     help="Take a checkpoint before its time when the guest has written this much memory since the last one.",
 )
-@click.option(
-    "--background/--no-background",
-    default=True,
-    show_default=True,
-    help="Send pages between checkpoints too, while the guest runs.",
-)
+@background_options
 @resume_option
 @verify_option
 @streams_option
@@ -120,6 +116,8 @@ def primary(**given: Any) -> None:
         interval=given["interval"],
         checkpoints=given["checkpoints"],
         background=given["background"],
+        round_delay=given["round_delay"],
+        round_pages=given["round_pages"],
         dirty_limit_pages=-(-given["dirty_limit"] // 4096),
         streams=given["streams"],
         rejoin=given["rejoin"],

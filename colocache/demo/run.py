@@ -64,6 +64,9 @@ class DemoOptions:
     console: str = ""
     command: tuple[str, ...] = ()
     resume_at: str = "received"
+    background: bool = True
+    round_delay: float = 0.0
+    round_pages: int = 0
     trace: str = ""  # a file for the stages of both sides; "" = none
 
 
@@ -237,6 +240,8 @@ class DemoRun:
         o = self.options
         args = [*self._common_args(), *self._trace_args("primary"), "--connect", address]
         args += ["--interval", str(o.interval), "--verify", o.verify, "--resume-at", o.resume_at]
+        args += ["--background" if o.background else "--no-background"]
+        args += ["--round-delay", str(o.round_delay), "--round-pages", str(o.round_pages)]
         if o.kill_at in ("receiving", "sealed"):
             number = o.checkpoints + 1
             last = o.checkpoints if o.kill_at == "receiving" else number

@@ -43,6 +43,7 @@ class Tally:
     stages: dict[str, list[float]] = field(default_factory=dict)
     primary_pauses: list[float] = field(default_factory=list)
     primary_stages: dict[str, list[float]] = field(default_factory=dict)
+    progress: list[tuple[int, int]] = field(default_factory=list)  # of the primary's guest: ns, steps since it booted
     lost: dict[str, Any] | None = None
     promoted: dict[str, Any] | None = None
     takeover: dict[str, Any] | None = None
@@ -54,6 +55,7 @@ class Tally:
         if side == "primary":
             if name == "checkpoint":
                 self.primary_pauses.append(event["pause_ms"])
+                self.progress.append((event["t"], event["steps"]))
                 for stage, value in event["stages"].items():
                     self.primary_stages.setdefault(stage.removesuffix("_ms"), []).append(value)
             return
@@ -91,11 +93,17 @@ class Tally:
             "pvm_pause_ms": summary_of(self.primary_pauses),
             "stages_ms": {stage: summary_of(values) for stage, values in self.stages.items()},
             "pvm_stages_ms": {stage: summary_of(values) for stage, values in self.primary_stages.items()},
+            "pvm_steps_per_s": self._steps_per_s(),
             "flush_gb_per_s": round(self.flush_gb_per_s, 3),
             "failover": self._failover(killed_ns),
             "verified_pages": self.verified_pages,
             "wrong_pages": self.wrong_pages,
         }
+
+    def _steps_per_s(self) -> float:
+        """What the pair leaves the primary's guest; 0 where there were no two checkpoints."""
+        (begin, first), (end, last) = (self.progress[0], self.progress[-1]) if self.progress else ((0, 0), (0, 0))
+        return round((last - first) / (end - begin) * 1e9, 1) if end > begin else 0.0
 
     def _failover(self, killed_ns: int | None) -> dict[str, Any] | None:
         """None if none happened. detect: kill to noticed; promote: decision to running; outage: kill to running."""

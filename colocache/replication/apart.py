@@ -23,8 +23,8 @@ def of_one_host(fd: int) -> bool:
 
 
 class Apart:
-    """`with` it, the calling thread is on its side's half of the cores. Nothing if the peer is elsewhere, or if there is
-    one core only. Threads and processes that it starts meanwhile inherit that."""
+    """`with` it, the calling thread is on its side's half of the cores. Nothing if the peer is elsewhere, or where
+    there is one core only. Threads and processes that it starts meanwhile inherit that."""
 
     def __init__(self, fd: int, side: str, *, wanted: bool = True) -> None:
         """`fd`: the connected socket; not `wanted`: nothing."""

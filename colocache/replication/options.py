@@ -42,6 +42,10 @@ class PrimaryOptions:
     interval: float = 0.5  # seconds between checkpoints
     checkpoints: int = 0  # end after so many; 0 = go on until stopped
     background: bool = True  # send pages between checkpoints too
+    round_delay: float = (
+        0.0  # seconds between two looks at how much is dirty; 0 = a quarter of the interval, 50 ms at least
+    )
+    round_pages: int = 1  # dirty pages that such a look starts a round of sending at
     dirty_limit_pages: int = 0  # dirty pages that call for a checkpoint before its time; 0 = no limit
     streams: int = 1  # connections that carry pages at once
     rejoin: bool = False  # a secondary that is gone for good may be given up for a fresh one
@@ -51,6 +55,8 @@ class PrimaryOptions:
         if self.resume_at not in RESUME_AT:
             raise ArgumentError(f"resume_at is {self.resume_at!r}: give {' or '.join(RESUME_AT)}")
         _check_streams(self.streams)
+        if not 0 <= self.round_delay <= 86400:
+            raise ArgumentError(f"round_delay is {self.round_delay:g} s: give 0 to a day")
         if not 0 <= self.interval <= 86400:
             raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")
 

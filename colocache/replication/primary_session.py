@@ -19,6 +19,7 @@ from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.pvm import Pvm
 from colocache.replication.results import SentCheckpoint
+from colocache.replication.rounds import Rounds
 from colocache.replication.signals import Flag
 from colocache.replication.stages import Span, Stages
 from colocache.replication.streams_out import OutStreams
@@ -65,6 +66,7 @@ class PrimarySession:
         channel.may_spin = self._apart.own_core
         self._trace = trace or Trace()
         self._save_failures = 0
+        self._rounds = Rounds(self._sync, self._send, pvm.machine.dirty_hint)
 
     def run(self, fresh: bool) -> None:
         """Until the wanted checkpoints are done or the primary is stopped; then the secondary is told so."""
@@ -121,7 +123,7 @@ class PrimarySession:
     def _sync(self) -> None:
         begin = time.monotonic_ns()
         self._pvm.sync()
-        self._trace.add("log", begin, time.monotonic_ns(), self._pvm.epoch)
+        self._trace.add("log of a round", begin, time.monotonic_ns(), self._pvm.epoch)
 
     def _initial_copy(self) -> None:
         """All of RAM while the machine runs, then what it dirtied meanwhile, until little is left."""
@@ -146,7 +148,7 @@ class PrimarySession:
         """Until the next checkpoint is due: by time, on request of either side, or because much is dirty."""
         begin = time.monotonic()
         due = begin + self._options.interval
-        step = max(BACKGROUND_SECONDS_MIN, self._options.interval / BACKGROUND_ROUNDS)
+        step = self._options.round_delay or max(BACKGROUND_SECONDS_MIN, self._options.interval / BACKGROUND_ROUNDS)
         next_round = begin + step
         while not self._stop.is_set():
             now = time.monotonic()
@@ -156,9 +158,9 @@ class PrimarySession:
             if now >= due or wanted or self._above_dirty_limit() or self._pvm.machine.powered_off:
                 return
             if now >= next_round:
-                if self._options.background:
-                    self._sync()
-                    self._send()
+                hint = self._pvm.machine.dirty_hint()  # 0: nothing, or nobody can tell
+                if self._options.background and not 0 < hint < self._options.round_pages:
+                    self._rounds.one()
                 next_round = time.monotonic() + step
                 continue
             self._inbox.arrived.wait(max(0.0, min(due, next_round, now + SLICE_SECONDS) - now))
@@ -190,6 +192,8 @@ class PrimarySession:
         epoch = self._pvm.epoch
         self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
+        if self._options.background:
+            self._rounds.last()
         self._inbox.hear_here(True)
         try:
             with self._apart:
@@ -227,6 +231,7 @@ class PrimarySession:
             self._take_back(epoch, error)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
         stages.done("state")
+        steps = pvm.machine.steps
         pvm.sync()  # after the device state: saving it may itself write guest RAM
         stages.done("log")
         self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
@@ -248,6 +253,7 @@ class PrimarySession:
         # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
         # it writes belongs to the next epoch, of which nothing goes out before LOADED.
         pvm.resume()
+        self._rounds.running()
         running = stages.done("resume")
         if self._options.resume_at != "loaded":
             self._inbox.expect(State.SEALED, epoch, timeout)
@@ -262,6 +268,7 @@ class PrimarySession:
             zero_pages=sent.n_zero,
             n_bytes=sent.n_bytes,
             state_bytes=len(saved.state),
+            steps=steps,
             **{f"{name}_ns": ns for name, ns in took.items()},
             pause_ns=max(0, running - stopped - saved.extra_ns),
             extra_ns=saved.extra_ns,

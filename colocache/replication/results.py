@@ -114,6 +114,7 @@ class SentCheckpoint:
     zero_pages: int
     n_bytes: int
     state_bytes: int
+    steps: int  # of its guest, since that booted
     ask_ns: int  # CHECKPOINT_REQUEST to REPLY; the machine runs
     stop_ns: int  # until it stands
     state_ns: int  # its device state is saved
