@@ -180,6 +180,7 @@ class BuildEngine(build_ext):
             *compiler_words(),
             *CFLAGS,
             "-shared",
+            "-pthread",
             "-Wl,-z,relro,-z,now",
             "-Wl,-s",
             str(PRELOAD),

@@ -23,7 +23,7 @@ _PUBLIC = {
     "TailError TimedOutError TooLargeError UnsupportedError VetoError",
     "inspection": "inspect",
     "memory": "Memory",
-    "private": "private_bytes private_forget",
+    "private": "private_bytes private_forget private_write_back",
     "ram_image": "RamImage",
     "regions": "CleanReport RegionName clean list_regions",
     "results": "Action BlockInfo Failover FlushResult Header Inspection PageRun Phase Recovery SealResult SendResult "

@@ -50,6 +50,7 @@ from colocache.inspection import inspect as inspect
 from colocache.memory import Memory as Memory
 from colocache.private import private_bytes as private_bytes
 from colocache.private import private_forget as private_forget
+from colocache.private import private_write_back as private_write_back
 from colocache.ram_image import RamImage as RamImage
 from colocache.regions import CleanReport as CleanReport
 from colocache.regions import RegionName as RegionName

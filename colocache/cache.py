@@ -326,6 +326,17 @@ class Cache(ChangingBlocks):
         """Bounded: memory that the VM's private pages take in this process, as the kernel counts it. Any thread."""
         return sum(private_bytes(0, block.guest_addr, block.len_bytes) for block in self.blocks.values())
 
+    def fold(self, block: Block | str | int, first_pfn: int, n_pages: int) -> int:
+        """Bounded, after a takeover: private pages of this range become the image's; how many bytes they were.
+
+        The VM stands. Its mapping of the range is shared from then on. OrderError: nobody took over yet.
+        """
+        where, n_bytes = self.blocks[self._block(block)], ffi.new("uint64_t *")
+        first, count = where.span(first_pfn, n_pages)
+        with self._handle as cc:
+            check(lib.colocache_fold(cc, where.index, first, count, n_bytes))
+        return int(n_bytes[0])
+
     def preflush(self) -> int:
         """Before epoch 1 is sealed: copy what has come to guest RAM already; how many pages. OrderError later."""
         n_pages = ffi.new("uint64_t *")

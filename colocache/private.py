@@ -16,6 +16,16 @@ def private_bytes(pid: int, addr: int, len_bytes: int) -> int:
     return int(n_bytes[0])
 
 
+def private_write_back(pid: int, addr: int, len_bytes: int, fd: int, offset: int) -> int:
+    """Write them into the file `fd`, where `addr` is byte `offset`; how many bytes. Whoever uses the mapping stands.
+
+    NoMemoryError: its file system is full, and the mapping is what it was. SystemCallError.
+    """
+    n_bytes = ffi.new("uint64_t *")
+    check(lib.colocache_private_write_back(pid, ffi.cast("void *", addr), len_bytes, fd, offset, n_bytes))
+    return int(n_bytes[0])
+
+
 def private_forget(addr: int, len_bytes: int) -> None:
     """Drop them, in this process, while whoever uses the mapping stands: it shows the file again."""
     check(lib.colocache_private_forget(ffi.cast("void *", addr), len_bytes))

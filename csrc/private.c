@@ -23,6 +23,7 @@
 #include "ioctl.h"
 #include "layout.h"
 #include "pagemap.h"
+#include "private.h"
 
 #define REGIONS 256u    /* of one scan, on the stack */
 #define ENTRIES 512u    /* of /proc/PID/pagemap at a time, on the stack */
@@ -75,31 +76,33 @@ static bool is_private(const struct cc_page_region *region)
     return !(region->categories & CC_PAGE_IS_FILE);
 }
 
-/* count_entries -- the same without PAGEMAP_SCAN: 8 bytes a page, by file position */
-static int count_entries(int pagemap, uint64_t at, uint64_t end, uint64_t *n_bytes)
+/* scan_entries -- the same without PAGEMAP_SCAN: 8 bytes a page, by file position */
+static int scan_entries(int pagemap, uint64_t at, uint64_t end, cc_private_run_fn *run, void *context)
 {
-    uint64_t entries[ENTRIES];
-    while (at < end) {
+    uint64_t entries[ENTRIES], start = at; /* private pages from `start` to where we are */
+    int rc = 0;
+    while (rc == 0 && at < end) {
         uint64_t wanted = (end - at) / CC_PAGE < ENTRIES ? (end - at) / CC_PAGE : ENTRIES;
         ssize_t n = pread(pagemap, entries, wanted * 8, (off_t)(at / CC_PAGE * 8));
         if (n < 0 && errno == EINTR)
             continue;
+        if (n < 0)
+            return cc_fail_errno("reading a process's pagemap");
         if (n < 8)
-            return n < 0 ? cc_fail_errno("reading a process's pagemap") : 0; /* 0: past the end of its address space */
-        for (ssize_t i = 0; i < n / 8; i++) {
+            break; /* past the end of its address space */
+        for (ssize_t i = 0; rc == 0 && i < n / 8; i++, at += CC_PAGE) {
             if ((entries[i] & (PM_PRESENT | PM_SWAPPED)) && !(entries[i] & PM_FILE))
-                *n_bytes += CC_PAGE;
+                continue;
+            rc = start < at ? run(context, start, at) : 0;
+            start = at + CC_PAGE;
         }
-        at += (uint64_t)(n / 8) * CC_PAGE;
     }
-    return 0;
+    return rc == 0 && start < at ? run(context, start, at) : rc;
 }
 
-int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint64_t *n_bytes_out)
+int cc_private_runs(int pid, const void *addr, uint64_t len_bytes, cc_private_run_fn *run, void *context)
 {
     struct cc_page_region regions[REGIONS];
-    if (!n_bytes_out || pid < 0)
-        return cc_fail(COLOCACHE_E_ARGUMENT, "n_bytes_out is NULL, or pid is %d", pid);
     int rc = check_range(addr, len_bytes);
     if (rc)
         return rc;
@@ -107,21 +110,35 @@ int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint6
     if (pagemap < 0)
         return pagemap;
     const uint64_t begin = (uint64_t)(uintptr_t)addr, end = begin + len_bytes;
-    uint64_t at = begin, n_bytes = 0;
-    while (rc >= 0 && at < end) {
-        rc = scan_present(pagemap, &at, end, regions);
-        for (int i = 0; i < rc; i++)
-            n_bytes += is_private(&regions[i]) ? regions[i].end - regions[i].start : 0;
+    uint64_t at = begin;
+    while (rc == 0 && at < end) {
+        const int n = scan_present(pagemap, &at, end, regions);
+        if (n < 0)
+            rc = n; /* -ENOTTY only from the first */
+        for (int i = 0; rc == 0 && i < n; i++)
+            rc = is_private(&regions[i]) ? run(context, regions[i].start, regions[i].end) : 0;
     }
-    if (rc == -ENOTTY) {
-        n_bytes = 0;
-        rc = count_entries(pagemap, begin, end, &n_bytes);
-    }
+    if (rc == -ENOTTY)
+        rc = scan_entries(pagemap, begin, end, run, context);
     close(pagemap);
-    if (rc < 0)
-        return rc;
-    *n_bytes_out = n_bytes;
+    return rc;
+}
+
+static int count_run(void *context, uint64_t start, uint64_t end)
+{
+    *(uint64_t *)context += end - start;
     return 0;
+}
+
+int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint64_t *n_bytes_out)
+{
+    uint64_t n_bytes = 0;
+    if (!n_bytes_out || pid < 0)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "n_bytes_out is NULL, or pid is %d", pid);
+    int rc = cc_private_runs(pid, addr, len_bytes, count_run, &n_bytes);
+    if (rc == 0)
+        *n_bytes_out = n_bytes;
+    return rc;
 }
 
 /* ---- forgetting --------------------------------------------------------------------------------------------------------- */

@@ -96,9 +96,11 @@ def test_the_secondary_takes_over_wherever_the_primary_dies_and_no_page_is_wrong
     assert report["flushed_pages"] == report["pvm_pages"] + report["svm_pages"] + report["both_pages"]
     if memory == "bounded":  # what it wrote was private: there is nothing to copy back
         assert report["svm_pages"] == report["both_pages"] == 0
+        assert report["failover"]["folded_bytes"] > 0, "it runs on over one image"
     elif done > 1:
         assert report["svm_pages"] > 0, "the secondary's guest never drifted apart: the check proves nothing"
         assert report["both_pages"] > 0
+    assert (report["failover"]["folded_bytes"] is not None) == (memory == "bounded")
     assert report["failover"]["steps_run_on"] > 0
 
 

@@ -18,6 +18,7 @@ from qemu_support import content, guest, image_file, needs_qemu, wait_until
 
 from colocache.vmm.qemu import process as process_module
 from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.description import describe, write_firmware
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError
 from colocache.vmm.qemu.process import QemuProcess
 
@@ -81,6 +82,36 @@ def test_a_fresh_process_becomes_the_saved_machine_and_its_writes_are_private(
     wait_until(lambda: secondary.private_bytes() > 0)
     assert secondary.status() == "running"
     assert content(secondary_image) == epoch
+
+
+def test_a_machine_that_took_over_is_folded_into_the_image_and_runs_on_over_it(
+    start: Start, primary_image: int, secondary_image: int
+) -> None:
+    _, state = booted(start, primary_image)
+    copy(primary_image, secondary_image)
+    secondary = start(guest(), secondary_image, shared=False, incoming=True)
+    write_firmware(secondary, describe(guest()).firmware)
+    secondary.load(state)
+    secondary.cont()
+    secondary.qmp.execute("system_reset")  # all of the firmware's work once more
+    wait_until(lambda: secondary.private_bytes() > 0)
+    secondary.stop()
+    memory, private = bytes(secondary.guest_memory(0, len(content(secondary_image)))), secondary.private_bytes()
+    half = len(memory) // 2
+    folded = secondary.fold(secondary_image, 0, half) + secondary.fold(secondary_image, half, half)
+    assert folded == private
+    assert secondary.private_bytes() == 0
+    assert content(secondary_image) == memory == bytes(secondary.guest_memory(0, len(memory)))
+    os.pwrite(secondary_image, bytes(0xA0000), 0)
+    assert secondary.guest_memory(0, 0xA0000).count(0) == 0xA0000
+    secondary.cont()
+    secondary.qmp.execute("system_reset")
+    wait_until(lambda: any(os.pread(secondary_image, 0xA0000, 0)))  # the firmware keeps its data there
+    assert secondary.private_bytes() == 0
+    assert secondary.status() == "running"
+    os.kill(secondary.pid, 9)
+    with pytest.raises(QemuError, match=r"ended|process"):
+        secondary.fold(secondary_image, 0, half)
 
 
 def test_a_shared_machine_writes_the_image(start: Start, primary_image: int) -> None:

@@ -160,8 +160,18 @@ def _in_words(report: dict[str, Any]) -> str:
         f"primary killed ({report['kill_primary_at']}): {failover['cause']}; {noticed}"
         f"took over at epoch {failover['epoch']} within {failover['promote_ms']:.2f} ms of the decision, "
         f"ran on for {failover['steps_run_on']:,} steps\n"
+        f"{_folded(failover)}"
         f"{report['verified_pages']:,} pages verified, {report['wrong_pages']} wrong\n"
         f"{verdict}"
+    )
+
+
+def _folded(failover: dict[str, Any]) -> str:
+    if failover["folded_bytes"] is None:
+        return ""
+    return (
+        f"{failover['folded_bytes'] / 1e6:.1f} MB of its private pages went into the image, standing at most "
+        f"{failover['fold_longest_ms']:.1f} ms at a time\n"
     )
 
 

@@ -48,6 +48,7 @@ class Tally:
     promoted: dict[str, Any] | None = None
     takeover: dict[str, Any] | None = None
     ran_on: dict[str, Any] | None = None
+    folded: dict[str, Any] | None = None
 
     def add(self, event: dict[str, Any]) -> None:
         """Count one event of either side."""
@@ -73,7 +74,7 @@ class Tally:
         if "wrong_pages" in event and name != "end":  # each check says what it found; the end repeats all of them
             self.verified_pages += event["verified_pages"]
             self.wrong_pages += event["wrong_pages"]
-        if name in ("lost", "promoted", "takeover", "ran_on"):
+        if name in ("lost", "promoted", "takeover", "ran_on", "folded"):
             setattr(self, name, event)
 
     @property
@@ -121,4 +122,6 @@ class Tally:
             "outage_ms": outage,
             "epoch": self.takeover["epoch"],
             "steps_run_on": self.ran_on["steps"] if self.ran_on else 0,
+            "folded_bytes": self.folded["bytes"] if self.folded else None,
+            "fold_longest_ms": self.folded["longest_ms"] if self.folded else None,
         }

@@ -10,11 +10,16 @@ from collections.abc import Callable
 from colocache.errors import NoStateError
 from colocache.replication.arbiter import LeaseLostError, Leave
 from colocache.replication.events import Events
+from colocache.replication.fold import Fold
 from colocache.replication.options import Timing
 from colocache.replication.results import ms
 from colocache.replication.svm import Svm
 
 SLICE_SECONDS = 0.1
+
+
+def _soonest(rest: float | None) -> float:
+    return SLICE_SECONDS if rest is None else min(SLICE_SECONDS, rest)
 
 
 class Takeover:
@@ -71,12 +76,14 @@ class Takeover:
         )
 
     def run_on(self) -> None:
-        """Run for `run_on` seconds, or until stopped, and check every page again."""
+        """Run for `run_on` seconds, or until stopped, on one image as soon as it can be; check every page again."""
         begin, steps = time.monotonic(), self._svm.machine.steps
         seconds = self._timing.run_on
-        while not self._stop.wait(SLICE_SECONDS) and self._svm.machine.failure is None:
+        fold = Fold(self._svm, self._events)
+        while not self._stop.wait(_soonest(fold.rest)) and self._svm.machine.failure is None:
             self._check_leave()
             self._turn_away()
+            fold.step()
             if seconds and time.monotonic() - begin >= seconds:
                 break
         n_pages, wrong = self._svm.verify()

@@ -83,6 +83,10 @@ class ScriptedGuest:
     def promoted(self) -> None:
         """It is what it was."""
 
+    def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:
+        """See machine.Machine."""
+        return cache.fold(block, first_pfn, n_pages)
+
     def dirty_hint(self) -> int:
         """Exactly."""
         return len(self.log)

@@ -271,6 +271,10 @@ class ReferenceMachine(ABC):
         named = named_pages(BOOT, wrong[wrong < n_boot]) + named_pages(RAM, wrong[wrong >= n_boot] - n_boot)
         return LoadReport(len(hashes), named, time.perf_counter_ns() - begin)
 
+    def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:
+        self._standing("fold")
+        return cache.fold(block, first_pfn, n_pages)
+
     # ---- the check of every page -------------------------------------------------------------------------------------
 
     def verify(self) -> VerifyReport:

@@ -132,6 +132,10 @@ class Machine(Protocol):
     def promoted(self) -> None:
         """This machine, a secondary's, is the one that the world sees from now on. Before it is resumed for that."""
 
+    def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:
+        """After a takeover on bounded memory: what it wrote of these pages becomes the image's, over which it goes on;
+        how many bytes that was. Only while it stands."""
+
     def verify(self) -> VerifyReport:
         """Compare every page of every block with what the history says it must hold. Only while the guest stands."""
 

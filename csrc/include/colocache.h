@@ -121,6 +121,7 @@
  *     REPLAYED), never NO_RESTART. What had come of a newer epoch is thrown away; the primary
  *     sends it again (colocache_sender_resend).  So is what had come of an epoch that is aborted,
  *     or that a failing seal gave up.
+ *   - After a takeover colocache_fold brings the private copies into the image, a part at a time.
  *   - A machine without room for a further page, or a limit that it would pass: the receiving call
  *     says COLOCACHE_E_NO_MEMORY; abort the epoch.
  *   - How much memory the secondary takes beside the one image: status.staged_bytes,
@@ -849,6 +850,21 @@ int colocache_private_bytes(int pid, const void *addr, uint64_t len_bytes, uint6
  * mapping stands still meanwhile.  Memory that is locked (mlock) can't be forgotten: -EINVAL,
  * and some of it may be forgotten. */
 int colocache_private_forget(void *addr, uint64_t len_bytes);
+/* Write them into the file: byte `addr` of the mapping is byte `offset` of fd.  For a VM in another
+ * process, after a takeover (see colocache_fold): it stands from before this until it has mapped
+ * the range MAP_SHARED.  *n_bytes_out: how many, also on error.  E_NO_MEMORY (a full file system:
+ * the private copies are what they were, and the VM can go on), E_ARGUMENT, -errno. */
+int colocache_private_write_back(int pid, const void *addr, uint64_t len_bytes, int fd,
+                                 uint64_t offset, uint64_t *n_bytes_out);
+/* Bounded memory, after a takeover: private copies would grow to a second image for ever.  Those of
+ * this range are written into the guest image, and the VM's mapping of it, in this process, becomes
+ * a shared one (PROT_READ | PROT_WRITE, nothing mapped yet: a device that pinned pages must be
+ * told).  The VM stands meanwhile: some MiB at a time make many short pauses of a long one.
+ * *n_bytes_out (may be NULL): how many were private.  E_ORDER: before a takeover, when the image is
+ * the newest epoch; E_UNSUPPORTED: mirrored memory; E_NO_MEMORY, -errno from writing: nothing has
+ * changed for the VM; E_BLOCK, E_RANGE. */
+int colocache_fold(struct colocache *cc, uint32_t block, uint64_t first_pfn, uint64_t n_pages,
+                   uint64_t *n_bytes_out);
 
 /* ---- seal, flush, abort, failover ------------------------------------------------------------ */
 

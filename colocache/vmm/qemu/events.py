@@ -11,6 +11,11 @@ from colocache.vmm.qemu.qmp import Event
 
 KEPT = 256  # events nobody waited for; older ones are forgotten
 DEATH = "COLOCACHE_DEATH"  # not QEMU's: its process has ended
+ENDED = {  # after which the guest does not run any more, and why
+    DEATH: "QEMU has ended",
+    "GUEST_PANICKED": "the guest panicked",
+    "BLOCK_IO_ERROR": "a disk of the guest reports an error",
+}
 
 
 class Mailbox:

@@ -26,7 +26,7 @@ from colocache.vmm.qemu import availability, guest_oracle
 from colocache.vmm.qemu.console import ConsoleFile
 from colocache.vmm.qemu.description import Description, describe, write_firmware
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
-from colocache.vmm.qemu.events import DEATH
+from colocache.vmm.qemu.events import DEATH, ENDED
 from colocache.vmm.qemu.guests import guest_of
 from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
 from colocache.vmm.qemu.pool import Pool
@@ -42,11 +42,6 @@ if TYPE_CHECKING:
 RAM = "pc.ram"
 STATE_MAX = 64 << 20  # bytes of a device state that QEMU may save
 LOAD_TRIES = 3  # processes that a device state may cost
-ENDED = {
-    DEATH: "QEMU has ended",
-    "GUEST_PANICKED": "the guest panicked",
-    "BLOCK_IO_ERROR": "a disk of the guest reports an error",
-}
 
 
 class QemuMachine:
@@ -369,6 +364,11 @@ class QemuMachine:
                 if not left or not isinstance(error, QemuError):
                     raise
         raise AssertionError("unreachable")
+
+    def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:  # noqa: ARG002 -- it has one block
+        """See machine.Machine."""
+        self._standing("fold")
+        return self._alive().fold(self.ram.fd, first_pfn * PAGE, n_pages * PAGE)
 
     # ---- the check of every page -----------------------------------------------------------------------------------
 

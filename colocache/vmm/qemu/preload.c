@@ -1,11 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * preload.c -- what runs inside a QEMU of ours, by LD_PRELOAD: three things that can't be done from outside.
+ * preload.c -- what runs inside a QEMU of ours, by LD_PRELOAD: four things that can't be done from outside.
  *
  *   - it dies with the thread that started it;
  *   - it makes a userfaultfd of its own memory and hands it out, so that another process can log its writes;
  *   - it punches no hole into guest memory.  A balloon or free page reporting gives memory back by holes in the *file*,
- *     private mapping or not: in a secondary that would change the image that must stay the newest epoch.
+ *     private mapping or not: in a secondary that would change the image that must stay the newest epoch;
+ *   - after a takeover, when its private copies were written into the image and while it stands, it maps the image shared.
  *
  * COLOCACHE_QEMU in the environment says how, and is removed: "SOCKET PARENT DEVICE INODE", the descriptor of a
  * connected stream socket to hand out through, the process that must still be the parent, and the file of guest memory.
@@ -19,12 +20,14 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/userfaultfd.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -64,6 +67,66 @@ static bool hand_out(int socket, int fd, int32_t error)
     return sent == (ssize_t)sizeof error;
 }
 
+static bool is_image(int fd)
+{
+    struct stat file;
+    return fstat(fd, &file) == 0 && file.st_dev == image_device && file.st_ino == image_inode;
+}
+
+/* take_order -- an address, a length, an offset and the image; false: nobody asks any more */
+static bool take_order(int socket, uint64_t order[3], int *fd)
+{
+    union {
+        char bytes[CMSG_SPACE(sizeof(int))];
+        struct cmsghdr align;
+    } control;
+    struct iovec body = {.iov_base = order, .iov_len = 3 * sizeof order[0]};
+    struct msghdr message = {.msg_iov = &body, .msg_iovlen = 1, .msg_control = control.bytes, .msg_controllen = sizeof control.bytes};
+    ssize_t came;
+    do {
+        came = recvmsg(socket, &message, MSG_CMSG_CLOEXEC | MSG_WAITALL);
+    } while (came < 0 && errno == EINTR);
+    struct cmsghdr *head = came > 0 ? CMSG_FIRSTHDR(&message) : NULL;
+    *fd = -1;
+    if (head && head->cmsg_level == SOL_SOCKET && head->cmsg_type == SCM_RIGHTS && head->cmsg_len == CMSG_LEN(sizeof *fd))
+        memcpy(fd, CMSG_DATA(head), sizeof *fd);
+    return came == (ssize_t)body.iov_len;
+}
+
+/* serve -- a thread that waits for orders and does nothing else: no lock, no memory of QEMU's allocator */
+static void *serve(void *context)
+{
+    const int socket = (int)(intptr_t)context;
+    uint64_t order[3];
+    int fd;
+    bool asked;
+    do {
+        asked = take_order(socket, order, &fd);
+        int32_t error = !asked || !is_image(fd) ? EINVAL : 0;
+        if (!error && mmap((void *)(uintptr_t)order[0], order[1], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd,
+                           (off_t)order[2]) == MAP_FAILED)
+            error = errno;
+        if (fd >= 0)
+            close(fd);
+        asked = asked && send(socket, &error, sizeof error, MSG_NOSIGNAL) == sizeof error;
+    } while (asked);
+    close(socket);
+    return NULL;
+}
+
+/* start_serving -- signals are QEMU's, whose threads choose which of them each takes */
+static bool start_serving(int socket)
+{
+    pthread_t thread;
+    sigset_t all, before;
+    sigfillset(&all);
+    if (fcntl(socket, F_SETFD, FD_CLOEXEC) != 0 || pthread_sigmask(SIG_SETMASK, &all, &before) != 0)
+        return false;
+    bool begun = pthread_create(&thread, NULL, serve, (void *)(intptr_t)socket) == 0 && pthread_detach(thread) == 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return begun;
+}
+
 __attribute__((constructor)) static void start(void)
 {
     const char *order = getenv("COLOCACHE_QEMU");
@@ -83,17 +146,14 @@ __attribute__((constructor)) static void start(void)
     bool told = hand_out(socket, uffd, uffd < 0 ? errno : 0);
     if (uffd >= 0)
         close(uffd);
-    close(socket);
-    if (!told)
+    if (!told || !start_serving(socket))
         _exit(127);
 }
 
 /* Anything that changes what the file holds; to allocate is fine. */
 static bool makes_holes(int fd, int mode)
 {
-    struct stat file;
-    return guarding && (mode & ~FALLOC_FL_KEEP_SIZE) != 0 && fstat(fd, &file) == 0 && file.st_dev == image_device &&
-           file.st_ino == image_inode;
+    return guarding && (mode & ~FALLOC_FL_KEEP_SIZE) != 0 && is_image(fd);
 }
 
 __attribute__((visibility("default"))) int fallocate(int fd, int mode, off_t offset, off_t len)

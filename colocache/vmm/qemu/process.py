@@ -15,7 +15,6 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import time
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from colocache.errors import SystemCallError
-from colocache.private import private_bytes
-from colocache.vmm.qemu import mapping, memory_access
+from colocache.private import private_bytes, private_write_back
+from colocache.vmm.qemu import inside, mapping, memory_access
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
@@ -38,7 +37,6 @@ LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
 CPU_CLOCK = 2  # with a process's number: the clock of its CPU time
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
-HANDED = struct.Struct("=i")  # what preload.c sends with the descriptor: errno or 0
 
 OnOutput = Callable[[bytes], None]
 
@@ -75,6 +73,7 @@ class QemuProcess:
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
         self._stream: socket.socket | None = None
+        self._preloaded: socket.socket | None = None
         self.pidfd = -1
         self._address: int | None = None
         self.userfault = -1
@@ -115,7 +114,7 @@ class QemuProcess:
         self._stream_number = theirs["stream"]
         self._read(read, self._heard)
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
-        self._console, self._stream = ends["console"][0], ends["stream"][0]
+        self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
         self._console.setblocking(False)
         self._read(self._console.fileno(), on_output or (lambda _: None))  # unread, it would stall the guest
         try:
@@ -152,18 +151,11 @@ class QemuProcess:
     def _take_userfault(self, handoff: socket.socket) -> int:
         handoff.settimeout(START_SECONDS)
         try:
-            message, fds, _, _ = socket.recv_fds(handoff, HANDED.size, 1)
+            return inside.take_userfault(handoff)
         except TimeoutError:
             raise QemuSlowError(f"QEMU did not start within {START_SECONDS:g} s") from None
-        if len(message) != HANDED.size:
-            raise self._death("ended before it came up")
-        (error,) = HANDED.unpack(message)
-        if error or not fds:
-            raise QemuError(
-                f"the log of QEMU's memory is unavailable: userfaultfd failed with {os.strerror(error)}",
-                hint="it needs Linux 6.7 or newer, and a container that allows userfaultfd",
-            )
-        return fds[0]
+        except EOFError:
+            raise self._death("ended before it came up") from None
 
     def _wait_for_state(self) -> None:
         self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
@@ -245,6 +237,18 @@ class QemuProcess:
     def guest_memory(self, offset: int, len_bytes: int) -> bytearray:
         """Guest memory as the guest sees it, its private copies included."""
         return memory_access.read(self.pid, self.address() + offset, len_bytes)
+
+    def fold(self, image: int, offset: int, len_bytes: int) -> int:
+        """Its copies of this part of guest memory go into the image, which it maps shared from then on; bytes that
+        were copies. It stands."""
+        n_bytes = private_write_back(self.pid, self.address() + offset, len_bytes, image, offset)
+        if self._preloaded is None:
+            raise QemuDiedError("this QEMU was closed")
+        try:
+            inside.map_shared(self._preloaded, image, self.address() + offset, offset, len_bytes)
+        except (EOFError, OSError) as error:  # TimeoutError is one
+            raise self._death("did not map its memory anew") from error
+        return n_bytes
 
     def cpu_microseconds(self) -> int:
         """CPU time that all its threads took."""
@@ -362,7 +366,7 @@ class QemuProcess:
             qmp.close()
         reading, self._reading = self._reading, []
         opened, self._open = self._open, []
-        self._console = self._stream = None
+        self._console = self._stream = self._preloaded = None
         self.pidfd = -1
 
         async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew

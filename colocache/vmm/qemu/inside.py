@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What preload.c does inside a QEMU for whoever holds the other end of its socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+
+from colocache.vmm.qemu.errors import QemuError
+
+ANSWER = struct.Struct("=i")  # errno or 0
+MAP_ORDER = struct.Struct("=QQQ")  # address, length, offset in the file that comes with it
+
+
+def take_userfault(connection: socket.socket) -> int:
+    """The descriptor of a userfaultfd of QEMU's memory, the first thing it says. EOFError: it ended; QemuError."""
+    message, fds, _, _ = socket.recv_fds(connection, ANSWER.size, 1)
+    error = _error_of(message)
+    if error or not fds:
+        raise QemuError(
+            f"the log of QEMU's memory is unavailable: userfaultfd failed with {os.strerror(error)}",
+            hint="it needs Linux 6.7 or newer, and a container that allows userfaultfd",
+        )
+    return fds[0]
+
+
+def map_shared(connection: socket.socket, image: int, addr: int, offset: int, len_bytes: int) -> None:
+    """Let it map this part of the image shared, at the same address: copies of its own are gone. It stands.
+
+    EOFError, OSError: it ended. QemuError.
+    """
+    socket.send_fds(connection, [MAP_ORDER.pack(addr, len_bytes, offset)], [image])
+    error = _error_of(connection.recv(ANSWER.size))
+    if error:
+        raise QemuError(f"QEMU could not map its memory anew: {os.strerror(error)}")
+
+
+def _error_of(message: bytes) -> int:
+    if len(message) != ANSWER.size:
+        raise EOFError
+    return int(ANSWER.unpack(message)[0])
