@@ -72,7 +72,8 @@ def milliseconds(timeout: float | None) -> int:
 
 
 def bytes_of(data: Buffer) -> Any:
-    """The bytes of a buffer where they are, without a copy."""
+    """The bytes of a buffer where they are, without a copy. With `with`, or an error's traceback would hold the buffer
+    that its owner wants to release."""
     try:
         return ffi.from_buffer("unsigned char[]", data)
     except (TypeError, ValueError, BufferError) as error:

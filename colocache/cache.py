@@ -123,9 +123,8 @@ class Cache(ChangingBlocks):
 
     def receive(self, epoch: int, block: Block | str | int, pfn: int, data: Buffer) -> None:
         """One page of `epoch` into the cache image. EpochError, SealedError, BlockError, RangeError, LengthError."""
-        source = bytes_of(data)
         index, number, page = self._block(block), u64(epoch, "epoch"), u64(pfn, "page")
-        with self._handle as cc:
+        with bytes_of(data) as source, self._handle as cc:
             check(lib.colocache_receive_page(cc, number, index, page, source, len(source)))
 
     def receive_zero(self, epoch: int, block: Block | str | int, first_pfn: int, n_pages: int = 1) -> None:
@@ -141,10 +140,9 @@ class Cache(ChangingBlocks):
         if given.size and (given.dtype.kind not in "iu" or (given.dtype.kind == "i" and given.min() < 0)):
             raise ArgumentError(f"page numbers are integers from 0, these are {given.dtype} from {given.min()}")
         numbers = np.ascontiguousarray(given, np.uint64)
-        source = bytes_of(data)
         pointer = ffi.from_buffer("uint64_t[]", numbers)
         index, number = self._block(block), u64(epoch, "epoch")
-        with self._handle as cc:
+        with bytes_of(data) as source, self._handle as cc:
             check(lib.colocache_receive_pages(cc, number, index, pointer, numbers.size, source, len(source)))
 
     @contextmanager
@@ -211,10 +209,10 @@ class Cache(ChangingBlocks):
 
         Header None: what is left is no whole packet; call again with what comes after it. Same errors.
         """
-        source, number = bytes_of(data), u64(epoch, "epoch")
+        number = u64(epoch, "epoch")
         header = ffi.new("unsigned char[]", lib.COLOCACHE_HEADER_BYTES)
         used, n_pages = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-        with self._handle as cc:
+        with bytes_of(data) as source, self._handle as cc:
             code = lib.colocache_receive_packets(cc, source, len(source), number, header, used, n_pages)
             _check_received(code, n_pages)
         return int(used[0]), None if code else bytes(ffi.buffer(header)), int(n_pages[0])
@@ -316,7 +314,7 @@ class Cache(ChangingBlocks):
     def limit_staged(self, n_bytes: int) -> None:
         """Bounded: the most memory that staged pages may take; 0 = no limit, as at the beginning. Any thread.
 
-        A page that would pass it is refused by NoMemoryError; the epoch is then to be aborted. UnsupportedError: mirror.
+        A page that would pass it is refused by NoMemoryError; then the epoch is to be aborted. UnsupportedError: mirror
         """
         limit = u64(n_bytes, "limit of staged pages")
         with self._handle as cc:

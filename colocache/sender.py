@@ -131,8 +131,7 @@ class Sender:
         result = struct("colocache_send_result")
         number, limit = u64(epoch, "epoch"), u64(max_pages, "number of pages")
         part, parts = _index(stripe), _index(n_stripes)
-        memory = ffi.from_buffer("unsigned char[]", room, require_writable=True)
-        with self._handle as sender:
+        with ffi.from_buffer("unsigned char[]", room, require_writable=True) as memory, self._handle as sender:
             check(lib.colocache_sender_pack(sender, memory, len(memory), number, part, parts, limit, result))
         return SendResult.of(result)
 
@@ -204,5 +203,6 @@ def parse_header(header: bytes | bytearray | memoryview) -> Header:
         raise LengthError(f"a message header has {HEADER_BYTES} bytes, this one {len(header)}")
     kind, epoch, length = ffi.new("uint32_t *"), ffi.new("uint64_t *"), ffi.new("uint64_t *")
     a, b = ffi.new("uint32_t *"), ffi.new("uint32_t *")
-    check(lib.colocache_message_parse(ffi.from_buffer(header), kind, epoch, length, a, b))
+    with ffi.from_buffer(header) as source:
+        check(lib.colocache_message_parse(source, kind, epoch, length, a, b))
     return Header(kind[0], epoch[0], length[0], a[0], b[0])

@@ -69,6 +69,29 @@ def test_a_page_that_does_not_fit_changes_nothing(ready: Cache) -> None:
     assert bitmap.count(ready.blocks["pc.ram"].svm_bitmap) == 0
 
 
+def test_an_error_does_not_hold_the_callers_buffer(ready: Cache) -> None:
+    """Its traceback lives as long as somebody looks at it: a view released meanwhile would be another error."""
+    calls: list[Callable[[memoryview], object]] = [
+        lambda data: ready.receive(2, "pc.ram", 1000, data),
+        lambda data: ready.receive_pages(2, "pc.ram", [1000], data),
+        ready.receive_packets,
+        lambda data: colocache.parse_header(data[:40]),
+    ]
+    for call in calls:
+        with memoryview(bytearray(b"x" * PAGE)) as data, pytest.raises(colocache.ColocacheError) as caught:
+            call(data)
+        assert caught.tb is not None
+    with Sender() as sender:
+        room = bytearray(39)
+        with pytest.raises(LengthError):
+            sender.mark_all()
+            with RamImage.create(BLOCKS[0], "shm") as boot:
+                sender.add_block("boot", boot.addr, boot.spec.len_bytes)
+                sender.mark_all()
+                sender.pack(room, epoch=1)
+        room.append(1)
+
+
 def test_errors_say_the_numbers(ready: Cache) -> None:
     with pytest.raises(LengthError, match=r"5.*4096"):
         ready.receive(2, "pc.ram", 0, b"short")

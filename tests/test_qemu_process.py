@@ -128,7 +128,7 @@ def test_a_state_that_qemu_refuses_costs_the_process_and_not_the_image(
     copy(primary_image, secondary_image)
     epoch = content(secondary_image)
     refused = start(guest(), secondary_image, shared=False, incoming=True)
-    with pytest.raises(QemuLoadError, match="refused the device state"):
+    with pytest.raises(QemuLoadError, match=r"refused the device state|ended while it loaded"):
         refused.load(state[: len(state) // 2])
     assert not refused.alive
     another = start(guest(), secondary_image, shared=False, incoming=True)

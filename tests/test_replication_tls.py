@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -103,6 +104,25 @@ def test_every_page_arrives_over_every_stream(make_memory: Make, tmp_path: Path,
         done = pair.events_s.all("checkpoint")
         assert [event["verified_pages"] for event in done] == [13 + 3 * 4096 + 2100] * len(done)
         assert pair.events_s.all("lost") == []
+
+
+def test_a_takeover_while_pages_come_is_a_takeover(pair: Pair) -> None:
+    """The packet that meets it is refused by an error, and what was read ahead is let go after it all the same."""
+    pair.start(interval=0.0)
+    pair.events_s.wait("checkpoint", 2)
+    take, granted = pair.cache.receive_packets, threading.Event()
+
+    def grant(data: memoryview, *, epoch: int = 0) -> tuple[int, bytes | None, int]:
+        if int.from_bytes(data[6:8], "little") == MessageType.PAGES and not granted.is_set():
+            granted.set()
+            pair.secondary.request_failover()
+        return take(data, epoch=epoch)
+
+    pair.cache.receive_packets = grant  # type: ignore[method-assign]
+    pair.events_s.wait("takeover")
+    assert granted.is_set()
+    assert "operator said" in pair.events_p.wait("stands")["reason"]
+    no_page_wrong(pair)
 
 
 def test_a_veto_and_a_takeover_are_told_over_tls(pair: Pair) -> None:
