@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from certificates import make_certificates
@@ -298,6 +299,22 @@ def test_what_came_behind_another_message_is_heard_at_once(folder: Path) -> None
         room = WaitingRoom(nobody, peer_timeout=5.0, device_state_max=0)
         with contextlib.closing(room), pytest.raises(SessionEndedError, match="I think again"):
             take_streams(room, channel, own, seconds=1.0, refused=print)
+
+
+def test_nobody_waits_awake_for_what_is_here_already(folder: Path) -> None:
+    word = message_header(int(MessageType.PING), 0, 0)
+    with both_ends(folder / "toy") as (client, server):
+        assert client.send([memoryview(word), memoryview(word)]) == 2 * len(word)
+        channel = Channel(server, peer_timeout=5.0)
+        channel.may_spin = True
+        assert channel.receive().type is MessageType.PING
+
+        def poll(_: int) -> list[object]:
+            raise AssertionError("the socket was asked")
+
+        channel._readable = SimpleNamespace(poll=poll)  # type: ignore[assignment]
+        channel.spin()
+        assert channel.receive().type is MessageType.PING
 
 
 # ---- plain sockets ----

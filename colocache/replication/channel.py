@@ -224,6 +224,8 @@ class Channel:
         """Wait a moment for the peer's next byte without going to sleep. For a machine that stands: while it does, a
         core has nothing better to do. Whoever receives must be the one who spins. Only if `may_spin` is set."""
         until = time.monotonic() + SPIN_SECONDS
+        if self._ahead is not None and self._ahead.has_some():
+            return  # a poll does not tell of it
         while self.may_spin and time.monotonic() < until and not self._readable.poll(0):
             pass
 
