@@ -51,7 +51,7 @@ class World(RuleBasedStateMachine):
         self.counter = 0
         self.mutation(self)
 
-    def world_has_seen(self, _channel: int) -> int:
+    def world_has_seen(self, _origin: object, _channel: int) -> int:
         return sum(map(len, self.seen)) if self.one_host else 0
 
     @initialize(one_host=st.booleans(), tells=st.booleans())

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from colocache import BlockSpec, Cache, ColocacheError, Memory, RamImage, Sender
 from colocache.demo.checks import Checks
+from colocache.outputs.held import NoOutput
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter
 from colocache.replication.blocks import hello_blocks, rams_of_blocks, rams_of_images
@@ -268,6 +269,23 @@ class Link:
         self.address.remove()
 
 
+class Released(NoOutput):
+    """Keeps what may leave: numbers of epochs, None for all of it and then up to which number."""
+
+    def __init__(self, released: list[int | None]) -> None:
+        self._released = released
+
+    def move(self, epoch: int) -> None:
+        if self._released[-1:] == [None]:
+            self._released.append(epoch - 2)
+
+    def received(self, epoch: int) -> None:
+        self._released.append(epoch)
+
+    def free(self) -> None:
+        self._released.append(None)
+
+
 class Running:
     """A thread with what its function returned or raised."""
 
@@ -351,7 +369,7 @@ class Pair:
             stop=self.stop_p,
             arbiter=self.arbiter,
             observer=Checks(self.events_p, **checks),
-            release_output=self.released.append,
+            output=Released(self.released),
             wrap=self.wraps.get("primary", PlainTransport),
         )
         return self.primary

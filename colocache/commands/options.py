@@ -158,7 +158,10 @@ guest_options = options(
         default="",
         metavar="FILE",
         show_default="nowhere",
-        help="With --guest qemu: add to FILE what the guest writes to its console, on the side that the world sees.",
+        help="Add to FILE ('-': standard output) what the guest says on its console, on the side that the world sees. "
+        "It is held until its epoch is sealed, which makes it late by up to an --interval. On one host give both sides "
+        "the same FILE, which nothing else writes: each line is there once. With two files, or standard output, the "
+        "second side may say one epoch's lines again.",
     ),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGS...]"),
 )

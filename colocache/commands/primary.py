@@ -91,6 +91,9 @@ def primary(**given: Any) -> None:
     from colocache import RamImage, Sender
     from colocache.children import die_with_parent
     from colocache.demo.checks import Checks
+    from colocache.outputs.connect import connect
+    from colocache.outputs.front import make_front
+    from colocache.outputs.held import HeldOutput
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.blocks import rams_of_images
@@ -152,11 +155,16 @@ def primary(**given: Any) -> None:
         trace = stack.enter_context(
             Trace(given["trace"], "primary", failed=lambda sentence: events.emit("trace_error", sentence))
         )
+        front = make_front(given["console"])
+        stack.callback(front.close)
         machine = make_machine(guest.kind, rams_of_images(images), guest.options, mark_dirty)
         stack.callback(machine.close)
         backing = images[0].backing
         sentence = f"guest {guest.kind} ({guest.why}), memory {backing}"
         events.emit("start", sentence, guest=guest.kind, backing=backing, why=guest.why)
+        output = HeldOutput(front.emit, on_full=request_checkpoint, origin=front.origin)
+        if given["console"]:
+            connect(machine, output)
         made.append(
             Primary(
                 address=address,
@@ -175,6 +183,7 @@ def primary(**given: Any) -> None:
                     die_at_checkpoint=given["die_at_checkpoint"],
                     hold=given["hold"],
                 ),
+                output=output,
                 wrap=wrap,
                 trace=trace,
             )

@@ -173,7 +173,7 @@ class DemoRun:
         kind, _ = guest_kind_available(self.options.guest)
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
-            if kind == "qemu":
+            if kind == "qemu" or self.options.console:
                 self._console = stack.enter_context(ConsoleTail(self.options.console))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             if self.options.trace:

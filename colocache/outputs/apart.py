@@ -29,11 +29,12 @@ from collections.abc import Callable
 from colocache.errors import TooLargeError
 from colocache.outputs.held import Emit
 from colocache.outputs.piece import COST_BYTES, HELD_BYTES_MAX, Piece
+from colocache.outputs.travel import Origin
 
 ARRIVED_BYTES_MAX = 4 * HELD_BYTES_MAX  # that a primary may send; its own limit is far below
 
 
-def nothing_seen(_channel: int) -> int:
+def nothing_seen(_origin: Origin, _channel: int) -> int:
     """Of a front that can't tell what the primary's front has shown."""
     return 0
 
@@ -41,15 +42,23 @@ def nothing_seen(_channel: int) -> int:
 class ApartOutput:
     """See the head of this file. Any thread; `emit` is called under its lock.
 
-    `seen(channel)`: up to which offset the world has seen that channel, where this side's front can tell.
+    `seen(origin, channel)`: up to which offset the world has seen that channel, where this side's front can tell.
+    `show` is called before the first `emit`.
     """
 
     def __init__(
-        self, emit: Emit, *, limit_bytes: int = HELD_BYTES_MAX, seen: Callable[[int], int] = nothing_seen
+        self,
+        emit: Emit,
+        *,
+        limit_bytes: int = HELD_BYTES_MAX,
+        seen: Callable[[Origin, int], int] = nothing_seen,
+        show: Callable[[], None] = lambda: None,
     ) -> None:
         self._emit = emit
+        self._show = show
         self._limit = limit_bytes
         self._seen = seen
+        self._origin = Origin()
         self._lock = threading.Lock()
         self._arrived: list[Piece] = []
         self._arrived_cost = 0
@@ -71,9 +80,10 @@ class ApartOutput:
                 self._own.append((channel, data))
                 self._own_cost += len(data) + COST_BYTES
 
-    def arrived(self, piece: Piece) -> None:
+    def arrived(self, piece: Piece, origin: Origin = Origin()) -> None:  # noqa: B008 -- it never changes
         """The primary's machine sent this, and the world has not seen it. TooLargeError."""
         with self._lock:
+            self._origin = origin
             if self._arrived_cost + piece.cost > ARRIVED_BYTES_MAX:
                 raise TooLargeError(
                     f"the primary sent more than {ARRIVED_BYTES_MAX >> 20} MiB of output for epochs that are not sealed"
@@ -104,9 +114,10 @@ class ApartOutput:
         with self._lock:
             if self._live:
                 return
+            self._show()
             for piece in self._arrived:
                 if piece.epoch <= epoch:
-                    left = piece.data[max(0, self._seen(piece.channel) - piece.offset) :]
+                    left = piece.data[max(0, self._seen(self._origin, piece.channel) - piece.offset) :]
                     if left:
                         self._emit(piece.channel, left)
             for channel, data in self._own:

@@ -33,6 +33,7 @@ from typing import Protocol
 
 from colocache.errors import OrderError
 from colocache.outputs.piece import HELD_BYTES_MAX, Piece
+from colocache.outputs.travel import Origin
 
 Emit = Callable[[int, bytes], None]  # channel, data: to the world
 
@@ -49,6 +50,15 @@ class Output(Protocol):
     def free(self) -> None:
         """Nobody could take over: all of it may leave, until the next `move`."""
 
+    def take(self) -> list[Piece]:
+        """What is held and was not taken yet: the peer is given it."""
+
+    def again(self) -> None:
+        """The peer has nothing: what is held is to be given to it again."""
+
+    def origin(self) -> Origin:
+        """Where this side's front shows it."""
+
 
 class NoOutput:
     """Of a machine whose output nobody looks at."""
@@ -62,6 +72,17 @@ class NoOutput:
     def free(self) -> None:
         """See Output."""
 
+    def take(self) -> list[Piece]:
+        """See Output."""
+        return []
+
+    def again(self) -> None:
+        """See Output."""
+
+    def origin(self) -> Origin:
+        """See Output."""
+        return Origin()
+
 
 class HeldOutput:
     """See the head of this file. Any thread; `emit` is called under the queue's lock, so that order is kept."""
@@ -73,12 +94,14 @@ class HeldOutput:
         limit_bytes: int = HELD_BYTES_MAX,
         on_full: Callable[[], None] = lambda: None,
         on_first: Callable[[], None] = lambda: None,
+        origin: Callable[[], Origin] = Origin,
     ) -> None:
         """`on_full` asks for a checkpoint; `on_first` hears that something is held where nothing was since `move`."""
         self._emit = emit
         self._limit = limit_bytes
         self._on_full = on_full
         self._on_first = on_first
+        self.origin = origin
         self._lock = threading.Lock()
         self._pieces: deque[tuple[Piece, float]] = deque()  # with the time at which each was put in, CLOCK_MONOTONIC
         self._n_taken = 0  # of them, from the left: the peer was given these
@@ -146,14 +169,14 @@ class HeldOutput:
     # ---- the peer's copy ----
 
     def take(self) -> list[Piece]:
-        """What is held and was not taken yet: the peer is given it."""
+        """See Output."""
         with self._lock:
             taken = [self._pieces[at][0] for at in range(self._n_taken, len(self._pieces))]
             self._n_taken = len(self._pieces)
             return taken
 
     def again(self) -> None:
-        """The peer has nothing: what is held is to be given to it again."""
+        """See Output."""
         with self._lock:
             self._n_taken = 0
 

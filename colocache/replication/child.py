@@ -13,12 +13,16 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 from colocache import Cache, Memory
 from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
+from colocache.outputs.apart import ApartOutput
+from colocache.outputs.connect import connect
+from colocache.outputs.front import make_front
 from colocache.replication.arbiter import LeaseLostError, make_arbiter
 from colocache.replication.blocks import rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
@@ -122,10 +126,14 @@ def _run(
     memory = Memory.from_manifest(config.manifest)
     listener = socket.socket(fileno=config.listener_fd)
     trace = Trace(config.trace, "secondary", failed=lambda sentence: events.emit("trace_error", sentence))
-    with listener, trace, _open_cache(config, memory) as cache:
+    guest_options = GuestOptions(**config.guest_options)
+    with listener, closing(make_front(guest_options.console)) as front, trace, _open_cache(config, memory) as cache:
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
-        machine = make_machine(config.guest, rams, GuestOptions(**config.guest_options), cache.mark_dirty)
+        machine = make_machine(config.guest, rams, guest_options, cache.mark_dirty)
         try:
+            output = ApartOutput(front.emit, seen=front.seen, show=front.show)
+            if guest_options.console:
+                connect(machine, output)
             secondary = Secondary(
                 cache=cache,
                 machine=machine,
@@ -135,6 +143,7 @@ def _run(
                 events=events,
                 stop=stop,
                 arbiter=make_arbiter(config.arbiter),
+                output=output,
                 wrap=wrap,
                 trace=trace,
             )

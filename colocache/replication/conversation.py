@@ -9,11 +9,11 @@ How it goes when nothing is wrong, N being the epoch:
     P GREETING   HELLO ->             S AT_THE_DOOR
                  <- HELLO             S STREAMS, if there are further streams: STREAM -> on each
     P ACCEPTED   <- CHECKPOINT_READY  S READY
-    P BETWEEN    PAGES(N) ->          S BETWEEN, both machines running
+    P BETWEEN    PAGES(N), OUTPUT(N) -> S BETWEEN, both machines running
                  CHECKPOINT_REQUEST(N) ->
     P REQUESTED  <- CHECKPOINT_REPLY(N)   S PAUSED
                  VMSTATE_SEND(N) ->       S COMPLETING
-                 PAGES(N), VMSTATE_SIZE(N) ->
+                 PAGES(N), OUTPUT(N), VMSTATE_SIZE(N) ->
     P SENT       <- VMSTATE_RECEIVED(N)   after the seal; the secondary reads nothing until it runs again
     P SEALED     <- VMSTATE_LOADED(N)     S BETWEEN
 """
@@ -38,6 +38,7 @@ class Meaning(Enum):
     ANSWER = "what this state waits for"
     JOINS = "a further stream of a session shows its token"
     PAGES = "pages for the cache"
+    OUTPUT = "what the primary's machine sent, kept for a takeover"
     CHECKPOINT = "a checkpoint begins"
     CHECKPOINT_WANTED = "the secondary asks for a checkpoint"
     EPOCH_GIVEN_UP = "the epoch is over and the session goes on: what it carried comes again with the next"
@@ -81,6 +82,7 @@ M, A = MessageType, AbortKind
 _ENDS = Hears(M.ABORT, Meaning.SESSION_ENDS, kind=A.SESSION)
 _TOOK_OVER = Hears(M.ABORT, Meaning.TOOK_OVER, kind=A.TOOK_OVER)
 _WANTED = Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT_WANTED, Of.NONE)
+_OUTPUT = Hears(M.OUTPUT, Meaning.OUTPUT, Of.OPEN)
 _PING, _PONG = Hears(M.PING, Meaning.ALIVE), Hears(M.PONG, Meaning.ALIVE)
 _GIVEN_UP = Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.THIS, A.CHECKPOINT)
 
@@ -109,6 +111,7 @@ class State(Enum):
         "pages or CHECKPOINT_REQUEST",
         (
             Hears(M.PAGES, Meaning.PAGES),
+            _OUTPUT,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -123,6 +126,7 @@ class State(Enum):
         "pages or CHECKPOINT_REQUEST",
         (
             Hears(M.PAGES, Meaning.PAGES),
+            _OUTPUT,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -142,6 +146,7 @@ class State(Enum):
         "VMSTATE_SIZE",
         (
             Hears(M.PAGES, Meaning.PAGES, Of.THIS),
+            Hears(M.OUTPUT, Meaning.OUTPUT, Of.THIS),
             Hears(M.VMSTATE_SIZE, Meaning.ANSWER, Of.THIS),
             _PING,
             _GIVEN_UP,

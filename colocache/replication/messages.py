@@ -25,7 +25,7 @@ STREAM                P→S        the first message on a further connection: a 
                                  body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 
-This is version 2 of it, which HELLO tells; version 1 carried the times of the demo's checks in PING and LOADED. The
+This is version 3 of it, which HELLO tells; version 2 had no OUTPUT. The
 framing has a version of its own, in every header, which the C library looks at. Epoch numbers are below 2^48.
 """
 
@@ -37,9 +37,10 @@ from enum import IntEnum
 from colocache import MSG_PAGES, parse_header
 from colocache.choices import PAIR_BYTES_MAX
 from colocache.errors import PacketError
+from colocache.outputs.travel import BODY_BYTES_MAX as OUTPUT_BYTES_MAX
 from colocache.replication.errors import ProtocolError
 
-CONVERSATION_VERSION = 2
+CONVERSATION_VERSION = 3
 EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
@@ -63,6 +64,7 @@ class MessageType(IntEnum):
     PING = 0x103
     PONG = 0x104
     STREAM = 0x105
+    OUTPUT = 0x106
 
 
 class AbortKind(IntEnum):
@@ -94,6 +96,8 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
         return device_state_max
     if message is MessageType.STREAM:
         return STREAM_TOKEN_BYTES_MAX
+    if message is MessageType.OUTPUT:
+        return OUTPUT_BYTES_MAX
     return 0
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from colocache import Sender
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError, reason_of
+from colocache.outputs.held import Output
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter, LeaseLostError, Leave, Loss, SoloArbiter, Verdict
 from colocache.replication.blocks import hello_blocks
@@ -71,8 +71,7 @@ class Primary:
     """Runs `machine` as a primary until it is stopped or has done its checkpoints.
 
     `stop` ends it at the next safe point; `request_checkpoint` may be called from any thread or signal handler.
-    `release_output(epoch)` is called when what the machine has sent out up to `epoch`, and nothing newer, may be seen
-    by the world; None means: all of it from now on, the machine is alone.
+    `output` is told when what the machine has sent may be seen by the world.
     """
 
     def __init__(
@@ -87,11 +86,11 @@ class Primary:
         stop: threading.Event,
         arbiter: Arbiter | None = None,
         observer: Observer | None = None,
-        release_output: Callable[[int | None], None] = lambda _epoch: None,
+        output: Output | None = None,
         wrap: Wrap = PlainTransport,
         trace: Trace | None = None,
     ) -> None:
-        self.pvm = Pvm(machine, sender, release_output=release_output)
+        self.pvm = Pvm(machine, sender, output=output)
         self.options = options
         self.timing = options.timing
         self.events = events

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
+from colocache.outputs.travel import pack
 from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
@@ -120,6 +121,12 @@ class PrimarySession:
         self._trace.add(f"send {n_pages} pages", begin, time.monotonic_ns(), self._pvm.epoch)
         return n_pages
 
+    def _send_output(self) -> None:
+        """What the machine sent travels before its epoch is sealed, for a secondary that takes over from that."""
+        output = self._pvm.output
+        for body in pack(output.take(), output.origin()):
+            self._channel.send(MessageType.OUTPUT, epoch=self._pvm.epoch, body=body)
+
     def _sync(self) -> None:
         begin = time.monotonic_ns()
         self._pvm.sync()
@@ -161,6 +168,7 @@ class PrimarySession:
                 hint = self._pvm.machine.dirty_hint()  # 0: nothing, or nobody can tell
                 if self._options.background and not 0 < hint < self._options.round_pages:
                     self._rounds.one()
+                self._send_output()
                 next_round = time.monotonic() + step
                 continue
             self._inbox.arrived.wait(max(0.0, min(due, next_round, now + SLICE_SECONDS) - now))
@@ -239,6 +247,7 @@ class PrimarySession:
         sent = pvm.sent
         low, high = split_u64(sent.n_pages)
         stages.done("pages")
+        self._send_output()
         pvm.in_flight()
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
         self._inbox.expect(State.SENT, epoch, timeout)

@@ -10,7 +10,8 @@ What always holds, and which verbs see to it:
   they are pending, and what is pending stays unacked.
 * A number is used from its first page on and never again: `open_epoch`.
 * The machine runs unless it stands for a checkpoint, or another may be the one that the world sees.
-* Output of an epoch leaves when that epoch is known to be sealed, and all of it once this machine is declared alone.
+* Output of an epoch leaves when that epoch is known to be sealed, and all of it while no secondary could take over:
+  before the first epoch is in flight, and once this machine is declared alone.
 
 =============  ========================================  =======================================  =================
 verb           machine                                   sender                                   pair
@@ -31,12 +32,13 @@ declare_alone                                                                   
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from colocache import Sender, SendResult
 from colocache.errors import LogLostError, OrderError
+from colocache.outputs.held import NoOutput, Output
 from colocache.replication.conversation import Meeting
 from colocache.replication.hello import Hello
 from colocache.vmm.machine import Machine, VerifyReport
@@ -74,17 +76,14 @@ class Streams(Protocol):
 class Pvm:
     """The machine whose pages `sender` sends. One thread, but mark_dirty."""
 
-    def __init__(
-        self, machine: Machine, sender: Sender, *, release_output: Callable[[int | None], None] = lambda _epoch: None
-    ) -> None:
+    def __init__(self, machine: Machine, sender: Sender, *, output: Output | None = None) -> None:
         self.machine = machine
         self.sender = sender
-        self._release_output = release_output
+        self.output = output or NoOutput()
         self._pair = PairState()
         self._sent = Sent()
         self._epoch = 0
         self._running = False
-        self._output_is_free = False  # it was declared alone, and no secondary could take over since
 
     @property
     def pair(self) -> PairState:
@@ -178,10 +177,8 @@ class Pvm:
     def in_flight(self) -> None:
         """The open epoch is about to be sent whole: from now on it may be sealed without our ever hearing of it."""
         self._pair = replace(self._pair, in_flight=self._epoch)
-        if self._output_is_free:
-            # The secondary could take over from it: what comes after is withheld, also by a machine that was alone.
-            self._output_is_free = False
-            self._release_output(self._epoch - 1)
+        # The secondary could take over from it: what comes after is withheld, also by a machine that was alone.
+        self.output.move(self._epoch + 1)
 
     def received(self) -> None:
         """The epoch in flight is sealed: its pages are acknowledged, and its output may leave."""
@@ -190,7 +187,7 @@ class Pvm:
             raise OrderError("no epoch is in flight that could have been received")
         self.sender.received()
         self._pair = replace(self._pair, in_flight=0, sealed_epoch=epoch)
-        self._release_output(epoch)
+        self.output.received(epoch)
 
     def give_up(self) -> None:
         """The open epoch will not be sealed: what it carried goes out again, under the next number."""
@@ -217,6 +214,7 @@ class Pvm:
             self.sender.resend()
         else:
             raise OrderError(f"these two are no pair: {meeting.value}")
+        self.output.again()
         used = max(self._pair.used_epoch, peer.used_epoch, peer.sealed_epoch)
         self._pair = replace(self._pair, in_flight=0, used_epoch=used)
 
@@ -231,5 +229,4 @@ class Pvm:
         if self._pair.history is not None:
             self._pair = replace(self._pair, lost_history=self._pair.history, history=None)
         self._pair = replace(self._pair, in_flight=0)
-        self._output_is_free = True
-        self._release_output(None)
+        self.output.free()

@@ -22,6 +22,7 @@ from colocache.errors import (
     SystemCallError,
     TimedOutError,
 )
+from colocache.outputs.apart import ApartOutput
 from colocache.replication.arbiter import Arbiter, Leave, Loss, SoloArbiter
 from colocache.replication.channel import Channel
 from colocache.replication.door import Door
@@ -83,10 +84,11 @@ class Secondary:
         events: Events,
         stop: threading.Event,
         arbiter: Arbiter | None = None,
+        output: ApartOutput | None = None,
         wrap: Wrap = PlainTransport,
         trace: Trace | None = None,
     ) -> None:
-        self.svm = Svm(cache, machine, events)
+        self.svm = Svm(cache, machine, events, output)
         self.cache = cache
         self.options = options
         self.timing = options.timing

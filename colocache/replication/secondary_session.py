@@ -13,10 +13,13 @@ from colocache.errors import (
     EpochError,
     FailedOverError,
     IncompleteError,
+    PacketError,
     PeerLostError,
     TimedOutError,
+    TooLargeError,
     VetoError,
 )
+from colocache.outputs.travel import unpack
 from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
@@ -109,6 +112,7 @@ class SecondarySession:
         self._channel.linger()
 
     def _listen(self) -> str:
+        self._svm.output.lost(self._cache.status().sealed_epoch)  # it sends again what it did not hear to be sealed
         while True:
             message, n_pages = self._channel.receive_past_pages(self._cache)
             self._n_pages += n_pages
@@ -119,7 +123,11 @@ class SecondarySession:
             if meaning is Meaning.ALIVE:
                 if self._cache.status().sealed_epoch == 0:
                     self._cache.preflush()  # a moment between packets of the initial copy
+            elif meaning is Meaning.OUTPUT:
+                self._output_came(message)
             elif meaning is Meaning.CHECKPOINT:
+                # It asks for another only after it heard RECEIVED, and let out its output.
+                self._svm.output.released(self._cache.status().sealed_epoch)
                 with self._apart:
                     self._checkpoint(message.epoch)
                 self._state = State.BETWEEN
@@ -129,6 +137,14 @@ class SecondarySession:
                 return decode_reason(message.body)
             else:
                 self._over(meaning, message)
+
+    def _output_came(self, message: Message) -> None:
+        try:
+            origin, pieces = unpack(message.epoch, message.body)
+            for piece in pieces:
+                self._svm.output.arrived(piece, origin)
+        except (PacketError, TooLargeError) as error:
+            raise ProtocolError(f"the primary sent {message} that can't be kept: {error}") from error
 
     def _look_round(self) -> None:
         """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
@@ -204,7 +220,9 @@ class SecondarySession:
             if meaning is Meaning.EPOCH_GIVEN_UP:
                 self._epoch_given_up(message)
                 raise CheckpointGivenUpError(decode_reason(message.body))
-            if meaning is not Meaning.ALIVE:
+            if meaning is Meaning.OUTPUT:
+                self._output_came(message)
+            elif meaning is not Meaning.ALIVE:
                 self._over(meaning, message)
 
     def _checkpoint(self, epoch: int) -> None:

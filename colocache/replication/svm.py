@@ -7,6 +7,7 @@ What always holds, and which verbs see to it:
 * Nothing writes guest RAM between the dirty log's taking and the seal but what marks its pages: `sync`, then `seal`.
 * Before the seal guest RAM is the machine's own; from the seal on the epoch is finished, whatever anybody says.
 * A machine whose load failed never runs again.
+* What it said before a load is forgotten; nothing that it says leaves before it takes over.
 
 ===========  ======================================  ==========================================================
 verb         machine                                 cache
@@ -30,6 +31,7 @@ import contextlib
 
 from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
+from colocache.outputs.apart import ApartOutput
 from colocache.replication.errors import SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
@@ -43,8 +45,9 @@ FLUSH_TRIES = 3  # a flush may be repeated after an error: cache and flush set a
 class Svm:
     """The machine on the guest images of `cache`. One thread."""
 
-    def __init__(self, cache: Cache, machine: Machine, events: Events) -> None:
+    def __init__(self, cache: Cache, machine: Machine, events: Events, output: ApartOutput | None = None) -> None:
         self.cache = cache
+        self.output = output or ApartOutput(lambda *_: None)
         self.machine = machine
         self.events = events
         self.can_run = False  # memory and device state are of one epoch
@@ -204,6 +207,7 @@ class Svm:
                 self.cache.loaded(False)
             raise SecondaryLostError(f"the device state of epoch {epoch} did not load: {error}") from error
         self.can_run = True
+        self.output.loaded()
         self.verified_pages += report.epoch_hashes_checked
         self.wrong_pages += len(report.wrong_pages)
         return report

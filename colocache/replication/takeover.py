@@ -57,6 +57,7 @@ class Takeover:
             raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
         self._check_leave()
         self._svm.machine.promoted()
+        self._svm.output.take_over(status.sealed_epoch)
         self._svm.resume()
         promote_ns = time.monotonic_ns() - begin
         self._events.emit("promoted", epoch=status.sealed_epoch, promote_ms=ms(promote_ns))

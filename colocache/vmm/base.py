@@ -7,7 +7,7 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,13 +19,16 @@ from colocache.vmm.device_state import DeviceState, Shape, hash_bytes, pack, par
 from colocache.vmm.errors import MachineError
 from colocache.vmm.history import TIDY_ENTRIES, History, Words, consult, mix, wrong_pages
 from colocache.vmm.layout import BOOT, RAM, boot_image, layout_for, shadow_words
-from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
+from colocache.vmm.machine import LoadReport, MarkDirty, OnOutput, Ram, VerifyReport
 from colocache.vmm.mailbox import Mailbox
 from colocache.vmm.runner import GuestThread
 from colocache.vmm.workload import PAGE, GuestOptions, workload_for
 
 if TYPE_CHECKING:
     from colocache import BlockSpec, Cache, Sender
+
+
+FULL_SECONDS = 0.002  # between two looks whether there is room for what the guest says
 
 
 def program_bytes() -> bytes:
@@ -73,12 +76,16 @@ class ReferenceMachine(ABC):
         self._resumes = 0
         self._synced_stores = 0
         self._tidy_at = TIDY_ENTRIES
+        self.on_output: OnOutput | None = None
+        self.output_full: Callable[[], bool] = lambda: False
+        self.on_reborn: Callable[[], None] = lambda: None
+        self._told = 0  # the step up to which on_output was told
         self._ready = False
         self._closed = False
         self._mailbox = Mailbox()
         self._mailbox.set_work(self._work)
         self._thread = GuestThread(
-            self._mailbox, self._enter, self._kick, options.steps_per_second, f"guest-{self.kind}"
+            self._mailbox, self._enter_and_tell, self._kick, options.steps_per_second, f"guest-{self.kind}"
         )
 
     # ---- what differs ------------------------------------------------------------------------------------------
@@ -173,6 +180,16 @@ class ReferenceMachine(ABC):
         self._refuse_closed()
         self._thread.stop()
 
+    def _enter_and_tell(self) -> None:
+        """In the guest's thread: what it did goes to its console, before it is known to stand."""
+        self._enter()
+        box, step = self._mailbox.box, self.steps
+        if self.on_output is not None and step != self._told:
+            self.on_output(b"steps %d to %d, salt %016x\n" % (self._told, step, int(box.salt)))
+            self._told = step
+            while self.output_full() and not box.stop:
+                time.sleep(FULL_SECONDS)
+
     def _salt(self) -> int:
         seed = self._options.seed
         if seed is None:
@@ -243,7 +260,7 @@ class ReferenceMachine(ABC):
         self._history = History(parsed.history)
         self._tidy_at = max(TIDY_ENTRIES, 2 * len(self._history))
         self._mailbox.set_work(parsed.work)
-        self._mailbox.box.step = parsed.step
+        self._mailbox.box.step = self._told = parsed.step
         # Devices write guest RAM when they load (rings, dirty flags): here a page of its own holds what only this
         # machine knows, so that a write the cache was not told of shows as a wrong page at the next epoch.
         self._shadow = ((parsed.loads + 1) % (1 << 64) or 1, fresh_salt() or 1)

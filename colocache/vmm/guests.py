@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from colocache.choices import GUESTS
 from colocache.errors import ArgumentError
 from colocache.vmm.errors import MachineError
-from colocache.vmm.machine import Machine, MarkDirty, Ram
+from colocache.vmm.machine import Machine, MarkDirty, Ram, SpeakingMachine
 from colocache.vmm.workload import GuestOptions
 
 if TYPE_CHECKING:
@@ -49,11 +49,11 @@ def blocks_for(ram_bytes: int, kind: str = "auto") -> tuple[BlockSpec, ...]:
     return guest_class(found).blocks_for(ram_bytes)
 
 
-def make_machine(kind: str, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> Machine:
+def make_machine(kind: str, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> SpeakingMachine:
     """A stopped machine on RAM that is mapped already; `kind` may be "auto". MachineError.
 
     mark_dirty(block, first_pfn, n_pages) is called after the machine itself wrote guest RAM: Cache.mark_dirty or
     Sender.mark_dirty.
     """
     found, _ = guest_kind_available(kind)
-    return guest_class(found)(rams, options, mark_dirty)
+    return cast(SpeakingMachine, guest_class(found)(rams, options, mark_dirty))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from colocache import BlockSpec, Cache, Sender
 
 MarkDirty = Callable[[int, int, int], None]  # block index, first page, number of pages
+OnOutput = Callable[[bytes], None]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ class Machine(Protocol):
         """Let the guest run, under a fresh random salt that goes into its history. MachineError."""
 
     def pause(self) -> None:
-        """Stop the guest at a step boundary; nothing to do if it stands. Bounded; MachineError."""
+        """Stop the guest at a step boundary; nothing to do if it stands. All that it said was handed to on_output when
+        this is back. Bounded; MachineError.
+        """
 
     def sync_dirty_log(self, target: Cache | Sender) -> None:
         """Hand what the guest wrote since the last time to target, and clear the log. May run while a primary runs."""
@@ -141,3 +144,15 @@ class Machine(Protocol):
 
     def close(self) -> None:
         """Stop the guest for good and give back everything but RAM. May be called twice."""
+
+
+class SpeakingMachine(Machine, Protocol):
+    """One whose guest has a console: those of guests.py.
+
+    What the guest says is handed to on_output, in any thread, once it is set; while output_full() says so, the guest is
+    held up. on_reborn is called when what it said is of no machine any more.
+    """
+
+    on_output: OnOutput | None
+    output_full: Callable[[], bool]
+    on_reborn: Callable[[], None]

@@ -25,7 +25,7 @@ class GuestOptions:
                         write the same pages, and a flush that forgets the secondary's writes would pass unseen.
     command             of a QEMU guest: the whole command line; none = a small guest that does the above
     accel               of that small guest: auto, kvm or tcg
-    console             of a QEMU guest: the file that its console is added to; none = it is not written down
+    console             where what the guest says is shown: a file, or - for standard output; none = nowhere
     """
 
     working_set_bytes: int = 0

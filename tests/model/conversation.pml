@@ -14,7 +14,7 @@
  * Epoch 1 is committed at the start; the initial copy happens in here after the SVM's host has died.
  * What each side hears in which state is recorded (HEARS), and the test compares it with the table that the program
  * reads, colocache/replication/conversation.py.
- * Left out: several streams, the lazy flush, preflush, PING (a time limit that passes is a lost connection), checkpoints
+ * Left out: several streams, output that travels while the machines run (what counts is that the rest of it comes in time), the lazy flush, preflush, PING (a time limit that passes is a lost connection), checkpoints
  * the SVM asks for, a death during attach (it would be the second failure; the crash tests have it).
  */
 
@@ -48,7 +48,7 @@
     X(P_SENDING_hears_ABORT) X(P_SENDING_hears_TOOK_OVER) \
     X(P_SENT_hears_RECEIVED) X(P_SENT_hears_ABORT) X(P_SENT_hears_TOOK_OVER) \
     X(P_RECEIVED_hears_LOADED) X(P_RECEIVED_hears_ABORT_LOAD) X(P_RECEIVED_hears_TOOK_OVER) \
-    X(S_IDLE_hears_HELLO) X(S_IDLE_hears_PAGES) X(S_IDLE_hears_REQUEST) X(S_IDLE_hears_ABORT) \
+    X(S_IDLE_hears_HELLO) X(S_IDLE_hears_PAGES) X(S_PAUSED_hears_OUTPUT) X(output_let_out_by_the_svm) X(S_IDLE_hears_REQUEST) X(S_IDLE_hears_ABORT) \
     X(S_PAUSED_hears_SEND) X(S_PAUSED_hears_PAGES) X(S_PAUSED_hears_SIZE) X(S_PAUSED_hears_ABORT)
 c_decl {
 #define X(event) event,
@@ -74,7 +74,7 @@ c_code {
 #define IGNORED(n) (ONLY != 0 && ONLY != n)
 hidden byte promise_1_a_state_to_take_over_from = IGNORED(1), promise_2_no_output_of_what_can_be_lost = IGNORED(2),
             promise_3_one_machine_the_world_sees = IGNORED(3), promise_4_memory_is_the_epoch = IGNORED(4),
-            promise_5_no_dead_end = IGNORED(5);
+            promise_5_no_dead_end = IGNORED(5), promise_6_no_output_is_missing = IGNORED(6);
 #define PROMISE(name, condition) assert(name || (condition))
 
 mtype:message = { HELLO, READY, PAGES, REQUEST, REPLY, SEND, SIZE, RECEIVED, LOADED, ABORT, ABORT_LOAD, TOOK_OVER };
@@ -114,6 +114,14 @@ mtype:secondary s = S_IDLE;
 bool s_live = true;            /* there is a VM that runs or can run */
 byte s_open = 0;               /* the epoch that arrives */
 byte s_done = 1;               /* newest number sealed or aborted: what comes of it or of older ones is dropped */
+/* P→S OUTPUT(N), the rest of what the PVM sent before it stood, leaves right after SEND: here they are one message. */
+#ifdef MUTANT_OUTPUT_STAYS_BEHIND
+#define WITH_OUTPUT 0
+#else
+#define WITH_OUTPUT 1
+#endif
+bool s_came = false, s_output = true;    /* the output of the open, of the sealed epoch is here; dies with the process */
+bool s_output_died;            /* ... as it did, and no epoch was sealed since */
 byte s_hold = 0;               /* page on its way into the cache */
 bool s_log;                    /* the SVM's dirty log: dies with its process */
 bool s_granted;                /* the arbiter said yes; takes over as soon as nothing is half done */
@@ -252,7 +260,7 @@ end:do
         /* S→P CHECKPOINT_REPLY(N): the PVM pauses; the rest of its log; VMSTATE_SEND(N) */
         :: msg == REPLY && p_open && epoch == p_epoch && p == P_REQUESTED ->
             HAPPENED(P_REQUESTED_hears_REPLY);
-            at_pause = memory; p_takes_log(); tell_s(SEND, p_epoch, 0); p = P_SENDING;
+            at_pause = memory; p_takes_log(); tell_s(SEND, p_epoch, WITH_OUTPUT); p = P_SENDING;
 #ifdef MUTANT_UNACKED_CLEARED_AT_SEND
             unacked = false
 #endif
@@ -315,13 +323,16 @@ inline s_gives_up_epoch(n) {
 #ifdef MUTANT_SVM_BITS_CLEARED_AT_ABORT
     svm_bit = false;
 #endif
-    s_open = 0; s = S_IDLE; at_pause = 0
+    s_open = 0; s_came = false; s = S_IDLE; at_pause = 0
 }
 inline s_takes_over() {
     PROMISE(promise_1_a_state_to_take_over_from, s_live && sealed == committed);
     PROMISE(promise_4_memory_is_the_epoch, guest == right || guest == OWN);
     PROMISE(promise_2_no_output_of_what_can_be_lost, released <= sealed);
     PROMISE(promise_3_one_machine_the_world_sees, p == P_DEAD || !p_alone);
+    /* what the PVM did not let out of the epoch that this goes on from, the SVM lets out first */
+    PROMISE(promise_6_no_output_is_missing, released >= sealed || s_output || s_output_died);
+    if :: released < sealed && s_output -> HAPPENED(output_let_out_by_the_svm) :: else fi;
     if :: p != P_DEAD -> HAPPENED(takeover_while_the_primary_lives) :: else fi;
 #ifndef MUTANT_TAKEOVER_NOT_TOLD
     if :: link && s_seen && len(to_p) < CAPACITY -> to_p!TOOK_OVER, 0      /* said before it runs, and never waited for: */
@@ -354,7 +365,8 @@ end:do
             if :: page != 0 -> s_hold = page; cache = TORN :: else -> receiving = epoch fi
         :: msg == REQUEST && epoch > s_done ->
             HAPPENED(S_IDLE_hears_REQUEST); s_open = epoch; s = S_PAUSED; tell_p(REPLY, epoch)
-        :: msg == SEND && epoch > s_done -> HAPPENED(S_PAUSED_hears_SEND)
+        :: msg == SEND && epoch > s_done -> HAPPENED(S_PAUSED_hears_SEND);
+            if :: page == 1 -> HAPPENED(S_PAUSED_hears_OUTPUT); s_came = true :: else fi
         /* VMSTATE_SIZE and device state: count checked, "S: sync dirty log" */
         :: msg == SIZE && epoch > s_done ->
             PROMISE(promise_5_no_dead_end, s == S_PAUSED && epoch == s_open);
@@ -381,7 +393,9 @@ end:do
 #else
         s == S_COMPLETE ->
 #endif
-        flush_set = pvm_bit || svm_bit; sealed = s_open; right = at_pause; at_pause = 0; s_done = s_open; s_open = 0; s = S_SEALED }
+        flush_set = pvm_bit || svm_bit; sealed = s_open; right = at_pause; at_pause = 0; s_done = s_open;
+        s_open = 0; s_output = s_came; s_came = false; s_output_died = false;
+        s = S_SEALED }
     :: d_step { s == S_SEALED && ROOM_P ->
         pvm_bit = false; svm_bit = false;
 #ifndef MUTANT_RECEIVED_BEFORE_SEAL
@@ -471,10 +485,12 @@ active proctype failures() {
         memory = 0; p_log = false; unacked = false; pending = false; p_open = false; p_unsure = 0; failure() }
     :: d_step { MAY_FAIL ->                                                         /* the SVM's process */
         s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false;
+        s_came = false; s_output = false; s_output_died = true;
         s_granted = false;                                                          /* the operator's word dies with it */
         failure() }
     :: d_step { MAY_FAIL ->                                                         /* the SVM's host: memory is gone */
         s = S_DEAD; s_live = false; s_seen = false; link = false; forget_to_s(); s_log = false; s_granted = false; failure();
+        s_came = false; s_output = false; s_output_died = true;
         cache = TORN; guest = TORN; pvm_bit = false; svm_bit = false; flush_set = false;
         sealed = 0; committed = 0; receiving = 0 }
     /* within reconnect_limit both are there again: HELLO both ways.  An SVM that took over does not listen any more. */

@@ -21,16 +21,15 @@ import numpy as np
 
 from colocache.errors import ArgumentError, ClosedError, OrderError
 from colocache.vmm.errors import MachineError
-from colocache.vmm.machine import LoadReport, MarkDirty, Ram, VerifyReport
+from colocache.vmm.machine import LoadReport, MarkDirty, OnOutput, Ram, VerifyReport
 from colocache.vmm.qemu import availability, guest_oracle
-from colocache.vmm.qemu.console import ConsoleFile
 from colocache.vmm.qemu.description import Description, describe, write_firmware
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH, ENDED
 from colocache.vmm.qemu.guests import guest_of
 from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
 from colocache.vmm.qemu.pool import Pool
-from colocache.vmm.qemu.process import OnOutput, QemuProcess
+from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.process_log import log_of
 from colocache.vmm.qemu.qmp import Event
 from colocache.vmm.qemu.state import SavedState, pack, parse
@@ -55,8 +54,9 @@ class QemuMachine:
             raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {given}")
         (self.ram,) = rams
         self._mark_dirty = mark_dirty
-        self._console = ConsoleFile(options.console) if options.console else None
-        self.on_output: OnOutput | None = self._console  # is given what the guest of the machine that runs says
+        self.on_output: OnOutput | None = None  # is given what the guest of the machine that runs says
+        self.output_full: Callable[[], bool] = lambda: False
+        self.on_reborn: Callable[[], None] = lambda: None
         self._powered_off = False
         self._promoted = False
         self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
@@ -68,11 +68,7 @@ class QemuMachine:
         self._pool: Pool | None = None
         self._running = False
         self._closed = False
-        try:
-            self._guest = guest_of(options, self.ram.len_bytes)
-        except BaseException:
-            self._close_console()
-            raise
+        self._guest = guest_of(options, self.ram.len_bytes)
         try:
             asked = self._guest.line.ram_bytes
             if asked != self.ram.len_bytes:
@@ -82,7 +78,6 @@ class QemuMachine:
             self.description: Description = describe(self._guest.line)
         except BaseException:
             self._guest.close()
-            self._close_console()
             raise
 
     @classmethod
@@ -108,7 +103,6 @@ class QemuMachine:
         # Firmware and kernel may lie in RAM already.
         self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
         self._log = log_of(self._process, self.ram, kvm_maps_it=self.description.kvm)
-        self._show()
 
     def resume(self) -> None:
         """See machine.Machine."""
@@ -133,6 +127,7 @@ class QemuMachine:
                     self._unless_it_died(QemuProcess.stop)
             else:
                 self._saved = self._stop_and_save()
+                self._drain()
             self._running = False
 
     def _stop_and_save(self) -> bytes | QemuError:
@@ -178,17 +173,12 @@ class QemuMachine:
         """See machine.Machine. A machine that went astray is no machine for the world: a fresh one takes its place."""
         self._revive()
         self._promoted = True
-        self._show()
 
-    def _show(self) -> None:
-        if self._console is not None:
-            self._console.show()
-
-    def _close_console(self) -> None:
-        console, self._console = self._console, None
-        if console is not None:
-            self.on_output = None
-            console.close()
+    def _drain(self) -> None:
+        """All that its guest said before it stood is handed to on_output."""
+        process = self._process
+        if process is not None and self.on_output is not None:
+            process.drain()
 
     def _unless_it_died(self, order: Callable[[QemuProcess], None]) -> None:
         """Give the process an order; a secondary's that died just now went astray."""
@@ -227,8 +217,17 @@ class QemuMachine:
             if mine() and self.on_output is not None:
                 self.on_output(data)
 
+        def output_full() -> bool:
+            return mine() and self.output_full()
+
         process = QemuProcess(
-            self._guest.line, self.ram.fd, shared=shared, incoming=incoming, on_output=on_output, on_event=on_event
+            self._guest.line,
+            self.ram.fd,
+            shared=shared,
+            incoming=incoming,
+            on_output=on_output,
+            output_full=output_full,
+            on_event=on_event,
         )
         made.append(process)
         return process
@@ -328,6 +327,7 @@ class QemuMachine:
         fresh = self._load(stream)
         if self._old is not None:
             self._old.see_dead()  # before the fresh one may run
+        self.on_reborn()
         self._process = fresh
 
     def _tidy_up(self) -> None:
@@ -390,7 +390,7 @@ class QemuMachine:
         if self._closed:
             return
         self._closed = True
-        closing: list[Callable[[], None]] = [self._guest.close, self._close_console]
+        closing: list[Callable[[], None]] = [self._guest.close]
         closing += [one.close for one in (self._pool, self._log) if one is not None]
         closing += [one.kill for one in (self._old, self._process) if one is not None]
         while closing:

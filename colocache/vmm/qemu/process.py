@@ -39,6 +39,8 @@ CPU_CLOCK = 2  # with a process's number: the clock of its CPU time
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 
 OnOutput = Callable[[bytes], None]
+READ_BYTES = 1 << 16  # at a time
+FULL_SECONDS = 0.005  # between two looks whether there is room for what the guest says
 
 
 class QemuProcess:
@@ -49,6 +51,7 @@ class QemuProcess:
     shared     True: it writes the image; False: private copies
     incoming   True: it waits for load()
     on_output  is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
+    output_full  whether to read no more of it now, which holds the guest up
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class QemuProcess:
         shared: bool,
         incoming: bool = False,
         on_output: OnOutput | None = None,
+        output_full: Callable[[], bool] = lambda: False,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
         self._driver = driver()
@@ -70,6 +74,7 @@ class QemuProcess:
         self._qmp: Qmp | None = None
         self._open: list[socket.socket | int] = []  # what close() closes
         self._reading: list[int] = []  # descriptors the driver's loop reads
+        self._takers: list[Callable[[], bool]] = []  # one for each of them: reads what is there
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
         self._stream: socket.socket | None = None
@@ -78,6 +83,7 @@ class QemuProcess:
         self._address: int | None = None
         self.userfault = -1
         try:
+            self._output_full = output_full
             self._start(line, image, shared, on_output)
         except BaseException:
             self.kill()
@@ -116,7 +122,7 @@ class QemuProcess:
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
         self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
         self._console.setblocking(False)
-        self._read(self._console.fileno(), on_output or (lambda _: None))  # unread, it would stall the guest
+        self._read(self._console.fileno(), on_output or (lambda _: None), self._output_full)
         try:
             self._qmp = Qmp(ends["qmp"][0], self._events.put, START_SECONDS)
         except QemuDiedError:
@@ -163,24 +169,49 @@ class QemuProcess:
 
     # ---- what it says --------------------------------------------------------------------------------------------
 
-    def _read(self, fd: int, sink: OnOutput) -> None:
-        """From now on hand what comes from fd to `sink`, in the driver's thread."""
+    def _read(self, fd: int, sink: OnOutput, full: Callable[[], bool] = lambda: False) -> None:
+        """From now on hand what comes from fd to `sink`, in the driver's thread; nothing while `full`."""
         os.set_blocking(fd, False)
         self._reading.append(fd)
+        loop = self._driver.loop
 
-        def come() -> None:
+        def take() -> bool:
+            """Whether something came."""
             try:
-                data = os.read(fd, 1 << 16)
+                data = os.read(fd, READ_BYTES)
             except BlockingIOError:
-                return
+                return False
             except OSError:
                 data = b""
             if data:
                 sink(data)
             else:
-                self._driver.loop.remove_reader(fd)
+                loop.remove_reader(fd)
+            return bool(data)
 
-        self._driver.soon(self._driver.loop.add_reader, fd, come)
+        def come() -> None:
+            if full():
+                loop.remove_reader(fd)
+                loop.call_later(FULL_SECONDS, listen)
+            else:
+                take()
+
+        def listen() -> None:
+            if fd in self._reading:  # else it was closed meanwhile, and the number may be another's
+                loop.add_reader(fd, come)
+
+        self._takers.append(take)
+        self._driver.soon(listen)
+
+    def drain(self) -> None:
+        """Back when all that it wrote before it stood has been handed on, also if that is more than there is room."""
+
+        async def drain() -> None:
+            for take in self._takers:
+                while take():
+                    pass
+
+        self._driver.call(drain(), "hand on what its guest said", DEATH_SECONDS)
 
     def _dead(self, pidfd: int) -> None:
         self._driver.loop.remove_reader(pidfd)
@@ -364,7 +395,7 @@ class QemuProcess:
         qmp, self._qmp = self._qmp, None
         if qmp is not None:
             qmp.close()
-        reading, self._reading = self._reading, []
+        reading, self._reading, self._takers = self._reading, [], []
         opened, self._open = self._open, []
         self._console = self._stream = self._preloaded = None
         self.pidfd = -1
