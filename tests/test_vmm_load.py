@@ -55,6 +55,22 @@ def test_a_state_makes_another_machine_go_on_where_the_first_stood(host: Host, w
 
 
 @every_guest
+def test_a_load_is_of_the_bytes_that_it_is_given_whatever_was_looked_at_before(host: Host) -> None:
+    first, second = host.machine(), host.machine()
+    first.boot()
+    older = first.save_device_state()
+    run_steps(first)
+    newer = first.save_device_state()
+    second.check_device_state(newer)
+    with pytest.raises(DeviceStateError):
+        second.load_device_state(newer[:-1] + bytes([newer[-1] ^ 1]))
+    for looked_at, loaded in ((newer, older), (older, newer), (newer, newer)):
+        second.check_device_state(looked_at)
+        second.load_device_state(loaded)
+        assert second.steps == (first.steps if loaded == newer else 0)
+
+
+@every_guest
 def test_a_page_that_is_not_the_primarys_is_found_at_load(host: Host) -> None:
     first, second = host.machine(), host.machine()
     first.boot()

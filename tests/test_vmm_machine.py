@@ -176,6 +176,31 @@ def test_a_machine_that_runs_can_be_closed(host: Host) -> None:
 
 @pytest.mark.kvm
 @needs_kvm
+def test_the_registers_that_are_saved_are_those_that_kvm_tells_when_asked() -> None:
+    host = Host("kvm", "shm")
+    with host.stack:
+        machine = host.machine()
+        machine.boot()
+        vcpu = machine._vcpu
+        seen = set()
+
+        def asked() -> bytes:
+            return bytes(vcpu.regs()) + bytes(vcpu.sregs())
+
+        assert machine._save_registers() == asked()
+        for _ in range(5):
+            run_steps(machine)
+            assert machine._save_registers() == asked()
+            seen.add(asked())
+            state = machine.save_device_state()
+        run_steps(machine)
+        machine.load_device_state(state)
+        assert machine._save_registers() == asked(), "what was in the run page before the load"
+        assert len(seen) > 1
+
+
+@pytest.mark.kvm
+@needs_kvm
 def test_a_vcpu_that_dies_is_told_and_never_waited_for() -> None:
     host = Host("kvm", "shm")
     with host.stack:

@@ -201,8 +201,7 @@ class KvmMachine(ReferenceMachine):
     # ---- registers -------------------------------------------------------------------------------
 
     def _save_registers(self) -> bytes:
-        vcpu = self._running_vcpu()
-        return bytes(vcpu.regs()) + bytes(vcpu.sregs())
+        return self._running_vcpu().all_registers()
 
     def _check_registers(self, registers: bytes) -> None:
         """Only what this guest can be: at its own code, on its own page tables, at level 3, nothing to be injected."""

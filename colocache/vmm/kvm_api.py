@@ -36,9 +36,12 @@ SET_CPUID2 = 0x4008AE90
 ENABLE_CAP = 0x4068AEA3
 
 CAP_USER_MEMORY = 3
+CAP_SYNC_REGS = 74
 CAP_IMMEDIATE_EXIT = 136
 CAP_MANUAL_DIRTY_LOG_PROTECT2 = 168
 MANUAL_PROTECT_ENABLE = 1  # without INITIALLY_SET: a new slot's log is empty
+
+SYNC_REGS = 1 | 2  # registers, and special ones, are in the run page after each run
 
 MEM_LOG_DIRTY_PAGES = 1
 
@@ -112,10 +115,10 @@ class IoExit(ctypes.Structure):
 
 
 class RunPage(ctypes.Structure):
-    """The head of struct kvm_run, and the two exits the machine looks into."""
+    """struct kvm_run: its head, the two exits that the machine looks into, and registers."""
 
     class Exit(ctypes.Union):
-        _fields_ = [("io", IoExit), ("suberror", c_uint32)]
+        _fields_ = [("io", IoExit), ("suberror", c_uint32), ("padding", c_uint8 * 256)]
 
     _fields_ = [
         ("request_interrupt_window", c_uint8),
@@ -128,6 +131,10 @@ class RunPage(ctypes.Structure):
         ("cr8", c_uint64),
         ("apic_base", c_uint64),
         ("exit", Exit),
+        ("kvm_valid_regs", c_uint64),
+        ("kvm_dirty_regs", c_uint64),
+        ("regs", Regs),
+        ("sregs", Sregs),
     ]
 
 
@@ -208,11 +215,15 @@ class Vcpu:
         self.fd = fcntl.ioctl(kvm.vm, CREATE_VCPU, 0)
         self._map = mmap.mmap(self.fd, fcntl.ioctl(kvm.fd, GET_VCPU_MMAP_SIZE, 0))
         self.page = RunPage.from_buffer(self._map)
+        self._synced = False  # the registers in the run page are the vCPU's
+        if kvm.extension(CAP_SYNC_REGS) & SYNC_REGS == SYNC_REGS:
+            self.page.kvm_valid_regs = SYNC_REGS
         cpuid = Cpuid(nent=256)
         fcntl.ioctl(kvm.fd, GET_SUPPORTED_CPUID, cpuid)
         fcntl.ioctl(self.fd, SET_CPUID2, cpuid)
 
     def run(self) -> None:
+        self._synced = bool(self.page.kvm_valid_regs)
         fcntl.ioctl(self.fd, RUN, 0)
 
     def block_signals_but(self, signal_number: int) -> None:
@@ -231,10 +242,19 @@ class Vcpu:
         fcntl.ioctl(self.fd, GET_SREGS, sregs)
         return sregs
 
+    def all_registers(self) -> bytes:
+        """Regs, then Sregs. Of a vCPU that ran since they were set from its run page, if this KVM puts them there: the
+        two calls take 70 us in a pause."""
+        if self._synced:
+            return bytes(self.page.regs) + bytes(self.page.sregs)
+        return bytes(self.regs()) + bytes(self.sregs())
+
     def set_regs(self, regs: Regs) -> None:
+        self._synced = False
         fcntl.ioctl(self.fd, SET_REGS, regs)
 
     def set_sregs(self, sregs: Sregs) -> None:
+        self._synced = False
         fcntl.ioctl(self.fd, SET_SREGS, sregs)
 
     def close(self) -> None:
