@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,8 +60,8 @@ def make_memory(region_name: str) -> Iterator[Callable[..., Memory]]:
     """Memory.create with a name of this run and small blocks; removed at the end."""
     made: list[Memory] = []
 
-    def make(blocks: tuple[BlockSpec, ...] = BLOCKS, *, backing: str = "shm", reserve: bool = True) -> Memory:
-        made.append(Memory.create(f"{region_name}-{len(made)}", blocks, backing=backing, reserve=reserve))
+    def make(blocks: tuple[BlockSpec, ...] = BLOCKS, *, backing: str = "shm", **options: Any) -> Memory:
+        made.append(Memory.create(f"{region_name}-{len(made)}", blocks, backing=backing, **options))
         return made[-1]
 
     yield make

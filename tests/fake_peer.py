@@ -27,6 +27,7 @@ class FakePeer:
 
     def __init__(self, connection: socket.socket) -> None:
         self.socket = connection
+        self.n_pages = 0  # the number in the words a and b of what was heard last
         connection.settimeout(10)
 
     def say(self, kind: int, epoch: int = 0, body: bytes = b"", a: int = 0, b: int = 0) -> None:
@@ -36,9 +37,10 @@ class FakePeer:
         """The next message but PING and PONG."""
         while True:
             # Not parse_header: the checksum of PAGES covers more than the header.
-            _, _, kind, epoch, length, _, _, _ = HEADER.unpack(self._read(HEADER.size))
+            _, _, kind, epoch, length, low, high, _ = HEADER.unpack(self._read(HEADER.size))
             body = self._read(length)
             if kind not in (M.PING, M.PONG):
+                self.n_pages = high << 32 | low
                 return MessageType(kind), epoch, body
 
     def hear_end(self) -> str:

@@ -133,7 +133,7 @@ def test_a_changed_byte_is_refused_or_is_another_valid_hello(position: int, valu
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (raw(wire_version=1), "speaks version 1 of the conversation, this side 3"),
+        (raw(wire_version=1), "speaks version 1 of the conversation, this side 4"),
         (raw(wire_version=True), "wire_version is not a number"),
         (raw(drop=("lost",)), "its fields are not those"),
         (raw(more=1), "its fields are not those"),

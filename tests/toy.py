@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colocache import BlockSpec, Cache, ColocacheError, Memory, RamImage, Sender
+from colocache import BlockSpec, Cache, ColocacheError, Memory, RamImage, Sender, private_bytes, private_forget
 from colocache.demo.checks import Checks
 from colocache.outputs.held import NoOutput
 from colocache.replication.address import Address
@@ -114,6 +114,20 @@ class ToyMachine:
 
     def dirty_hint(self) -> int:
         return int(sum(int(word).bit_count() for words in self._log for word in words))
+
+    def private_bytes(self) -> int:
+        """As the kernel counts them."""
+        return sum(private_bytes(0, ram.addr, ram.len_bytes) for ram in self._rams if ram.private)
+
+    def give_up_private(self) -> None:
+        """Its memory is the image's again."""
+        assert not self.running
+        for ram in self._rams:
+            private_forget(ram.addr, ram.len_bytes)
+
+    def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:
+        """It stands, and has nothing but its memory."""
+        return cache.fold(block, first_pfn, n_pages)
 
     def sums(self) -> list[int]:
         """A checksum per page of all blocks."""
@@ -328,17 +342,27 @@ class Pair:
         self.released: list[int | None] = []
         self._running: list[Running] = []
 
-    def make_secondary(self, *, attach: bool = False, pair: str = "toy", ask_at: int = 0) -> Secondary:
+    def make_secondary(
+        self, *, attach: bool = False, pair: str = "toy", ask_at: int = 0, memory_limit: int = 0
+    ) -> Secondary:
         """A secondary on fresh memory, or on what the one before left."""
         self.cache = Cache.attach(self.memory, threads=1) if attach else Cache.create(self.memory, threads=1)
         self._stack.callback(self.cache.close)
-        self.svm = ToyMachine(rams_of_blocks(self.cache.blocks.values()), self.cache.mark_dirty, own=100)
+        rams = rams_of_blocks(self.cache.blocks.values(), private=self.memory.memory_mode == "bounded")
+        self.svm = ToyMachine(rams, self.cache.mark_dirty, own=100)
         self.secondary = Secondary(
             cache=self.cache,
             machine=self.svm,  # type: ignore[arg-type]
             listener=self.listener,
             machine_name="toy",
-            options=SecondaryOptions(pair=pair, timing=self.timing, ask_at_dirty_pages=ask_at, streams=self.streams),
+            options=SecondaryOptions(
+                pair=pair,
+                timing=self.timing,
+                ask_at_dirty_pages=ask_at,
+                streams=self.streams,
+                memory_limit=memory_limit,
+            ),
+            control_fd=self.memory.control_fd,
             events=self.events_s,
             stop=self.stop_s,
             arbiter=self.arbiter,

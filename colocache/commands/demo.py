@@ -15,6 +15,7 @@ from colocache.commands.options import (
     foreseen,
     guest_options,
     json_option,
+    memory_limit_option,
     memory_option,
     print_json,
     resume_option,
@@ -28,6 +29,7 @@ from colocache.commands.options import (
 @click.command()
 @guest_options
 @memory_option
+@memory_limit_option
 @click.option(
     "--checkpoints",
     type=click.IntRange(min=1),
@@ -89,6 +91,7 @@ def demo(as_json: bool, **given: Any) -> None:
             steps_per_second=given["steps_per_second"],
             backing=guest.backing,
             memory_mode=guest.memory_mode,
+            memory_limit=given["memory_limit"],
             checkpoints=given["checkpoints"],
             interval=given["interval"],
             kill_at=given["kill_primary_at"],

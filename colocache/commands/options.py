@@ -135,6 +135,13 @@ memory_option = click.option(
     help="Memory of the secondary. mirror: two images of guest RAM; bounded: one, and what the primary has sent and "
     "the secondary has written since the last checkpoint.",
 )
+memory_limit_option = size_option(
+    "--memory-limit",
+    default="0",
+    show_default="none",
+    help="With --memory bounded: the most memory that the secondary takes beside its one image of guest RAM. Near it a "
+    "checkpoint is asked for, and its machine stands before it is passed.",
+)
 guest_options = options(
     guest_kind_option,
     size_option("--ram", default="256M", show_default=True, help="Size of guest RAM."),

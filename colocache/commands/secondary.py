@@ -20,6 +20,7 @@ from colocache.commands.options import (
     arbiter_option,
     foreseen,
     guest_options,
+    memory_limit_option,
     memory_option,
     pair_option,
     report_options,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
 @guest_options
 @memory_option
+@memory_limit_option
 @click.option(
     "--threads",
     type=click.IntRange(0, 65535),
@@ -110,6 +112,7 @@ def secondary(**given: Any) -> None:
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.events import Events
     from colocache.replication.keeper import Keeper
+    from colocache.replication.memory_limit import check_limit
     from colocache.replication.security import check_plain, make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.replication.trace import begin_trace, end_trace
@@ -132,6 +135,8 @@ def secondary(**given: Any) -> None:
     actions: dict[int, Callable[[], object]] = {
         signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
     }
+    if not given["attach"]:
+        check_limit(given["memory_limit"], guest.blocks, guest.memory_mode)
     config = _config(given, guest, security)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
@@ -146,6 +151,7 @@ def secondary(**given: Any) -> None:
         if not (security.certificates or security.insecure):
             check_plain(listener.family, listener.getsockname())
         memory = _memory(given, guest, stack)
+        check_limit(given["memory_limit"], [image.spec for image in memory.images], memory.memory_mode)
         events.emit(
             "start",
             f"guest {guest.kind} ({guest.why}); "
@@ -204,6 +210,7 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
         ),
         ask_at_dirty_pages=-(-given["dirty_limit"] // 4096),
         streams=given["streams"],
+        memory_limit=given["memory_limit"],
     )
 
     def make(memory: Memory, listener_fd: int) -> ChildConfig:

@@ -27,6 +27,7 @@ from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
 from colocache.errors import ColocacheError
+from colocache.replication.memory_limit import check_limit
 from colocache.replication.signals import Stop
 from colocache.replication.trace import begin_trace, read_trace, write_trace
 from colocache.vmm.guests import blocks_for, guest_kind_available
@@ -50,6 +51,7 @@ class DemoOptions:
     steps_per_second: float = 20000.0
     backing: str = "auto"
     memory_mode: str = "mirror"
+    memory_limit: int = 0
     checkpoints: int = 20
     interval: float = 0.2
     kill_at: str = "running"
@@ -171,6 +173,7 @@ class DemoRun:
         """From start to end: the report. DemoError: something was not as claimed, or a side failed."""
         begin = time.monotonic()
         kind, _ = guest_kind_available(self.options.guest)
+        check_limit(self.options.memory_limit, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
             if kind == "qemu" or self.options.console:
@@ -198,11 +201,18 @@ class DemoRun:
             "flush": "copy",  # the one strategy that there is
             "ram_bytes": self.options.ram_bytes,
             **self.tally.report(self._killed_ns),
+            **(
+                {"memory_limit": self.tally.memory.report(self.options.memory_limit)}
+                if self.options.memory_limit
+                else {}
+            ),
             "kill_primary_at": self.options.kill_at,
             "verify": self.options.verify,
             "resume_at": self.options.resume_at,
             "seconds": round(time.monotonic() - begin, 3),
         }
+        if self.options.memory_limit:
+            report["memory_limit"] = self.tally.memory.report(self.options.memory_limit)
         self._check(report)
         return report
 
@@ -232,7 +242,7 @@ class DemoRun:
     def _secondary_args(self, address: str) -> list[str]:
         limit = str(self.options.reconnect_limit)
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
-        memory = ["--memory", self.options.memory_mode]
+        memory = ["--memory", self.options.memory_mode, "--memory-limit", str(self.options.memory_limit)]
         args = [*self._common_args(), *self._trace_args("secondary"), "--listen", address, "--name", self._name]
         return self._with_command([*args, *memory, *limits])
 

@@ -27,6 +27,35 @@ def summary_of(values: Sequence[float]) -> dict[str, float]:
 
 
 @dataclass
+class Limited:
+    """What a secondary under a memory limit did to keep it."""
+
+    peak_bytes: int = 0  # beside the image: staged and private pages and bookkeeping, at the checkpoints
+    stood_ms: list[float] = field(default_factory=list)  # of its machine, waiting for a checkpoint
+    asked: int = 0  # checkpoints that it asked for
+    private_given_up: int = 0
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Count one event of the secondary."""
+        if event["event"] == "memory":
+            self.peak_bytes = max(self.peak_bytes, event["bytes"])
+            self.stood_ms.append(event["stood_ms"])
+            self.asked += event["asked"]
+        elif event["event"] == "private_given_up":
+            self.private_given_up += 1
+
+    def report(self, limit_bytes: int) -> dict[str, Any]:
+        """The field `memory_limit` of `demo --json`."""
+        return {
+            "bytes": limit_bytes,
+            "peak_bytes": self.peak_bytes,
+            "asked": self.asked,
+            "private_given_up": self.private_given_up,
+            "stood_ms": summary_of(self.stood_ms),
+        }
+
+
+@dataclass
 class Tally:
     """Sums over the checkpoints of one run, and its takeover."""
 
@@ -44,6 +73,7 @@ class Tally:
     primary_pauses: list[float] = field(default_factory=list)
     primary_stages: dict[str, list[float]] = field(default_factory=dict)
     progress: list[tuple[int, int]] = field(default_factory=list)  # of the primary's guest: ns, steps since it booted
+    memory: Limited = field(default_factory=Limited)
     lost: dict[str, Any] | None = None
     promoted: dict[str, Any] | None = None
     takeover: dict[str, Any] | None = None
@@ -60,6 +90,7 @@ class Tally:
                 for stage, value in event["stages"].items():
                     self.primary_stages.setdefault(stage.removesuffix("_ms"), []).append(value)
             return
+        self.memory.add(event)
         if name == "checkpoint":
             self.checkpoints += 1
             self.pvm_pages += event["pvm_pages"]

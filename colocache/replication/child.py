@@ -146,6 +146,7 @@ def _run(
                 output=output,
                 wrap=wrap,
                 trace=trace,
+                control_fd=memory.control_fd,
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)

@@ -19,7 +19,7 @@ from colocache.replication.conversation import Meaning, Meeting, State, meaning_
 from colocache.replication.errors import DeclaredLostError, ProtocolError, RefusedError
 from colocache.replication.events import Events
 from colocache.replication.hello import Hello
-from colocache.replication.messages import AbortKind, Message, MessageType
+from colocache.replication.messages import AbortKind, Message, MessageType, split_u64
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.streams_in import take_streams
 from colocache.replication.transport import PlainTransport, Wrap
@@ -41,10 +41,12 @@ class Door:
         options: SecondaryOptions,
         events: Events,
         wrap: Wrap = PlainTransport,
+        ready: Callable[[], int] = lambda: 0,
     ) -> None:
         self._cache = cache
         self._machine_name = machine_name
         self._options = options
+        self._ready = ready  # pages that the primary may have, which CHECKPOINT_READY tells
         self._events = events
         self._room = WaitingRoom(
             listener,
@@ -157,7 +159,8 @@ class Door:
                 refused=lambda reason: self.refuse(f"a stream: {reason}"),
             )
             self._room.close()
-            channel.send(MessageType.CHECKPOINT_READY)
+            low, high = split_u64(self._ready())
+            channel.send(MessageType.CHECKPOINT_READY, a=low, b=high)
         except (TimedOutError, ProtocolError) as error:
             channel.abort(AbortKind.SESSION, str(error))
             channel.linger()

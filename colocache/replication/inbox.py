@@ -60,6 +60,7 @@ class Inbox:
         """`tick` is called at least every SLICE_SECONDS while somebody waits here, and may end that by raising."""
         self._channel = channel
         self._tick = tick
+        self.slice_seconds = SLICE_SECONDS  # between two ticks
         self._queue: queue.SimpleQueue[Message | ColocacheError] = queue.SimpleQueue()
         self._end: ColocacheError | None = None
         self._ended = threading.Event()
@@ -113,10 +114,10 @@ class Inbox:
         while (left := until - time.monotonic()) > 0:
             self._tick()
             if self._here:
-                self._read_here(min(left, SLICE_SECONDS))
+                self._read_here(min(left, self.slice_seconds))
                 left = 0.0
             try:
-                return self._queue.get(timeout=min(left, SLICE_SECONDS)) if left else self._queue.get_nowait()
+                return self._queue.get(timeout=min(left, self.slice_seconds)) if left else self._queue.get_nowait()
             except queue.Empty:
                 continue
         return None

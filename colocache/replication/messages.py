@@ -9,12 +9,14 @@ and b, a checksum over all of it) and a body. Numbers 0 to 6 are QEMU's COLO mes
 ====================  =========  ======================================================================
 message               direction  epoch, a, b, body
 ====================  =========  ======================================================================
-CHECKPOINT_READY      S→P        after HELLO: the secondary waits for pages
-CHECKPOINT_REQUEST    P→S        epoch N; S→P with epoch 0: "please take a checkpoint"
-CHECKPOINT_REPLY      S→P        epoch N: the secondary's VM stands still
+CHECKPOINT_READY      S→P        after HELLO: the secondary waits for pages; b:a = pages that the primary may have
+                                 until the next checkpoint (64 bits; 0 = any number)
+CHECKPOINT_REQUEST    P→S        epoch N; b:a = about how many pages it has; S→P with epoch 0: "please take
+                                 a checkpoint"
+CHECKPOINT_REPLY      S→P        epoch N: the secondary's VM stands still; b:a = pages that N may have (0 = any number)
 VMSTATE_SEND          P→S        epoch N: the primary's VM stands still, its last pages follow
 VMSTATE_SIZE          P→S        epoch N; b:a = pages sent for N (64 bits); body: the device state
-VMSTATE_RECEIVED      S→P        epoch N is sealed
+VMSTATE_RECEIVED      S→P        epoch N is sealed; b:a as in CHECKPOINT_READY
 VMSTATE_LOADED        S→P        epoch N runs
 PAGES                 P→S        made and taken apart by the C library, never here
 HELLO                 both       body: JSON, see hello.py
@@ -25,8 +27,9 @@ STREAM                P→S        the first message on a further connection: a 
                                  body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 
-This is version 3 of it, which HELLO tells; version 2 had no OUTPUT. The
-framing has a version of its own, in every header, which the C library looks at. Epoch numbers are below 2^48.
+This is version 4 of it, which HELLO tells; in version 3 nobody said how many pages an epoch may have, and version 2 had
+no OUTPUT. The framing has a version of its own, in every header, which the C library looks at. Epoch numbers are below
+2^48.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from colocache.errors import PacketError
 from colocache.outputs.travel import BODY_BYTES_MAX as OUTPUT_BYTES_MAX
 from colocache.replication.errors import ProtocolError
 
-CONVERSATION_VERSION = 3
+CONVERSATION_VERSION = 4
 EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024

@@ -69,6 +69,7 @@ class SecondaryOptions:
     timing: Timing = Timing()
     ask_at_dirty_pages: int = 0  # ask the primary for a checkpoint when the SVM has dirtied so many; 0 = never
     streams: int = 1  # connections that carry pages at once; the primary must want the same
+    memory_limit: int = 0  # bounded memory: bytes beside the one image; 0 = no limit
 
     def __post_init__(self) -> None:
         _check_streams(self.streams)

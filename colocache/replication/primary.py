@@ -29,7 +29,7 @@ from colocache.replication.errors import (
 from colocache.replication.events import Events
 from colocache.replication.hello import Hello
 from colocache.replication.inbox import answer
-from colocache.replication.messages import AbortKind, MessageType
+from colocache.replication.messages import AbortKind, MessageType, join_u64
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.primary_session import PrimarySession
@@ -260,8 +260,9 @@ class Primary:
         meeting = self._judge(channel, own, peer)
         open_streams(channel, self._address, self._wrap, peer, self.timing.checkpoint_timeout)
         self.pvm.meet(meeting, peer)
-        while not answer(State.ACCEPTED, channel.receive()):
+        while not answer(State.ACCEPTED, ready := channel.receive()):
             pass
+        self.pvm.allowance = join_u64(ready.a, ready.b)
         fresh = meeting is Meeting.FRESH
         sealed = self.pvm.pair.sealed_epoch
         self.events.emit(

@@ -12,12 +12,13 @@ from colocache.outputs.travel import pack
 from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
-from colocache.replication.errors import ProtocolError
+from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, MessageType, split_u64
+from colocache.replication.messages import AbortKind, MessageType, join_u64, split_u64
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
+from colocache.replication.primary_room import PrimaryRoom
 from colocache.replication.pvm import Pvm
 from colocache.replication.results import SentCheckpoint
 from colocache.replication.rounds import Rounds
@@ -62,16 +63,19 @@ class PrimarySession:
         self._done = done
         self._channel = channel
         self._streams = OutStreams(channel)
-        self._inbox = Inbox(channel, tick)
+        self._room = PrimaryRoom(pvm, events)
+        self._tick = tick
+        self._inbox = Inbox(channel, self._look_round)
         self._apart = Apart(channel.fileno(), "primary", wanted=len(self._streams) == 1)
         channel.may_spin = self._apart.own_core
         self._trace = trace or Trace()
         self._save_failures = 0
-        self._rounds = Rounds(self._sync, self._send, pvm.machine.dirty_hint)
+        self._rounds = Rounds(self._sync, self._send_round, pvm.machine.dirty_hint)
 
     def run(self, fresh: bool) -> None:
         """Until the wanted checkpoints are done or the primary is stopped; then the secondary is told so."""
         self._inbox.start()
+        self._told(self._pvm.allowance)
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
         self._pvm.open_epoch()
         try:
@@ -106,6 +110,11 @@ class PrimarySession:
         self._channel.abort(AbortKind.END, reason)
         self._channel.linger()
 
+    def _look_round(self) -> None:
+        """Now and then while this side waits."""
+        self._tick()
+        self._room.look()
+
     def close(self) -> None:
         """End the reading thread and the connection."""
         self._inbox.stop()
@@ -120,6 +129,10 @@ class PrimarySession:
         n_pages = self._pvm.send(self._streams, timeout=self._timing.checkpoint_timeout, max_pages=max_pages)
         self._trace.add(f"send {n_pages} pages", begin, time.monotonic_ns(), self._pvm.epoch)
         return n_pages
+
+    def _send_round(self) -> int:
+        """In the background: nothing that the secondary would refuse. In the checkpoint it has more room."""
+        return 0 if self._pvm.beyond(self._pvm.allowance) else self._send()
 
     def _send_output(self) -> None:
         """What the machine sent travels before its epoch is sealed, for a secondary that takes over from that."""
@@ -164,6 +177,8 @@ class PrimarySession:
             wanted = self._inbox.checkpoint_wanted.is_set() or self._checkpoint_wanted.is_set()
             if now >= due or wanted or self._above_dirty_limit() or self._pvm.machine.powered_off:
                 return
+            if self._room.near():
+                return
             if now >= next_round:
                 hint = self._pvm.machine.dirty_hint()  # 0: nothing, or nobody can tell
                 if self._options.background and not 0 < hint < self._options.round_pages:
@@ -171,7 +186,7 @@ class PrimarySession:
                 self._send_output()
                 next_round = time.monotonic() + step
                 continue
-            self._inbox.arrived.wait(max(0.0, min(due, next_round, now + SLICE_SECONDS) - now))
+            self._inbox.arrived.wait(max(0.0, min(due, next_round, now + self._inbox.slice_seconds) - now))
 
     def _above_dirty_limit(self) -> bool:
         limit = self._options.dirty_limit_pages
@@ -187,6 +202,7 @@ class PrimarySession:
 
     def _stay(self) -> None:
         """Stay connected without checkpoints, until stopped or killed."""
+        self._room.lift()
         self._events.emit("holding", "no more checkpoints; running on")
         while not self._stop.is_set():
             self._inbox.check_idle()
@@ -200,6 +216,8 @@ class PrimarySession:
         epoch = self._pvm.epoch
         self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
+        if self._room.near():
+            self._pvm.pause()  # before the secondary answers it would have written more than there is room for
         if self._options.background:
             self._rounds.last()
         self._inbox.hear_here(True)
@@ -225,8 +243,11 @@ class PrimarySession:
         number = pvm.pair.checkpoints + 1
         background = pvm.sent.n_pages
         stages = Stages()
-        channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch)
-        self._inbox.expect(State.REQUESTED, epoch, timeout)
+        low, high = split_u64(pvm.dirty_pages())
+        channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch, a=low, b=high)
+        reply = self._inbox.expect(State.REQUESTED, epoch, timeout)
+        room = join_u64(reply.a, reply.b)
+        self._see_room(epoch, room)
         stages.done("ask")
 
         channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
@@ -242,6 +263,10 @@ class PrimarySession:
         steps = pvm.machine.steps
         pvm.sync()  # after the device state: saving it may itself write guest RAM
         stages.done("log")
+        if pvm.beyond(room):
+            reason = f"it has {pvm.unacked_pages} pages, more than was said, and the secondary has room for {room}"
+            self._abort_epoch(epoch, reason)
+            raise CheckpointAbortedError(reason)
         self._observer.about_to_send(number, epoch, pvm.pending_pages, self._send)
         self._send()
         sent = pvm.sent
@@ -250,12 +275,13 @@ class PrimarySession:
         self._send_output()
         pvm.in_flight()
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
-        self._inbox.expect(State.SENT, epoch, timeout)
+        answer = self._inbox.expect(State.SENT, epoch, timeout)
         stages.done("answer")
         channel.limit(None)
         self._observer.received(number, epoch)
         pvm.received()
         pvm.open_epoch()
+        self._told(join_u64(answer.a, answer.b))
         if self._options.resume_at == "loaded":
             self._inbox.expect(State.SEALED, epoch, timeout)
             stages.done("loaded")
@@ -283,12 +309,32 @@ class PrimarySession:
             extra_ns=saved.extra_ns,
         )
 
+    def _told(self, n_pages: int) -> None:
+        """The secondary says how many pages it takes before the next checkpoint."""
+        self._room.told(n_pages)
+        self._inbox.slice_seconds = self._room.look_again() or SLICE_SECONDS
+
+    def _see_room(self, epoch: int, room: int) -> None:
+        """The secondary says how many pages the epoch may have, after it gave up what it can: what is unacknowledged
+        only grows, so one that has more already can't be sent, nor any after it. SecondaryLostError."""
+        if not self._pvm.beyond(room):
+            return
+        reason = (
+            f"the memory limit of the secondary leaves room for {room} pages, and the next checkpoint has "
+            f"{self._pvm.unacked_pages}: start a fresh one with a larger limit"
+        )
+        self._abort_epoch(epoch, reason)
+        self._end(f"the primary goes on alone: {reason}")  # else that secondary would take over from its old epoch
+        raise SecondaryLostError(reason)
+
     def _take_back(self, epoch: int, error: ColocacheError) -> None:
         """The device state can't be saved: the secondary is told to forget the epoch."""
         self._save_failures += 1
         if self._save_failures >= SAVE_FAILURES_MAX:
             raise error
-        reason = f"the primary's device state can't be saved: {error}"
+        self._abort_epoch(epoch, f"the primary's device state can't be saved: {error}")
+
+    def _abort_epoch(self, epoch: int, reason: str) -> None:
         self._channel.abort(AbortKind.CHECKPOINT, reason, epoch=epoch, n_pages=self._pvm.sent.n_pages)
         if len(self._streams) > 1:
             self._inbox.expect(State.TAKING_BACK, epoch, self._timing.checkpoint_timeout)

@@ -84,6 +84,7 @@ class Pvm:
         self._sent = Sent()
         self._epoch = 0
         self._running = False
+        self.allowance = 0  # pages that the secondary takes before the next checkpoint; 0 = any number
 
     @property
     def pair(self) -> PairState:
@@ -113,6 +114,15 @@ class Pvm:
     def dirty_pages(self) -> int:
         """About how many pages the next checkpoint will carry."""
         return max(self.unacked_pages, self.machine.dirty_hint())
+
+    def beyond(self, allowance: int) -> bool:
+        """Has the open epoch more pages than this? Never of 0."""
+        return bool(allowance) and self.unacked_pages > allowance
+
+    @property
+    def running(self) -> bool:
+        """Does the machine run?"""
+        return self._running
 
     # ---- the machine ----
 

@@ -28,6 +28,7 @@ from colocache.replication.channel import Channel
 from colocache.replication.door import Door
 from colocache.replication.errors import ProtocolError, RefusedError, SessionEndedError
 from colocache.replication.events import Events
+from colocache.replication.memory_limit import MemoryLimit
 from colocache.replication.messages import AbortKind, MessageType
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
@@ -86,6 +87,7 @@ class Secondary:
         arbiter: Arbiter | None = None,
         output: ApartOutput | None = None,
         wrap: Wrap = PlainTransport,
+        control_fd: int = -1,
         trace: Trace | None = None,
     ) -> None:
         self.svm = Svm(cache, machine, events, output)
@@ -96,6 +98,9 @@ class Secondary:
         self.stop = stop
         self.checkpoints = 0
         self._trace = trace
+        self._limit: MemoryLimit | None = None
+        if options.memory_limit:
+            self._limit = MemoryLimit(self.svm, options.memory_limit, control_fd=control_fd, events=events)
         self._door = Door(
             cache,
             listener,
@@ -103,6 +108,7 @@ class Secondary:
             options=options,
             events=events,
             wrap=wrap,
+            ready=self._limit.ready if self._limit else lambda: 0,
         )
         self._leave = Leave(arbiter or SoloArbiter())
         self._arbiter_said_no = False
@@ -138,7 +144,7 @@ class Secondary:
 
     def run(self) -> SecondarySummary:
         """Follow the primary to the end. Raises when there never was a pair, or nothing to take over from."""
-        with self._door:
+        with self._door, self._limit or contextlib.nullcontext():
             try:
                 return self._live()
             except BaseException:
@@ -242,6 +248,7 @@ class Secondary:
             checkpoint_wanted=self._checkpoint_wanted,
             done=self._checkpoint_done,
             trace=self._trace,
+            limit=self._limit,
         )
 
     def _come_back(self) -> None:
@@ -307,6 +314,8 @@ class Secondary:
         return self._take_over(absence.cause, absence)
 
     def _take_over(self, cause: str, absence: _Absence) -> SecondarySummary:
+        if self._limit:
+            self._limit.lift()  # it must never stop the only machine
         takeover = Takeover(
             self.svm, self.timing, self.events, self.stop, leave=self._leave, turn_away=self._door.turn_away
         )

@@ -24,7 +24,16 @@ from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
-from colocache.replication.messages import AbortKind, Message, MessageType, decode_reason, encode_reason, join_u64
+from colocache.replication.memory_limit import MemoryLimit
+from colocache.replication.messages import (
+    AbortKind,
+    Message,
+    MessageType,
+    decode_reason,
+    encode_reason,
+    join_u64,
+    split_u64,
+)
 from colocache.replication.options import SecondaryOptions
 from colocache.replication.results import CheckpointResult
 from colocache.replication.signals import Flag
@@ -59,6 +68,7 @@ class SecondarySession:
         checkpoint_wanted: Flag,
         done: Callable[[CheckpointResult], None],
         trace: Trace | None = None,
+        limit: MemoryLimit | None = None,
     ) -> None:
         self._svm = svm
         self._cache = svm.cache
@@ -72,12 +82,16 @@ class SecondarySession:
         self._done = done
         self._trace = trace or Trace()
         self._state = State.READY
+        self._limit = limit
+        self._asking = threading.Lock()
         self._asked = False  # for the checkpoint that comes next
         self._began = time.monotonic()
         self._n_pages = 0  # before the first checkpoint: the initial copy
 
     def run(self) -> str:
         """Until the primary says that it ends: its reason. PeerLostError, TimedOutError, ProtocolError, ..."""
+        if self._limit:
+            self._limit.ask = self.ask
         # After the streams are joined no page comes any more: only then may the caller give up the open epoch.
         with self._streams:
             try:
@@ -129,7 +143,7 @@ class SecondarySession:
                 # It asks for another only after it heard RECEIVED, and let out its output.
                 self._svm.output.released(self._cache.status().sealed_epoch)
                 with self._apart:
-                    self._checkpoint(message.epoch)
+                    self._checkpoint(message.epoch, join_u64(message.a, message.b))
                 self._state = State.BETWEEN
             elif meaning is Meaning.EPOCH_GIVEN_UP:
                 self._epoch_given_up(message)
@@ -157,9 +171,15 @@ class SecondarySession:
             limit and self._svm.running and self._svm.machine.dirty_hint() >= limit
         ):
             self._checkpoint_wanted.clear()
-            if not self._asked:
-                self._asked = True
-                self._channel.send(MessageType.CHECKPOINT_REQUEST)
+            self.ask()
+
+    def ask(self) -> None:
+        """Ask for a checkpoint, once for each. Any thread."""
+        with self._asking:
+            if self._asked:
+                return
+            self._asked = True
+        self._channel.send(MessageType.CHECKPOINT_REQUEST)
 
     def _may_be_open(self, epoch: int) -> bool:
         """May a message now speak of this epoch: the one whose pages have come, or one newer than all before?"""
@@ -225,7 +245,7 @@ class SecondarySession:
             elif meaning is not Meaning.ALIVE:
                 self._over(meaning, message)
 
-    def _checkpoint(self, epoch: int) -> None:
+    def _checkpoint(self, epoch: int, wanted_pages: int) -> None:
         stages = Stages()
         if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
@@ -234,7 +254,8 @@ class SecondarySession:
         stages.done("rehearse")
         self._svm.pause()
         stages.done("stop")
-        self._channel.send(MessageType.CHECKPOINT_REPLY, epoch=epoch)
+        may_have = self._limit.make_room(wanted_pages) if self._limit else 0
+        self._say(MessageType.CHECKPOINT_REPLY, epoch, may_have)
         self._svm.sync()  # while the primary stops its machine and saves it
         stages.done("sync")
         limit = self._options.timing.checkpoint_timeout
@@ -284,7 +305,7 @@ class SecondarySession:
         """The epoch is sealed: it is finished whatever becomes of the primary."""
         lost: ColocacheError | None = None
         try:
-            self._channel.send(MessageType.VMSTATE_RECEIVED, epoch=epoch)
+            self._say(MessageType.VMSTATE_RECEIVED, epoch, self._limit.share() if self._limit else 0)
         except (PeerLostError, TimedOutError) as error:
             lost = error
         stages.done("answer")
@@ -311,6 +332,11 @@ class SecondarySession:
             Span("pause", stages.span("state").end, stages.span("resume").end),
             below=result.parts(stages),
         )
+
+    def _say(self, message: MessageType, epoch: int, n_pages: int) -> None:
+        """A message that tells the primary how many pages it may have; 0 = any number."""
+        low, high = split_u64(n_pages)
+        self._channel.send(message, epoch=epoch, a=low, b=high)
 
     def _initial_copy_done(self) -> None:
         seconds = time.monotonic() - self._began

@@ -21,6 +21,8 @@ load         becomes the epoch's, or never runs      loaded: the next epoch may 
 finish       flush, load and resume
 abort_open                                           the epoch that is arriving is given up
 restart      becomes the sealed epoch, in a process that attached
+hold         stands, from any thread, until it is resumed
+give_up      its own branch goes, bounded memory's private pages; `resume` makes it the sealed epoch first
 tidy         runs again                              memory of a committed epoch's pages goes back
 ===========  ======================================  ==========================================================
 """
@@ -28,6 +30,8 @@ tidy         runs again                              memory of a committed epoch
 from __future__ import annotations
 
 import contextlib
+import threading
+from collections.abc import Callable
 
 from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
@@ -52,6 +56,10 @@ class Svm:
         self.events = events
         self.can_run = False  # memory and device state are of one epoch
         self.running = False
+        self.runs = 0  # how often it was let run
+        self.may_run: Callable[[], bool] | None = None  # asked before it runs; False: it stands as after `hold`
+        self._order = threading.RLock()  # over the machine's running and standing
+        self._branch_is_gone = False  # its memory is the image, and so it must become the sealed epoch again
         self._ran = False
         self.wrong_pages = 0  # found at any moment
         self.verified_pages = 0
@@ -60,20 +68,40 @@ class Svm:
 
     def pause(self) -> None:
         """Stop the machine at a step boundary."""
-        if self.running:
-            self.machine.pause()
-            self.running = False
+        with self._order:
+            if self.running:
+                self.machine.pause()
+                self.running = False
+
+    def hold(self, runs: int) -> bool:
+        """Any thread: stop the machine until it is let run again, if it runs as it did when `runs` was read."""
+        with self._order:
+            if not self.running or self.runs != runs:
+                return False
+            self.pause()
+            return True
 
     def resume(self) -> None:
-        """Let the machine run, if there is a state to run from."""
-        if self.running or not self.can_run:
-            return
-        if not self._ran:
-            # What made its memory (the flush, the load) is in no bitmap and needs none: cache and guest RAM are equal.
-            self.machine.discard_dirty_log()
-            self._ran = True
-        self.machine.resume()
-        self.running = True
+        """Let the machine run, if there is a state to run from and nothing holds it."""
+        with self._order:
+            if self.running or not self.can_run:
+                return
+            if self._branch_is_gone:
+                self.restart()
+            if self.may_run is not None and not self.may_run():
+                return
+            if not self._ran:
+                # What made its memory (flush, load) is in no bitmap and needs none: cache and guest RAM are equal.
+                self.machine.discard_dirty_log()
+                self._ran = True
+            self.machine.resume()
+            self.running = True
+            self.runs += 1
+
+    def give_up(self) -> None:
+        """Bounded memory, the machine stands: its private pages go. It is the sealed epoch again when it runs next."""
+        self.machine.give_up_private()
+        self._branch_is_gone = True
 
     def restart(self) -> LoadReport:
         """In a process that attached: become the sealed epoch again. Raises SecondaryLostError if it does not load."""
@@ -207,6 +235,7 @@ class Svm:
                 self.cache.loaded(False)
             raise SecondaryLostError(f"the device state of epoch {epoch} did not load: {error}") from error
         self.can_run = True
+        self._branch_is_gone = False
         self.output.loaded()
         self.verified_pages += report.epoch_hashes_checked
         self.wrong_pages += len(report.wrong_pages)

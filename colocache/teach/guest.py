@@ -46,6 +46,13 @@ class ScriptedGuest:
         """One block."""
         return (BlockSpec(BLOCK, ram_bytes, tags.PAGE_BYTES),)
 
+    def private_bytes(self) -> int:
+        """The lesson counts them itself."""
+        return 0
+
+    def give_up_private(self) -> None:
+        """The lesson sets no limit that would want it."""
+
     def write(self, image: tags.Pages, pfns: list[int], who: str, epoch: int) -> None:
         """Stamp these pages, on the way to `epoch`."""
         tags.stamp(image, pfns, who, epoch)

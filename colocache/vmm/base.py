@@ -161,6 +161,20 @@ class ReferenceMachine(ABC):
         n_pages = self._work.n_pages
         return round(n_pages * -math.expm1(-max(0, stores) / n_pages))
 
+    def private_bytes(self) -> int:
+        from colocache import private_bytes
+
+        return sum(private_bytes(0, ram.addr, ram.len_bytes) for ram in (self.boot_ram, self.ram) if ram.private)
+
+    def give_up_private(self) -> None:
+        from colocache import private_forget
+
+        self._standing("give_up_private")
+        self._ready = False
+        for ram in (self.boot_ram, self.ram):
+            if ram.private:
+                private_forget(ram.addr, ram.len_bytes)
+
     def boot(self) -> None:
         self._standing("boot")
         view_of(self.boot_ram)[:] = self._boot_image

@@ -120,6 +120,12 @@ class Machine(Protocol):
     def dirty_hint(self) -> int:
         """About how many pages the guest wrote since the last sync. Cheap; any thread."""
 
+    def private_bytes(self) -> int:
+        """Bounded memory: what its private pages take now, as the kernel counts them. Any thread; SystemCallError."""
+
+    def give_up_private(self) -> None:
+        """Bounded memory, while it stands: its private pages go, and it is no machine until it loads a state."""
+
     def save_device_state(self, *, with_hashes: bool = False) -> bytes:
         """Everything but RAM; with_hashes: also a hash per page of every block. Only while it stands."""
 

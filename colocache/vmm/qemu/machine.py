@@ -279,13 +279,24 @@ class QemuMachine:
 
     def dirty_hint(self) -> int:
         """Of a secondary: its private pages. A primary's log can't be read without taking it."""
+        return self.private_bytes() // PAGE
+
+    def private_bytes(self) -> int:
+        """See machine.Machine. A process that ended just now has none."""
         process = self._process
         if process is None or self._log is not None or not process.alive:
             return 0
         try:
-            return process.private_bytes() // PAGE
+            return process.private_bytes()
         except QemuError:
-            return 0  # it ended just now
+            return 0
+
+    def give_up_private(self) -> None:
+        """See machine.Machine. They go with their process."""
+        self._standing("give_up_private")
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
 
     # ---- device state --------------------------------------------------------------------------------------------
 

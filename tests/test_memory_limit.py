@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bounded secondary keeps its operator's limit, whatever either guest writes; too little room costs an epoch, a run
+of the secondary's machine or the pair, never a page, and each is said."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fake_peer import FakePeer, accepted, fake_primary, packet
+from toy import QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
+
+from colocache import ArgumentError, BlockSpec, Memory
+from colocache.children import python_command
+from colocache.replication import growth
+from colocache.replication.memory_limit import LEAST_PAGES, bookkeeping_of, check_limit
+from colocache.replication.messages import AbortKind, MessageType
+from colocache.vmm.kvm import kvm_trouble
+
+M = MessageType
+TROUBLE = kvm_trouble()
+needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=" -- ".join(TROUBLE or ()))
+PAGE = 4096
+STATE = b'{"steps": 4, "sums": null}'
+N_PAGES = 3000
+LARGER = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", N_PAGES * PAGE))
+SMALL_LIMIT = bookkeeping_of(TOY_BLOCKS) + 100 * PAGE
+
+
+@pytest.fixture
+def bounded_pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Callable[..., Pair]]:
+    made = []
+
+    def make(blocks: tuple[BlockSpec, ...] = TOY_BLOCKS, **timing: float) -> Pair:
+        memory = make_memory(blocks, memory_mode="bounded")
+        made.append(pair_of(memory, tmp_path, timing=replace(QUICK, **timing)))
+        return made[-1].__enter__()
+
+    yield make
+    for one in made:
+        one.__exit__(None, None, None)
+
+
+@pytest.fixture
+def slow_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that is known to write little between two looks, so that a small part is one to run in."""
+    monkeypatch.setattr(growth, "RATE_LEAST", 1 << 20)
+
+
+def commit(peer: FakePeer, epoch: int, n_pages: int) -> None:
+    peer.say(M.CHECKPOINT_REQUEST, epoch, a=n_pages)
+    assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
+    peer.say(M.VMSTATE_SEND, epoch)
+    peer.say(M.VMSTATE_SIZE, epoch, STATE, n_pages)
+    assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, epoch)
+
+
+def pages(epoch: int, first: int, n: int) -> bytes:
+    return packet(1, [(first, n, 0)], epoch=epoch, data=bytes([9]) * (n * PAGE))
+
+
+def test_a_limit_that_cannot_be_kept_is_refused_with_the_least_that_can() -> None:
+    least = bookkeeping_of(TOY_BLOCKS) + LEAST_PAGES * PAGE
+    for n_bytes in (1, PAGE, least - 1):
+        with pytest.raises(ArgumentError, match=f"give at least {least}"):
+            check_limit(n_bytes, TOY_BLOCKS, "bounded")
+    check_limit(least, TOY_BLOCKS, "bounded")
+    with pytest.raises(ArgumentError, match="only --memory bounded"):
+        check_limit(1 << 30, TOY_BLOCKS, "mirror")
+
+
+def test_the_primary_is_told_how_many_pages_it_may_have_and_a_page_more_costs_the_epoch_only(
+    bounded_pair: Callable[..., Pair],
+) -> None:
+    pair = bounded_pair()
+    pair.make_secondary(memory_limit=SMALL_LIMIT)
+    pair.run_secondary()
+    with fake_primary(pair) as peer:
+        accepted(peer)
+        assert peer.n_pages == 0, "the initial copy takes no memory beside the image"
+        peer.socket.sendall(pages(1, 0, 300))
+        commit(peer, 1, 300)
+        share = peer.n_pages
+        assert 0 < share < 100
+        assert peer.hear()[:2] == (M.VMSTATE_LOADED, 1)
+        peer.socket.sendall(pages(2, 0, share))
+        peer.say(M.CHECKPOINT_REQUEST, 2, a=share)
+        assert peer.hear()[0] is M.CHECKPOINT_REPLY
+        assert share < peer.n_pages < 100, "all that the limit leaves, as the machine stands"
+        peer.say(M.ABORT, 2, b"another time", a=int(AbortKind.CHECKPOINT), b=share)
+        pair.events_s.wait("aborted")
+        peer.socket.sendall(pages(3, 0, share + 1))
+        assert f"would pass their limit of {share * PAGE}" in peer.hear_end()
+    pair.events_s.wait("lost")
+    assert pair.events_s.all("aborted")[-1]["epoch"] == 3
+    assert pair.cache.status().staged_bytes == 0
+    assert pair.svm.failure is None
+
+
+def test_a_machine_that_has_no_room_to_run_in_stands_at_its_epoch_and_takes_over_nevertheless(
+    bounded_pair: Callable[..., Pair],
+) -> None:
+    pair = bounded_pair(reconnect_limit=0.1)
+    pair.make_secondary(memory_limit=SMALL_LIMIT)
+    pair.make_primary(interval=0.02)
+    pair.run_primary()
+    secondary = pair.run_secondary()
+    pair.events_s.wait("checkpoint", 4)
+    assert pair.svm.resumes == 0
+    assert "stands until the next checkpoint" in pair.events_s.wait("at_limit")["sentence"]
+    pair.link.close()
+    assert secondary.join().took_over
+    assert pair.svm.resumes > 0
+    no_page_wrong(pair)
+
+
+def test_a_checkpoint_that_the_limit_can_never_hold_ends_the_pair_with_the_primary_alone(
+    bounded_pair: Callable[..., Pair],
+) -> None:
+    pair = bounded_pair()
+    pair.make_secondary(memory_limit=SMALL_LIMIT)
+    pair.make_primary(interval=0.02)
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    for pfn in range(250):
+        pair.pvm.write(1, pfn, 77)
+    ended = primary.join()
+    assert ended.alone
+    assert "memory limit of the secondary leaves room for" in ended.end
+    followed = secondary.join()
+    assert not followed.took_over
+    assert "the primary goes on alone" in followed.end
+    assert not pair.svm.running
+    no_page_wrong(pair)
+
+
+@pytest.mark.usefixtures("slow_guest")
+def test_private_pages_are_given_up_for_a_large_checkpoint_and_if_it_fails_the_machine_is_the_epoch_before(
+    bounded_pair: Callable[..., Pair],
+) -> None:
+    pair = bounded_pair(LARGER)
+    pair.make_secondary(memory_limit=6 << 20)
+    pair.make_primary(interval=0.1, verify="all")
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    loads: list[int] = []
+    with pair.secondary.svm._order:  # between two checkpoints, so that the machine does not stand in the middle
+        for pfn in range(500):
+            pair.svm.write(1, N_PAGES - 1 - pfn, 5)
+        pair.svm.veto = "not this one"
+        pair.svm.on_load = lambda: loads.append(1)
+        for pfn in range(1100):
+            pair.pvm.write(1, pfn, 77)
+    given = pair.events_s.wait("private_given_up")
+    assert given["private_bytes"] >= 500 * PAGE
+    wait_until(lambda: len(loads) == 1)  # its own branch was given up, so it is the epoch before again
+    done = len(pair.events_s.all("checkpoint"))
+    pair.svm.veto = None
+    pair.events_s.wait("checkpoint", done + 2)
+    no_wrong = [event["wrong_pages"] for event in pair.events_s.all("checkpoint")]
+    assert no_wrong == [0] * len(no_wrong)
+    assert pair.secondary.svm.wrong_pages == 0
+
+
+@pytest.mark.usefixtures("slow_guest")
+def test_a_machine_near_the_end_of_its_part_asks_for_a_checkpoint_and_stands_until_it_comes(
+    bounded_pair: Callable[..., Pair],
+) -> None:
+    pair = bounded_pair(LARGER)
+    pair.make_secondary(memory_limit=6 << 20)
+    pair.make_primary(interval=600.0)  # nobody else wants one
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 1)
+    for pfn in range(1200):
+        pair.svm.write(1, pfn, 5)
+    pair.events_s.wait("at_limit")
+    pair.events_s.wait("checkpoint", 2)
+    assert [event["asked"] for event in pair.events_s.all("memory")] == [False, True]
+
+
+@pytest.mark.usefixtures("slow_guest")
+def test_a_primary_near_its_share_takes_a_checkpoint_before_its_time(bounded_pair: Callable[..., Pair]) -> None:
+    pair = bounded_pair(LARGER)
+    pair.make_secondary(memory_limit=6 << 20)
+    pair.make_primary(interval=600.0)
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 1)
+    for pfn in range(600):
+        pair.pvm.write(1, pfn, 77)
+    pair.events_s.wait("checkpoint", 2)
+    no_wrong = [event["wrong_pages"] for event in pair.events_s.all("checkpoint")]
+    assert no_wrong == [0, 0]
+
+
+# ---- by the kernel's own figure ----
+
+CGROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # version 1, version 2
+PEAKS = {"memory.max_usage_in_bytes": "memory.usage_in_bytes", "memory.peak": "memory.current"}
+
+
+@pytest.fixture
+def group() -> Iterator[tuple[Path, Path, Path]]:
+    """A control group of memory that counts its peak: its folder, the file of the peak, that of what is in use now."""
+    for root in CGROUPS:
+        folder = root / f"colocache-test-{os.getpid()}"
+        try:
+            folder.mkdir()
+        except OSError:
+            continue
+        try:
+            for peak, now in PEAKS.items():
+                if (folder / peak).exists() and os.access(folder / peak, os.W_OK):  # 0 written to it: from now on
+                    yield folder, folder / peak, folder / now
+                    return
+        finally:
+            wait_until(lambda folder=folder: not (folder / "cgroup.procs").read_text().split())
+            folder.rmdir()
+    pytest.skip("no control group of memory, whose peak can be reset, can be made here")
+
+
+def wait_until(found: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not found():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("guest", [pytest.param("kvm", marks=[pytest.mark.kvm, needs_kvm]), "process"])
+def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels_own_peak(
+    guest: str, group: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
+    """Either guest's working set fits the limit, so that no checkpoint is too large; both of them do not."""
+    limit = 20 << 20
+    folder, peak, now = group
+    events = tmp_path / "events"
+    common = ("--events", "--guest", guest, "--backing", "shm", "--ram", "128M", "--steps-per-second", "0")
+    common += ("--working-set", "14M", "--run-on", "0.1")
+    said = ("--listen", f"unix:{tmp_path}/s", "--memory", "bounded", "--memory-limit", str(limit))
+    with events.open("wb") as out:
+        secondary = subprocess.Popen(
+            python_command("colocache.cli", "main", "secondary", *common, *said),
+            stdout=out,
+            preexec_fn=lambda: (folder / "cgroup.procs").write_text(str(os.getpid())),  # noqa: PLW1509
+        )
+    try:
+        wait_until(lambda: b'"listening"' in events.read_bytes())
+        to = ("--connect", f"unix:{tmp_path}/s", "--interval", "0.1", "--checkpoints", "20", "--verify", "none")
+        primary = subprocess.Popen(
+            python_command("colocache.cli", "main", "primary", *common, *to), stdout=subprocess.DEVNULL
+        )
+        try:
+            wait_until(lambda: b'"checkpoint"' in events.read_bytes() or secondary.poll() is not None)
+            before = int(now.read_text())  # the image is whole, and nothing of epoch 2 was let in
+            peak.write_text("0")
+            assert primary.wait(120) == 0
+        finally:
+            primary.kill()
+        assert secondary.wait(30) == 0
+    finally:
+        secondary.kill()
+        secondary.wait()
+    memory = [json.loads(line) for line in events.read_text().splitlines() if '"event": "memory"' in line]
+    extra = int(peak.read_text()) - before
+    bookkeeping = memory[0]["bookkeeping_bytes"]  # was in use before
+    assert len(memory) == 20
+    passed = max(one["passed_bytes"] for one in memory)  # only where this machine let nobody look for long
+    assert extra + bookkeeping <= limit + passed
+    assert extra > limit // 4, "nothing was near the limit"
