@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -303,3 +304,34 @@ def test_the_tally_adds_each_checkpoint_once_and_only_the_secondarys_pages() -> 
     assert report["stages_ms"] == {"copy": {"p50": 0.5, "p99": 1.0, "max": 1.0}}
     assert report["flush_gb_per_s"] == round(12 * 4096 / 1.5e6, 3)
     assert report["failover"] is None
+
+
+def test_the_bench_of_pauses_sets_three_ways_beside_each_other() -> None:
+    """bench/pause.py, with the least of everything."""
+    script = Path(__file__).resolve().parent.parent / "bench" / "pause.py"
+    if not script.is_file():
+        pytest.skip("these tests are not in a source tree")
+    least = (
+        "--ram",
+        "16M",
+        "--set",
+        "nothing",
+        "--set",
+        "1M",
+        "--checkpoints",
+        "3",
+        "--interval",
+        "0.05",
+        "--rounds",
+        "1",
+    )
+    ran = subprocess.run(
+        [sys.executable, str(script), *least, "--guest", "process", "--backing", "shm", "--json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    results = json.loads(ran.stdout)["results"]
+    assert len(results) == 2 * 2 * 3
+    for result in results:
+        assert result["pvm_pause_ms"]["p50"] <= result["pvm_pause_ms"]["max"]
+        assert result["pvm_stages_ms"]["answer"]["p50"] > 0
+        assert result["pvm_steps_per_s"] > 0

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long both machines of a pair stand for a checkpoint, and what that leaves the guest: ways beside each other.
+
+    .venv/bin/python bench/pause.py [--ram 1G] [--set nothing --set 10M ...] [--checkpoints 200] [--rounds 3] [--json]
+
+Each round runs, in an order that turns, every working set over a Unix socket and over TCP on loopback, once as it is,
+once with `--no-background` (all pages in the pause) and once with `--resume-at loaded` (the primary waits for the
+secondary's flush). Told are medians of the rounds' p50, p99 and max in milliseconds, of both machines with their
+stages, and the steps a second that the primary's guest did. Both sides share this machine, so on two cores four threads
+want to run: other work shows in every figure, and the load before each round is told beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import Progress
+
+from colocache.children import python_command
+from colocache.choices import TRANSPORTS
+from colocache.commands.options import parse_size, print_json
+from colocache.fitted_table import Column, print_fitted
+
+STEPS_PER_SECOND = 125_000
+NOTHING_STEPS = 200  # a second: a page or a few in each epoch, so that the takeover can be seen to run on
+WAYS: dict[str, tuple[str, ...]] = {
+    "as it is": (),
+    "no background": ("--no-background",),
+    "resume at loaded": ("--resume-at", "loaded"),
+}
+SHOWN = ("pvm_pause_ms", "pause_ms")
+COLUMNS = (
+    Column("set", justify="left"), Column("over", justify="left"), Column("way", justify="left"),
+    Column("PVM ms\np50/p99/max"), Column("SVM ms\np50/p99/max"), Column("of it\ncopy"), Column("guest's\nsteps/s"),
+)  # fmt: skip
+
+
+def one(given: dict[str, Any], size: str, transport: str, way: str) -> dict[str, Any]:
+    """The report of one pair. ClickException: it failed."""
+    rate, working_set = (NOTHING_STEPS, "1M") if size == "nothing" else (STEPS_PER_SECOND, size)
+    line = python_command(
+        "colocache.cli", "main", "demo", "--guest", given["guest"], "--backing", given["backing"],
+        "--ram", given["ram"], "--working-set", working_set, "--steps-per-second", str(rate),
+        "--checkpoints", str(given["checkpoints"]), "--interval", str(given["interval"]),
+        "--verify", "none", "--transport", transport, "--json", *WAYS[way],
+    )  # fmt: skip
+    ran = subprocess.run(line, check=False, capture_output=True, text=True)
+    if ran.returncode:
+        raise click.ClickException(f"{size} over {transport}, {way}: {ran.stderr.strip().splitlines()[-1]}")
+    report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    return report
+
+
+def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of all rounds, figure by figure."""
+
+    def of(*path: str) -> float:
+        found = []
+        for report in reports:
+            value: Any = report
+            for name in path:
+                value = value[name]
+            found.append(float(value))
+        return round(statistics.median(found), 4)
+
+    first = reports[0]
+    made: dict[str, Any] = {name: {share: of(name, share) for share in first[name]} for name in SHOWN}
+    for name in ("pvm_stages_ms", "stages_ms"):
+        made[name] = {stage: {share: of(name, stage, share) for share in one} for stage, one in first[name].items()}
+    return {**made, "pvm_steps_per_s": of("pvm_steps_per_s"), "flush_gb_per_s": of("flush_gb_per_s")}
+
+
+def row(result: dict[str, Any]) -> list[str]:
+    """The texts of one result, one per column."""
+    pauses = ["/".join(f"{value:.2f}" for value in result[name].values()) for name in SHOWN]
+    copy = f"{result['stages_ms']['copy']['p50']:.2f}"
+    return [result["set"], result["over"], result["way"], *pauses, copy, f"{result['pvm_steps_per_s']:,.0f}"]
+
+
+@click.command(help=__doc__)
+@click.option("--ram", default="256M", show_default=True)
+@click.option("--set", "sets", multiple=True, default=("nothing", "10M", "100M"), show_default=True)
+@click.option("--checkpoints", type=click.IntRange(min=2), default=200, show_default=True)
+@click.option("--interval", default=0.1, show_default=True, help="Seconds between two checkpoints.")
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--guest", default="auto", show_default=True)
+@click.option("--backing", default="auto", show_default=True)
+@click.option("--json", "as_json", is_flag=True)
+def main(sets: tuple[str, ...], rounds: int, as_json: bool, **given: Any) -> None:
+    for size in sets:
+        if size != "nothing":
+            parse_size(size)
+    console = Console(stderr=True)
+    cases = [(size, transport, way) for size in sets for transport in TRANSPORTS for way in WAYS]
+    reports: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    loads = []
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("pairs", total=rounds * len(cases))
+        for number in range(rounds):
+            loads.append(round(os.getloadavg()[0], 2))
+            at = number % len(cases)
+            for case in (*cases[at:], *cases[:at]):
+                progress.update(task, description=", ".join(case))
+                reports[case].append(one(given, *case))
+                progress.advance(task)
+    results = [
+        {"set": size, "over": transport, "way": way, **medians(reports[size, transport, way])}
+        for size, transport, way in cases
+    ]
+    if as_json:
+        print_json({"rounds": rounds, **given, "load_before": loads, "results": results})
+        return
+    title = f"{given['checkpoints']} checkpoints, medians of {rounds} rounds; load before each: {loads}"
+    print_fitted(Console(), title, COLUMNS, [row(result) for result in results])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
