@@ -49,6 +49,25 @@ while read line; do case $line in
 esac; done < /dev/ttyS0
 while true; do sleep 1; done
 """
+# It answers each line of a TCP client with the number of lines so far and the line, and counts on its console.
+SERVER = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs -o size=64m tmp /tmp
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci \
+  failover net_failover virtio_net; do
+  [ -e /m/$module.ko ] && insmod /m/$module.ko
+done
+ip link set lo up; ip addr add 10.9.0.2/24 dev eth0 && ip link set eth0 up && echo NETWORK
+cat > /tmp/serve <<'EOF'
+#!/bin/sh
+n=0
+while read line; do n=$((n+1)); echo "$n $line"; done
+EOF
+chmod +x /tmp/serve
+(while true; do nc -l -p 7777 -e /tmp/serve; done) &
+n=0
+while true; do n=$((n+1)); echo "count $n"; usleep 50000; done
+"""
 REPORT = re.compile(rb"(one|two) (\d+) bad (\d+)\r")
 
 
@@ -62,13 +81,13 @@ def folder() -> Path:
     return Path(found)
 
 
-def command(where: Path, *, switch_off: bool = False) -> tuple[str, ...]:
+def command(where: Path, *, switch_off: bool = False, init: str = INIT) -> tuple[str, ...]:
     """The command line of a Linux guest; its initrd is made in `where`. `switch_off`: by itself, after some seconds."""
     source = folder()
     initrd = where / "initrd"
     modules = {f"m/{path.name}": path.read_bytes() for path in (source / "modules").glob("*.ko")}
     busybox = Path(shutil.which("busybox") or "").read_bytes()
-    initrd.write_bytes(cpio({"init": INIT.encode(), "bin/busybox": busybox, **modules}))
+    initrd.write_bytes(cpio({"init": init.encode(), "bin/busybox": busybox, **modules}))
     append = "console=ttyS0 quiet panic=-1 sysrq_always_enabled" + (" switch_off" if switch_off else "")
     kernel = str(source / "vmlinuz")
     return (QEMU, "-m", "96", "-accel", "tcg", "-nodefaults", "-kernel", kernel, "-initrd", str(initrd),

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from colocache import BlockSpec
     from colocache.vmm.workload import GuestOptions
 
+MAC = re.compile(r"[0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5}")
 QEMU_BACKINGS = ("thp", "shm")  # a private copy of a huge page would be 2 MiB
 
 
@@ -30,6 +33,18 @@ class GuestChoice:
     def as_json(self) -> dict[str, Any]:
         """The options, for a process that is told them in JSON."""
         return asdict(self.options)
+
+
+def _card(given: dict[str, Any]) -> str:
+    """The MAC address of the guest's card: one for both sides, by the pair's name if none is given."""
+    if not given.get("net"):
+        return ""
+    if given["mac"]:
+        if not MAC.fullmatch(given["mac"]):
+            raise click.UsageError(f"--mac {given['mac']}: give six bytes as in 52:54:00:12:34:56, the first one even")
+        return str(given["mac"])
+    last = hashlib.sha256(given["pair"].encode()).digest()[:3]
+    return "52:54:00:" + last.hex(":")
 
 
 def chosen_guest(given: dict[str, Any]) -> GuestChoice:
@@ -57,6 +72,10 @@ def chosen_guest(given: dict[str, Any]) -> GuestChoice:
             from colocache.vmm.qemu.command_line import read_command_line
 
             ram_bytes = read_command_line(command).ram_bytes
+        if given.get("net") and not command:
+            raise click.UsageError("--net needs a guest with a driver for its card: give QEMU's ARGS after `--`")
+    elif given.get("net"):
+        raise click.UsageError(f"--net is for --guest qemu, not for {kind}")
     elif command:
         raise click.UsageError(f"a command line after `--` is for --guest qemu, not for {kind}")
     options = GuestOptions(
@@ -65,5 +84,7 @@ def chosen_guest(given: dict[str, Any]) -> GuestChoice:
         command=command,
         accel=given["accel"],
         console=given["console"],
+        net=given.get("net", ""),
+        card=_card(given),
     )
     return GuestChoice(kind, why, options, blocks_for(ram_bytes, kind), backing, memory_mode or "mirror")

@@ -173,6 +173,22 @@ guest_options = options(
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGS...]"),
 )
 
+net_options = options(
+    click.option(
+        "--net",
+        default="",
+        metavar="tap:NAME",
+        show_default="none",
+        help="With --guest qemu and QEMU ARGS: a virtio network card, connected to the TAP device NAME of this host. "
+        "The world sees the packets of the primary when their epoch is sealed, so an answer takes up to an --interval "
+        "longer, and after a takeover the secondary's: put both devices into one network, as ports of a bridge. It "
+        "needs root, or a device that root has made for you.",
+    ),
+    click.option(
+        "--mac", default="", show_default="by the pair's name", help="The card's address: alike on both sides."
+    ),
+)
+
 pair_option = click.option(
     "--pair",
     type=pair_name,

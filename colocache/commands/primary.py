@@ -17,6 +17,7 @@ from colocache.commands.options import (
     background_options,
     foreseen,
     guest_options,
+    net_options,
     pair_option,
     print_json,
     report_options,
@@ -38,6 +39,7 @@ from colocache.commands.options import (
 )
 @pair_option
 @guest_options
+@net_options
 @seconds_option("--interval", default=0.5, help="Time between two checkpoints.")
 @click.option(
     "--checkpoints",
@@ -92,7 +94,7 @@ def primary(**given: Any) -> None:
     from colocache.children import die_with_parent
     from colocache.demo.checks import Checks
     from colocache.outputs.connect import connect
-    from colocache.outputs.front import make_front
+    from colocache.outputs.fronts import make_front
     from colocache.outputs.held import HeldOutput
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
@@ -155,7 +157,8 @@ def primary(**given: Any) -> None:
         trace = stack.enter_context(
             Trace(given["trace"], "primary", failed=lambda sentence: events.emit("trace_error", sentence))
         )
-        front = make_front(given["console"])
+        front = make_front(guest.options.console, guest.options.net)
+        front.show()
         stack.callback(front.close)
         machine = make_machine(guest.kind, rams_of_images(images), guest.options, mark_dirty)
         stack.callback(machine.close)
@@ -163,8 +166,8 @@ def primary(**given: Any) -> None:
         sentence = f"guest {guest.kind} ({guest.why}), memory {backing}"
         events.emit("start", sentence, guest=guest.kind, backing=backing, why=guest.why)
         output = HeldOutput(front.emit, on_full=request_checkpoint, origin=front.origin)
-        if given["console"]:
-            connect(machine, output)
+        if guest.options.console or guest.options.net:
+            connect(machine, output, front)
         made.append(
             Primary(
                 address=address,

@@ -22,6 +22,7 @@ from colocache.commands.options import (
     guest_options,
     memory_limit_option,
     memory_option,
+    net_options,
     pair_option,
     report_options,
     seconds_option,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 )
 @click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
 @guest_options
+@net_options
 @memory_option
 @memory_limit_option
 @click.option(

@@ -7,16 +7,20 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from colocache.outputs.apart import ApartOutput
-from colocache.outputs.piece import CONSOLE
+from colocache.outputs.front import Front
+from colocache.outputs.piece import CARD, CONSOLE
 
 if TYPE_CHECKING:
     from colocache.outputs.held import HeldOutput
     from colocache.vmm.machine import SpeakingMachine
 
 
-def connect(machine: SpeakingMachine, output: HeldOutput | ApartOutput) -> None:
-    """From now on what `machine` says goes into `output`, which holds it up when it is full."""
+def connect(machine: SpeakingMachine, output: HeldOutput | ApartOutput, front: Front) -> None:
+    """From now on what `machine` says goes into `output`, which holds it up when it is full, and what comes to `front`
+    goes to the machine."""
     machine.on_output = partial(output.put, CONSOLE)
+    machine.on_packet = partial(output.put, CARD)
+    front.listen(machine.give_packet)
     machine.output_full = lambda: output.full
     if isinstance(output, ApartOutput):
         machine.on_reborn = output.loaded

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -22,6 +23,9 @@ class Front(Protocol):
 
     def show(self) -> None:
         """This side's machine is the one that the world sees: before the first `emit`."""
+
+    def listen(self, on_packet: Callable[[bytes], None]) -> None:
+        """Once `show` was called, packets from the world go there."""
 
     def emit(self, channel: int, data: bytes) -> None:
         """The world may see this. What it does not take is lost, never the guest."""
@@ -40,6 +44,9 @@ class NoFront:
     """Nobody looks."""
 
     def show(self) -> None:
+        """See Front."""
+
+    def listen(self, on_packet: Callable[[bytes], None]) -> None:
         """See Front."""
 
     def emit(self, channel: int, data: bytes) -> None:
@@ -106,8 +113,3 @@ class FileFront(NoFront):
     def close(self) -> None:
         """See Front."""
         os.close(self._fd)
-
-
-def make_front(console: str) -> Front:
-    """The front for `--console`: "" for none, FILE, or "-". ArgumentError."""
-    return FileFront(console) if console else NoFront()

@@ -22,7 +22,7 @@ from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.connect import connect
-from colocache.outputs.front import make_front
+from colocache.outputs.fronts import make_front
 from colocache.replication.arbiter import LeaseLostError, make_arbiter
 from colocache.replication.blocks import rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
@@ -127,13 +127,18 @@ def _run(
     listener = socket.socket(fileno=config.listener_fd)
     trace = Trace(config.trace, "secondary", failed=lambda sentence: events.emit("trace_error", sentence))
     guest_options = GuestOptions(**config.guest_options)
-    with listener, closing(make_front(guest_options.console)) as front, trace, _open_cache(config, memory) as cache:
+    with (
+        listener,
+        closing(make_front(guest_options.console, guest_options.net)) as front,
+        trace,
+        _open_cache(config, memory) as cache,
+    ):
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, guest_options, cache.mark_dirty)
         try:
             output = ApartOutput(front.emit, seen=front.seen, show=front.show)
-            if guest_options.console:
-                connect(machine, output)
+            if guest_options.console or guest_options.net:
+                connect(machine, output, front)
             secondary = Secondary(
                 cache=cache,
                 machine=machine,

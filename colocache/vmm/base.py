@@ -77,6 +77,7 @@ class ReferenceMachine(ABC):
         self._synced_stores = 0
         self._tidy_at = TIDY_ENTRIES
         self.on_output: OnOutput | None = None
+        self.on_packet: OnOutput | None = None
         self.output_full: Callable[[], bool] = lambda: False
         self.on_reborn: Callable[[], None] = lambda: None
         self._told = 0  # the step up to which on_output was told
@@ -194,6 +195,9 @@ class ReferenceMachine(ABC):
     def pause(self) -> None:
         self._refuse_closed()
         self._thread.stop()
+
+    def give_packet(self, packet: bytes) -> None:  # noqa: B027 -- nothing to do
+        """See machine.SpeakingMachine: it has no card."""
 
     def _enter_and_tell(self) -> None:
         """In the guest's thread: what it did goes to its console, before it is known to stand."""

@@ -155,10 +155,14 @@ class Machine(Protocol):
 class SpeakingMachine(Machine, Protocol):
     """One whose guest has a console: those of guests.py.
 
-    What the guest says is handed to on_output, in any thread, once it is set; while output_full() says so, the guest is
-    held up. on_reborn is called when what it said is of no machine any more.
+    What the guest says is handed to on_output, in any thread, once it is set, and each packet of its card to on_packet;
+    while output_full() says so, the guest is held up. on_reborn is called when what it said is of no machine any more.
     """
 
     on_output: OnOutput | None
+    on_packet: OnOutput | None
     output_full: Callable[[], bool]
     on_reborn: Callable[[], None]
+
+    def give_packet(self, packet: bytes) -> None:
+        """The network card of the guest receives this; without one, nothing happens. Any thread."""

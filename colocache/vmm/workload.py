@@ -25,6 +25,8 @@ class GuestOptions:
                         write the same pages, and a flush that forgets the secondary's writes would pass unseen.
     command             of a QEMU guest: the whole command line; none = a small guest that does the above
     accel               of that small guest: auto, kvm or tcg
+    card                of a QEMU guest: the MAC address of its network card; none = it has no card
+    net                 what that card is connected to: tap:NAME
     console             where what the guest says is shown: a file, or - for standard output; none = nowhere
     """
 
@@ -37,6 +39,8 @@ class GuestOptions:
     command: tuple[str, ...] = ()
     accel: str = "auto"
     console: str = ""
+    card: str = ""
+    net: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "command", tuple(self.command))  # JSON has lists

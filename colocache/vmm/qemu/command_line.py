@@ -39,6 +39,7 @@ class CommandLine:
     ram_bytes   guest memory
     console     whether the first serial port is colocache's; False: the user wanted none
     files       files it names that both hosts need alike: kernel, initrd, firmware (option, path)
+    card        MAC address of the network card that colocache adds; "" for none
     descriptors what the process must inherit besides our own: files that are named by /proc/self/fd/N
     """
 
@@ -46,6 +47,7 @@ class CommandLine:
     args: list[str] = field(default_factory=list)
     ram_bytes: int = DEFAULT_RAM
     console: bool = True
+    card: str = ""
     files: list[tuple[str, str]] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
 

@@ -39,6 +39,7 @@ class Description:
     blocks      (name, bytes) of its RAM blocks
     files       (option, hash) of kernel, initrd, firmware
     firmware    the bytes of its firmware block
+    card        MAC address of its network card
     """
 
     version: str
@@ -48,6 +49,7 @@ class Description:
     blocks: tuple[tuple[str, int], ...]
     files: tuple[tuple[str, str], ...]
     firmware: bytes = field(repr=False)
+    card: str = ""
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -59,6 +61,7 @@ class Description:
             "accelerator": "kvm" if self.kvm else "tcg",
             "RAM blocks": ", ".join(f"{name} {n_bytes}" for name, n_bytes in self.blocks),
             "files": ", ".join(f"-{option} {digest}" for option, digest in self.files),
+            "card": self.card,
             "firmware": hashlib.sha256(self.firmware).hexdigest()[:16],
         }
 
@@ -67,7 +70,7 @@ class Description:
         head = (
             f"{self.version.split()[0]} {self.facts['accelerator']} {self.machine.removesuffix('-machine')} {self.cpu}"
         )
-        rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "firmware")}
+        rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "card", "firmware")}
         return head[:120] + "".join(
             f", {name} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}" for name, value in rest.items()
         )
@@ -109,6 +112,7 @@ def _look(process: QemuProcess, line: CommandLine) -> Description:
         blocks=tuple(blocks.items()),
         files=tuple((option, _file_digest(path)) for option, path in line.files),
         firmware=read_firmware(process, blocks.get(FIRMWARE, 0)),
+        card=line.card,
     )
 
 

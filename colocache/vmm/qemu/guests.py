@@ -29,7 +29,9 @@ class QemuGuest:
 def guest_of(options: GuestOptions, ram_bytes: int) -> QemuGuest:
     """The guest that `options` ask for. Without a command line: the small guest, with ram_bytes bytes."""
     if options.command:
-        return QemuGuest(read_command_line(options.command))
+        line = read_command_line(options.command)
+        line.card = options.card
+        return QemuGuest(line)
     accel = options.accel if options.accel != "auto" else best_accelerator()
     image = guest_image(ram_bytes, options, kvm=accel == "kvm")
     kernel = os.memfd_create("colocache-kernel", os.MFD_CLOEXEC)

@@ -55,10 +55,12 @@ class QemuMachine:
         (self.ram,) = rams
         self._mark_dirty = mark_dirty
         self.on_output: OnOutput | None = None  # is given what the guest of the machine that runs says
+        self.on_packet: OnOutput | None = None  # likewise each packet that its card sends
         self.output_full: Callable[[], bool] = lambda: False
         self.on_reborn: Callable[[], None] = lambda: None
         self._powered_off = False
         self._promoted = False
+        self._announced = False  # where its card is, after it was promoted
         self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
         self._stream = b""  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
@@ -112,6 +114,9 @@ class QemuMachine:
             self._saved = None
             self._unless_it_died(QemuProcess.cont)
             self._running = True
+            if self._promoted and self._guest.line.card and not self._announced:
+                self._announced = True
+                self._unless_it_died(QemuProcess.announce)
             self._tidy_up()
 
     def pause(self) -> None:
@@ -177,8 +182,14 @@ class QemuMachine:
     def _drain(self) -> None:
         """All that its guest said before it stood is handed to on_output."""
         process = self._process
-        if process is not None and self.on_output is not None:
+        if process is not None and (self.on_output is not None or self.on_packet is not None):
             process.drain()
+
+    def give_packet(self, packet: bytes) -> None:
+        """See machine.SpeakingMachine."""
+        process = self._process
+        if process is not None:
+            process.give_packet(packet)
 
     def _unless_it_died(self, order: Callable[[QemuProcess], None]) -> None:
         """Give the process an order; a secondary's that died just now went astray."""
@@ -217,6 +228,10 @@ class QemuMachine:
             if mine() and self.on_output is not None:
                 self.on_output(data)
 
+        def on_packet(data: bytes) -> None:
+            if mine() and self.on_packet is not None:
+                self.on_packet(data)
+
         def output_full() -> bool:
             return mine() and self.output_full()
 
@@ -226,6 +241,7 @@ class QemuMachine:
             shared=shared,
             incoming=incoming,
             on_output=on_output,
+            on_packet=on_packet,
             output_full=output_full,
             on_event=on_event,
         )

@@ -51,6 +51,7 @@ class QemuProcess:
     shared     True: it writes the image; False: private copies
     incoming   True: it waits for load()
     on_output  is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
+    on_packet    likewise with each packet that its network card sends
     output_full  whether to read no more of it now, which holds the guest up
     """
 
@@ -62,6 +63,7 @@ class QemuProcess:
         shared: bool,
         incoming: bool = False,
         on_output: OnOutput | None = None,
+        on_packet: OnOutput | None = None,
         output_full: Callable[[], bool] = lambda: False,
         on_event: Callable[[Event], None] = lambda _: None,
     ) -> None:
@@ -77,6 +79,7 @@ class QemuProcess:
         self._takers: list[Callable[[], bool]] = []  # one for each of them: reads what is there
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
+        self._card: socket.socket | None = None
         self._stream: socket.socket | None = None
         self._preloaded: socket.socket | None = None
         self.pidfd = -1
@@ -84,19 +87,22 @@ class QemuProcess:
         self.userfault = -1
         try:
             self._output_full = output_full
-            self._start(line, image, shared, on_output)
+            self._start(line, image, shared, on_output, on_packet)
         except BaseException:
             self.kill()
             raise
 
     # ---- start ---------------------------------------------------------------------------------------------------
 
-    def _start(self, line: CommandLine, image: int, shared: bool, on_output: OnOutput | None) -> None:
+    def _start(
+        self, line: CommandLine, image: int, shared: bool, on_output: OnOutput | None, on_packet: OnOutput | None
+    ) -> None:
         if not PRELOAD.is_file():
             raise QemuError(f"{PRELOAD} is missing", hint="install the package with `pip install .`")
         ends = {name: self._pair() for name in ("qmp", "handoff", "console", "stream")}
+        ends["card"] = self._pair(socket.SOCK_DGRAM)
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
-        wiring = Wiring(image, shared, theirs["qmp"], theirs["console"], self._incoming)
+        wiring = Wiring(image, shared, theirs["qmp"], theirs["console"], theirs["card"], self._incoming)
         preload, needed = self._preload()
         read, write = os.pipe2(os.O_CLOEXEC)
         self._mine(read)
@@ -123,6 +129,8 @@ class QemuProcess:
         self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
         self._console.setblocking(False)
         self._read(self._console.fileno(), on_output or (lambda _: None), self._output_full)
+        self._card = ends["card"][0]
+        self._read(self._card.fileno(), on_packet or (lambda _: None), self._output_full)
         try:
             self._qmp = Qmp(ends["qmp"][0], self._events.put, START_SECONDS)
         except QemuDiedError:
@@ -130,8 +138,8 @@ class QemuProcess:
         if self._incoming:
             self._wait_for_state()
 
-    def _pair(self) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = socket.socketpair()
+    def _pair(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self._mine(ours)
         return ours, theirs
 
@@ -299,11 +307,22 @@ class QemuProcess:
         except OSError as error:
             raise self._death("ended") from error
 
+    def give_packet(self, packet: bytes) -> None:
+        """Its network card receives this, if there is room: packets may be lost."""
+        card = self._card
+        if card is not None:
+            with contextlib.suppress(OSError):
+                card.send(packet)
+
     # ---- running -------------------------------------------------------------------------------------------------
 
     def cont(self) -> None:
         """Let it run."""
         self.qmp.execute("cont")
+
+    def announce(self) -> None:
+        """Tell the network where its card's address is now. While it runs."""
+        self.qmp.execute("announce-self", initial=50, max=550, rounds=5, step=50)
 
     def stop(self) -> None:
         """Stop it; back when no vCPU runs and no device writes any more."""
@@ -397,7 +416,7 @@ class QemuProcess:
             qmp.close()
         reading, self._reading, self._takers = self._reading, [], []
         opened, self._open = self._open, []
-        self._console = self._stream = self._preloaded = None
+        self._console = self._card = self._stream = self._preloaded = None
         self.pidfd = -1
 
         async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew

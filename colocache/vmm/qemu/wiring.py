@@ -14,6 +14,7 @@ from colocache.vmm.qemu.option_strings import escape
 RAM_ID = "colocache.ram"
 QMP_ID = "colocache.qmp"
 CONSOLE_ID = "colocache.console"
+CARD_ID = "colocache.card"
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Wiring:
     shared    True: QEMU's writes go to the image; False: to private copies of its own
     qmp       a connected stream socket
     console   likewise, or -1 for none
+    card      a connected datagram socket, a packet in each datagram; used if the guest has a card
     incoming  whether this QEMU waits for a device state
     """
 
@@ -31,6 +33,7 @@ class Wiring:
     shared: bool
     qmp: int
     console: int
+    card: int
     incoming: bool
 
 
@@ -54,6 +57,10 @@ def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
         words += ["-chardev", f"socket,id={CONSOLE_ID},fd={wiring.console}", "-serial", f"chardev:{CONSOLE_ID}"]
     else:
         words += ["-serial", "none"]
+    if line.card:
+        # The guest is offered no offloads there: a packet is no longer than the MTU, and goes whole or not at all.
+        words += ["-netdev", f"dgram,id={CARD_ID},local.type=fd,local.str={wiring.card}"]
+        words += ["-device", f"virtio-net-pci,netdev={CARD_ID},mac={line.card},romfile="]
     if wiring.incoming:
         words += ["-incoming", "defer"]
     return words
