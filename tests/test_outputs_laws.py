@@ -4,6 +4,7 @@ and a mutant of each law, which the same machine must find."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -275,15 +276,20 @@ def test_a_full_queue_asks_for_a_checkpoint_and_drops_nothing() -> None:
     assert held.held_bytes == 0
 
 
-def test_the_first_that_is_held_after_a_move_is_told() -> None:
-    told: list[bool] = []
-    held = HeldOutput(lambda *_: None, on_first=lambda: told.append(True))
+def test_it_is_known_how_long_the_oldest_piece_has_waited() -> None:
+    held = HeldOutput(lambda *_: None)
     held.put(CONSOLE, b"free")
-    for n in (1, 2):
-        held.move(n)
-        held.put(CONSOLE, b"one")
-        held.put(CONSOLE, b"two")
-        assert len(told) == n
+    assert held.oldest() is None
+    held.move(2)
+    before = time.monotonic()
+    held.put(CONSOLE, b"one")
+    first = held.oldest()
+    assert first is not None
+    assert before <= first <= time.monotonic()
+    held.put(CONSOLE, b"two")
+    assert held.oldest() == first
+    held.received(2)
+    assert held.oldest() is None
 
 
 def test_a_number_never_goes_back() -> None:

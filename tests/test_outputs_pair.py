@@ -134,10 +134,10 @@ def test_with_a_front_on_each_host_nothing_is_missing_and_at_most_one_epoch_is_t
 class Speaking:
     """A toy pair with both queues; `world` is what either side let out."""
 
-    def __init__(self, pair: Pair) -> None:
+    def __init__(self, pair: Pair, **options: float) -> None:
         self.pair, self.world = pair, b""
         pair.make_secondary()
-        pair.make_primary(interval=3600)
+        pair.make_primary(interval=3600, **options)
         self.held = pair.primary.pvm.output = HeldOutput(self._emit)
         self.apart = pair.secondary.svm.output = ApartOutput(self._emit)
         self.primary, self.secondary = pair.run_primary(), pair.run_secondary()
@@ -260,6 +260,21 @@ def test_a_takeover_does_not_tell_again_what_the_primary_has_let_out(speaking: S
     assert speaking.pair.secondary.request_failover()
     speaking.pair.events_s.wait("takeover")
     assert speaking.world == b"one two "
+
+
+def test_output_that_waits_too_long_brings_a_checkpoint_and_an_idle_pair_takes_none(
+    make_memory, tmp_path: Path
+) -> None:
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path) as pair:
+        speaking = Speaking(pair, output_delay=0.02)
+        time.sleep(0.3)
+        assert len(pair.events_p.all("checkpoint")) == 1
+        for n, word in enumerate((b"one ", b"two "), 2):
+            speaking.say(word)
+            pair.events_p.wait("checkpoint", n)
+        time.sleep(0.3)
+        assert len(pair.events_p.all("checkpoint")) == 3
+        assert speaking.world == b"one two "
 
 
 def test_both_alive_with_the_link_cut_the_world_sees_one_machine(make_memory, tmp_path: Path) -> None:

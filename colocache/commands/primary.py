@@ -56,6 +56,15 @@ from colocache.commands.options import (
 )
 @background_options
 @resume_option
+@click.option(
+    "--output-delay",
+    type=click.FloatRange(0, 86_400_000),
+    default=0.0,
+    show_default="until the next checkpoint",
+    metavar="MS",
+    help="The longest that output may be held before a checkpoint is taken for it, in milliseconds. With a long "
+    "--interval an idle pair then takes few checkpoints, and a busy one answers fast.",
+)
 @verify_option
 @streams_option
 @timing_options
@@ -122,6 +131,7 @@ def primary(**given: Any) -> None:
         checkpoints=given["checkpoints"],
         background=given["background"],
         round_delay=given["round_delay"],
+        output_delay=given["output_delay"] / 1e3,
         round_pages=given["round_pages"],
         dirty_limit_pages=-(-given["dirty_limit"] // 4096),
         streams=given["streams"],

@@ -59,6 +59,9 @@ class Output(Protocol):
     def origin(self) -> Origin:
         """Where this side's front shows it."""
 
+    def oldest(self) -> float | None:
+        """When the oldest piece that is held was put in, CLOCK_MONOTONIC in seconds; None: nothing is held."""
+
 
 class NoOutput:
     """Of a machine whose output nobody looks at."""
@@ -83,6 +86,10 @@ class NoOutput:
         """See Output."""
         return Origin()
 
+    def oldest(self) -> float | None:
+        """See Output."""
+        return None
+
 
 class HeldOutput:
     """See the head of this file. Any thread; `emit` is called under the queue's lock, so that order is kept."""
@@ -93,14 +100,12 @@ class HeldOutput:
         *,
         limit_bytes: int = HELD_BYTES_MAX,
         on_full: Callable[[], None] = lambda: None,
-        on_first: Callable[[], None] = lambda: None,
         origin: Callable[[], Origin] = Origin,
     ) -> None:
-        """`on_full` asks for a checkpoint; `on_first` hears that something is held where nothing was since `move`."""
+        """`on_full` asks for a checkpoint; `origin` is its front's."""
         self._emit = emit
         self._limit = limit_bytes
         self._on_full = on_full
-        self._on_first = on_first
         self.origin = origin
         self._lock = threading.Lock()
         self._pieces: deque[tuple[Piece, float]] = deque()  # with the time at which each was put in, CLOCK_MONOTONIC
@@ -108,7 +113,6 @@ class HeldOutput:
         self._cost = 0
         self._sent: Counter[int] = Counter()  # bytes put in, by channel
         self._number = 0  # 0: nothing is held
-        self._first = True  # nothing was held since `move`
 
     @property
     def full(self) -> bool:
@@ -122,7 +126,6 @@ class HeldOutput:
 
     def put(self, channel: int, data: bytes) -> None:
         """The machine sent this. Taken also when the queue is full: what a machine sent before it stood."""
-        was_first = became_full = False
         with self._lock:
             piece = Piece(self._number, channel, self._sent[channel], data)
             self._sent[channel] += len(data)
@@ -132,10 +135,7 @@ class HeldOutput:
             was_full = self.full
             self._pieces.append((piece, time.monotonic()))
             self._cost += piece.cost
-            was_first, self._first = self._first, False
             became_full = self.full and not was_full
-        if was_first:
-            self._on_first()
         if became_full:
             self._on_full()
 
@@ -145,7 +145,6 @@ class HeldOutput:
             if epoch < self._number:
                 raise OrderError(f"output is of epoch {self._number} already and can't become of epoch {epoch}")
             self._number = epoch
-            self._first = True
 
     def received(self, epoch: int) -> None:
         """See Output."""
@@ -181,6 +180,6 @@ class HeldOutput:
             self._n_taken = 0
 
     def oldest(self) -> float | None:
-        """When the oldest piece that is held was put in, CLOCK_MONOTONIC in seconds; None: nothing is held."""
+        """See Output."""
         with self._lock:
             return self._pieces[0][1] if self._pieces else None

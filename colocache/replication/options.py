@@ -47,6 +47,7 @@ class PrimaryOptions:
     )
     round_pages: int = 1  # dirty pages that such a look starts a round of sending at
     dirty_limit_pages: int = 0  # dirty pages that call for a checkpoint before its time; 0 = no limit
+    output_delay: float = 0.0  # seconds that output may wait before a checkpoint is taken for it; 0 = until its time
     streams: int = 1  # connections that carry pages at once
     rejoin: bool = False  # a secondary that is gone for good may be given up for a fresh one
     resume_at: str = "received"  # the machine runs again at RECEIVED, or, to compare, at LOADED
@@ -57,6 +58,8 @@ class PrimaryOptions:
         _check_streams(self.streams)
         if not 0 <= self.round_delay <= 86400:
             raise ArgumentError(f"round_delay is {self.round_delay:g} s: give 0 to a day")
+        if not 0 <= self.output_delay <= 86400:
+            raise ArgumentError(f"output_delay is {self.output_delay:g} s: give 0 to a day")
         if not 0 <= self.interval <= 86400:
             raise ArgumentError(f"the interval is {self.interval:g} s: give 0 to a day")
 

@@ -32,6 +32,7 @@ INITIAL_PASSES = 3  # over what the guest dirtied during the pass before
 BACKGROUND_ROUNDS = 4  # per interval
 BACKGROUND_SECONDS_MIN = 0.05
 SLICE_SECONDS = 0.1  # a wait in Python that must notice a signal
+OUTPUT_LOOK_SECONDS = 0.001  # at least, between two looks whether output waits
 SAVE_FAILURES_MAX = 3  # in a row
 
 
@@ -170,10 +171,17 @@ class PrimarySession:
         due = begin + self._options.interval
         step = self._options.round_delay or max(BACKGROUND_SECONDS_MIN, self._options.interval / BACKGROUND_ROUNDS)
         next_round = begin + step
+        delay = self._options.output_delay
         while not self._stop.is_set():
             now = time.monotonic()
             self._inbox.check_idle()
             self._check_machine()
+            oldest = self._pvm.output.oldest() if delay else None
+            if oldest is not None:
+                due = min(due, oldest + delay)
+            look = self._inbox.slice_seconds
+            if delay:
+                look = min(look, max(delay / 4, OUTPUT_LOOK_SECONDS))
             wanted = self._inbox.checkpoint_wanted.is_set() or self._checkpoint_wanted.is_set()
             if now >= due or wanted or self._above_dirty_limit() or self._pvm.machine.powered_off:
                 return
@@ -186,7 +194,7 @@ class PrimarySession:
                 self._send_output()
                 next_round = time.monotonic() + step
                 continue
-            self._inbox.arrived.wait(max(0.0, min(due, next_round, now + self._inbox.slice_seconds) - now))
+            self._inbox.arrived.wait(max(0.0, min(due, next_round, now + look) - now))
 
     def _above_dirty_limit(self) -> bool:
         limit = self._options.dirty_limit_pages
