@@ -49,6 +49,7 @@ MODES = ("mirror", "bounded")
 GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))  # version 1, version 2
 PEAKS = ("memory.max_usage_in_bytes", "memory.peak")
 STEP_PAGES = 256  # that come, or are written, between two looks at the limit
+MARGIN_PAGES = 6 * STEP_PAGES  # a step of each, and what the kernel holds in stock for each core
 SPEED_RAM, SPEED_SET, SPEED_CHECKPOINTS, SPEED_SECONDS = 256 << 20, 32 << 20, 12, 0.1
 
 
@@ -103,9 +104,11 @@ def replay(group: Path, workload: str, mode: str, backing: str, ram: int, share:
         Memory.create(None, [BlockSpec(BLOCK, ram)], backing=backing, memory_mode=mode) as memory,
         Cache.create(memory) as cache,
     ):
-        secondary = Secondary(cache, share)
+        secondary = Secondary(cache)
         secondary.become_epoch_1()
-        peak.write_text("0")  # it is what is used now
+        peak.write_text("0")  # it is what is used now: one image, and what is there in every epoch
+        room = int(ram * share / 100) - (int(peak.read_text()) - ram)
+        secondary.most_pages = room // PAGE - MARGIN_PAGES
         n = n_intervals(workload)
         for interval in range(n):
             ours = np.flatnonzero(recorded(workload, interval, secondary.n_pages).bits)
@@ -121,13 +124,12 @@ def replay(group: Path, workload: str, mode: str, backing: str, ram: int, share:
 class Secondary:
     """The engine with a VM that writes what it is told to; all of it in this process."""
 
-    def __init__(self, cache: Cache, share: float) -> None:
+    def __init__(self, cache: Cache) -> None:
         self.cache = cache
         self.block = cache.blocks[BLOCK]
         self.n_pages = self.block.n_pages
         self.bounded = cache.status().memory_mode == "bounded"
-        # What is staged and private, and a step of each more, stays below it; the rest is bookkeeping.
-        self.most_pages = int(self.n_pages * share / 100 * 0.9) - 2 * STEP_PAGES
+        self.most_pages = self.n_pages  # staged and private
         self.vm = pages_at(self.block.guest_addr, self.n_pages).view(np.uint64)
         self.epoch = 1
         self.pauses_ms: list[float] = []
