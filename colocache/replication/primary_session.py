@@ -226,7 +226,7 @@ class PrimarySession:
         self._inbox.checkpoint_wanted.clear()
         if self._room.near():
             self._pvm.pause()  # before the secondary answers it would have written more than there is room for
-        if self._options.background:
+        if self._options.background and not self._pvm.allowance:  # else its machine would write on, and nobody looks
             self._rounds.last()
         self._inbox.hear_here(True)
         try:
