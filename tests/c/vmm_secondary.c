@@ -2,7 +2,7 @@
 /*
  * vmm_secondary.c -- a complete secondary in C: somebody's VMM (vmm_guest.h: KVM, two RAM blocks, one vCPU) with libcolocache in it.
  *
- *     vmm_secondary SOCKET      listens on a Unix socket for `colocache primary unix:SOCKET`
+ *     vmm_secondary SOCKET [bounded]      listens on a Unix socket for `colocache primary unix:SOCKET`; in which memory mode
  *
  * It keeps in step with a primary written in Python, is killed off its primary by the test, takes over and runs on.  Every
  * page is checked after each flush (against the primary's hashes), at the takeover and after having run on (against the
@@ -40,12 +40,13 @@ enum message {
     ABORT = 0x102,
     PING = 0x103,
     PONG = 0x104,
+    OUTPUT = 0x106,
 };
 enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
 #define PEER_TIMEOUT_MS 3000
 #define HELLO_BYTES_MAX 65536u
-#define CONVERSATION_VERSION 2 /* of colocache/replication/messages.py */
+#define CONVERSATION_VERSION 4 /* of colocache/replication/messages.py */
 #define CHECKPOINT_GIVEN_UP 1  /* the primary gave up this epoch; the session goes on */
 
 struct header {
@@ -58,6 +59,7 @@ struct vmm {
     struct colocache *cache;
     struct colocache_source *log;
     struct guest guest;
+    bool bounded; /* memory: the guest's mapping is private, its log says nothing, and the cache takes no memory yet */
     bool can_run; /* memory and device state are of one epoch */
     uint64_t checkpoints, svm_pages, checked_pages, wrong_pages;
 };
@@ -102,6 +104,17 @@ static int receive_bytes(const struct vmm *vmm, void *into, uint64_t n_bytes)
     return 0;
 }
 
+static int skip(const struct vmm *vmm, uint64_t n_bytes)
+{
+    char dropped[4096];
+    int rc = 0;
+    for (uint64_t n; rc == 0 && n_bytes; n_bytes -= n) {
+        n = n_bytes < sizeof dropped ? n_bytes : sizeof dropped;
+        rc = receive_bytes(vmm, dropped, n);
+    }
+    return rc;
+}
+
 /* next_message -- pages of `epoch` (0: any) go to the cache; PING is answered here; comes back with anything else */
 static int next_message(struct vmm *vmm, uint64_t epoch, struct header *out)
 {
@@ -112,6 +125,12 @@ static int next_message(struct vmm *vmm, uint64_t epoch, struct header *out)
             rc = colocache_message_parse(raw, &out->type, &out->epoch, &out->body_len, &out->a, &out->b);
         if (rc)
             return trouble("the connection", rc);
+        if (out->type == OUTPUT) { /* of a console, which this machine does not have */
+            rc = skip(vmm, out->body_len);
+            if (rc)
+                return rc;
+            continue;
+        }
         if (out->type != PING)
             return 0;
         uint64_t ahead;
@@ -292,18 +311,22 @@ static void wrote(void *context, uint32_t block, uint64_t first_pfn, uint64_t n_
     (void)colocache_mark_dirty(vmm->cache, block, first_pfn, n_pages); /* the dirty log shows what vCPUs write, not us */
 }
 
-static int memory(const char *name, uint64_t len_bytes)
+static int memory(const char *name, uint64_t len_bytes, bool reserve)
 {
     int fd = memfd_create(name, MFD_CLOEXEC);
-    /* reserved whole: a machine that is full says so now, not by a SIGBUS in the middle of an epoch */
-    return fd >= 0 && (len_bytes == 0 || posix_fallocate(fd, 0, (off_t)len_bytes) == 0) ? fd : -1;
+    /* reserved whole: a machine that is full says so now, not by a SIGBUS in the middle of an epoch.  A bounded cache is not: its memory
+     * comes with the pages, by system calls, and a full machine is an error of the receiving one. */
+    int rc = fd < 0 || len_bytes == 0 ? 0 : reserve ? posix_fallocate(fd, 0, (off_t)len_bytes) : ftruncate(fd, (off_t)len_bytes);
+    return rc == 0 ? fd : -1;
 }
 
 /* create -- control region, two blocks in one file for guest RAM and one for the cache, and the guest on them */
 static int create(struct vmm *vmm, const uint64_t n_bytes[2])
 {
-    struct colocache_options options = {.struct_size = sizeof options};
-    int control = memory("control", 0), ram = memory("guest", n_bytes[0] + n_bytes[1]), cache = memory("cache", n_bytes[0] + n_bytes[1]);
+    struct colocache_options options = {.struct_size = sizeof options,
+                                        .memory_mode = vmm->bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR};
+    const uint64_t both = n_bytes[0] + n_bytes[1];
+    int control = memory("control", 0, true), ram = memory("guest", both, true), cache = memory("cache", both, !vmm->bounded);
     int rc = control < 0 || ram < 0 || cache < 0 ? -ENOMEM : colocache_create(control, &options, &vmm->cache);
     struct colocache_block_info info[2];
     for (uint32_t i = 0; rc == 0 && i < 2; i++) {
@@ -391,9 +414,9 @@ static int wait_for_primary(const char *path)
 
 int main(int argc, char **argv)
 {
-    struct vmm vmm = {0};
-    if (argc != 2) {
-        fprintf(stderr, "usage: vmm_secondary SOCKET\n");
+    struct vmm vmm = {.bounded = argc == 3 && strcmp(argv[2], "bounded") == 0};
+    if (argc != 2 + vmm.bounded) {
+        fprintf(stderr, "usage: vmm_secondary SOCKET [bounded]\n");
         return 2;
     }
     setvbuf(stdout, NULL, _IOLBF, 0);
