@@ -84,11 +84,14 @@ def test_a_death_while_blocks_come_and_go_leaves_those_of_before_or_after(
 
 
 def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (result,) = run_together([str(programs / "crash_threads"), "300"])
-    assert result["kills"] >= 300
-    assert result["replays"] > 250
-    with capsys.disabled():
-        print(f"\nflush in 3 threads: {result['kills']} deaths, {result['pages_checked']} pages, seed {result['seed']}")
+    threads = [str(programs / "crash_threads"), "300", "1"]
+    for memory, result in zip(("mirror", "bounded"), run_together(threads, [*threads, "bounded"]), strict=True):
+        assert result["kills"] >= 300
+        assert result["replays"] > 250
+        with capsys.disabled():
+            print(
+                f"\nflush in 3 threads, {memory}: {result['kills']} deaths, {result['pages_checked']} pages"
+            )
 
 
 def test_no_thread_is_told_of_a_takeover_before_shared_memory_says_it(programs: Path) -> None:
@@ -96,15 +99,18 @@ def test_no_thread_is_told_of_a_takeover_before_shared_memory_says_it(programs: 
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "= 3 passed, 0 failed, 0 skipped"), done.stdout
 
 
-def test_damage_is_refused_and_nothing_is_written(programs: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    damage = str(programs / "crash_damage")
-    results = [*run_together([damage, "1"], [damage, "2"]), *run_together([damage, "0"], [damage, "3"], [damage, "4"])]
+@pytest.mark.parametrize("memory", ["mirror", "bounded"])
+def test_damage_is_refused_and_nothing_is_written(
+    programs: Path, memory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage = [[str(programs / "crash_damage"), str(state), memory] for state in range(5)]
+    results = [*run_together(damage[1], damage[2]), *run_together(damage[0], damage[3], damage[4])]
     total = summed(results)
     assert total["flips"] == total["refused"] + total["harmless"] > 300_000
     assert all(result["flips"] > 30_000 for result in results)
     with capsys.disabled():
         print(
-            f"\ndamage: bits of the control region turned over {total['flips']} times, alone and in pairs: "
+            f"\ndamage, {memory}: bits of the control region turned over {total['flips']} times, alone and in pairs: "
             f"{total['refused']} refused, {total['harmless']} without any effect"
         )
 
