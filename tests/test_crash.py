@@ -89,9 +89,7 @@ def test_death_in_a_flush_of_several_threads_is_replayed(programs: Path, capsys:
         assert result["kills"] >= 300
         assert result["replays"] > 250
         with capsys.disabled():
-            print(
-                f"\nflush in 3 threads, {memory}: {result['kills']} deaths, {result['pages_checked']} pages"
-            )
+            print(f"\nflush in 3 threads, {memory}: {result['kills']} deaths, {result['pages_checked']} pages")
 
 
 def test_no_thread_is_told_of_a_takeover_before_shared_memory_says_it(programs: Path) -> None:

@@ -144,6 +144,17 @@ def _in_words(report: dict[str, Any]) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
     detect = failover["detect_ms"]
+    limit = report.get("memory_limit")
+    limited = (
+        ""
+        if limit is None
+        else (
+            f"memory beside the image: at most {limit['peak_bytes'] / 1e6:.1f} MB at a checkpoint, the limit is "
+            f"{limit['bytes'] / 1e6:.1f}; asked for {limit['asked']} checkpoints, private pages given up "
+            f"{limit['private_given_up']} times, the secondary's machine stood {limit['stood_ms']['max']:.1f} ms "
+            "(max)\n"
+        )
+    )
     verdict = "FAILED: the secondary's memory was wrong"
     if not report["wrong_pages"]:
         verdict = "OK: the secondary took over and every page was right"
@@ -156,6 +167,7 @@ def _in_words(report: dict[str, Any]) -> str:
         f"{report['flush_gb_per_s']:.1f} GB/s\n"
         f"secondary's pause {pause['p50']:.2f} ms (p50), {pause['p99']:.2f} (p99), {pause['max']:.2f} (max); "
         f"primary's {primary['p50']:.2f}, {primary['p99']:.2f}, {primary['max']:.2f}\n"
+        f"{limited}"
         f"stages of the secondary's in ms, p50/p99/max: {_stages(report['stages_ms'])}\n"
         f"stages of the primary's, which runs again at {report['resume_at'].upper()}: "
         f"{_stages(report['pvm_stages_ms'])}\n"
