@@ -47,7 +47,7 @@ def run_pair(
         sys.executable, "-m", "colocache", "primary", "--connect", f"unix:{socket}", "--guest", "kvm",
         "--backing", "shm", "--ram", f"{RAM_PAGES * 4}K", "--interval", "0.1", "--working-set", "8M",
         "--verify", "all", "--events",
-        "--reconnect-limit", "0.1", "--run-on", "0.1",
+        "--reconnect-limit", "0.1", "--run-on", "0.1", "--peer-timeout", "10",
     ]  # fmt: skip
     if moment != "running":
         primary_command += ["--die-at", moment, "--die-at-checkpoint", str(kill_at)]

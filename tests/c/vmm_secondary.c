@@ -44,7 +44,7 @@ enum message {
 };
 enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
-#define PEER_TIMEOUT_MS 3000
+#define PEER_TIMEOUT_MS 10000
 #define HELLO_BYTES_MAX 65536u
 #define CONVERSATION_VERSION 4 /* of colocache/replication/messages.py */
 #define CHECKPOINT_GIVEN_UP 1  /* the primary gave up this epoch; the session goes on */
