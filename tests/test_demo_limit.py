@@ -15,6 +15,7 @@ def test_a_secondary_under_a_memory_limit_says_what_it_took_and_takes_over(guest
     limit = report["memory_limit"]
     assert limit["bytes"] == 8 << 20
     assert 0 < limit["peak_bytes"] <= 8 << 20
+    assert set(limit["pvm_stood_ms"]) == {"p50", "p99", "max"}
     words = demo(*SMALL, *how).stdout
     assert "memory beside the image: at most " in words
 

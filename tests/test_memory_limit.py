@@ -199,6 +199,10 @@ def test_a_primary_near_its_share_takes_a_checkpoint_before_its_time(bounded_pai
     pair.events_s.wait("checkpoint", 2)
     no_wrong = [event["wrong_pages"] for event in pair.events_s.all("checkpoint")]
     assert no_wrong == [0, 0]
+    pair.events_p.wait("checkpoint", 2)
+    assert [event["stood_ms"] > 0 for event in pair.events_p.all("checkpoint")] == [False, True], (
+        "it stood, and says so"
+    )
 
 
 # ---- by the kernel's own figure ----

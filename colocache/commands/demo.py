@@ -152,7 +152,7 @@ def _in_words(report: dict[str, Any]) -> str:
             f"memory beside the image: at most {limit['peak_bytes'] / 1e6:.1f} MB at a checkpoint, the limit is "
             f"{limit['bytes'] / 1e6:.1f}; asked for {limit['asked']} checkpoints, private pages given up "
             f"{limit['private_given_up']} times, the secondary's machine stood {limit['stood_ms']['max']:.1f} ms "
-            "(max)\n"
+            f"(max), the primary's {limit['pvm_stood_ms']['max']:.1f} before its pause\n"
         )
     )
     verdict = "FAILED: the secondary's memory was wrong"

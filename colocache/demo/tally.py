@@ -32,15 +32,18 @@ class Limited:
 
     peak_bytes: int = 0  # beside the image: staged and private pages and bookkeeping, at the checkpoints
     stood_ms: list[float] = field(default_factory=list)  # of its machine, waiting for a checkpoint
+    pvm_stood_ms: list[float] = field(default_factory=list)  # the same of the primary's, before its pause
     asked: int = 0  # checkpoints that it asked for
     private_given_up: int = 0
 
     def add(self, event: dict[str, Any]) -> None:
-        """Count one event of the secondary."""
+        """Count one event of either side."""
         if event["event"] == "memory":
             self.peak_bytes = max(self.peak_bytes, event["bytes"])
             self.stood_ms.append(event["stood_ms"])
             self.asked += event["asked"]
+        elif event["event"] == "checkpoint" and event["side"] == "primary":
+            self.pvm_stood_ms.append(event["stood_ms"])
         elif event["event"] == "private_given_up":
             self.private_given_up += 1
 
@@ -52,6 +55,7 @@ class Limited:
             "asked": self.asked,
             "private_given_up": self.private_given_up,
             "stood_ms": summary_of(self.stood_ms),
+            "pvm_stood_ms": summary_of(self.pvm_stood_ms),
         }
 
 
@@ -83,6 +87,7 @@ class Tally:
     def add(self, event: dict[str, Any]) -> None:
         """Count one event of either side."""
         name, side = event["event"], event["side"]
+        self.memory.add(event)
         if side == "primary":
             if name == "checkpoint":
                 self.primary_pauses.append(event["pause_ms"])
@@ -90,7 +95,6 @@ class Tally:
                 for stage, value in event["stages"].items():
                     self.primary_stages.setdefault(stage.removesuffix("_ms"), []).append(value)
             return
-        self.memory.add(event)
         if name == "checkpoint":
             self.checkpoints += 1
             self.pvm_pages += event["pvm_pages"]

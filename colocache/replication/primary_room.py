@@ -29,6 +29,7 @@ class PrimaryRoom:
         self._growth = Growth()
         self._synced = 0.0
         self._said = False
+        self._stands_since = 0  # CLOCK_MONOTONIC in ns; 0: it runs, or stands for another reason
 
     def look_again(self) -> float:
         """Seconds until the next look is due; 0: the secondary's memory has no limit."""
@@ -57,7 +58,7 @@ class PrimaryRoom:
         self._growth.look(now, pages * PAGE)
         ahead = self._growth.ahead // PAGE
         if pages >= max(RUNS_LEAST * allowance, allowance - ahead):
-            pvm.pause()
+            self.stand()
             self._growth.stopped(time.monotonic() - now)
             self._growth.anew()
             sentence = (
@@ -66,6 +67,16 @@ class PrimaryRoom:
             )
             self._events.emit("at_limit", "" if self._said else sentence, pages=pages, allowance=allowance)
             self._said = True
+
+    def stand(self) -> None:
+        """The machine stands from now until the checkpoint."""
+        self._stands_since = self._stands_since or time.monotonic_ns()
+        self._pvm.pause()
+
+    def stood_ns(self, now_ns: int) -> int:
+        """How long it has stood at `now_ns` for want of room; asked once, when the checkpoint's own pause begins."""
+        since, self._stands_since = self._stands_since, 0
+        return now_ns - since if since else 0
 
     def lift(self) -> None:
         """No checkpoint comes any more: the machine runs on."""

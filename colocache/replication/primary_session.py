@@ -225,7 +225,7 @@ class PrimarySession:
         self._checkpoint_wanted.clear()
         self._inbox.checkpoint_wanted.clear()
         if self._room.near():
-            self._pvm.pause()  # before the secondary answers it would have written more than there is room for
+            self._room.stand()  # before the secondary answers it would have written more than there is room for
         if self._options.background and not self._pvm.allowance:  # else its machine would write on, and nobody looks
             self._rounds.last()
         self._inbox.hear_here(True)
@@ -261,6 +261,7 @@ class PrimarySession:
         channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
         pvm.pause()
         stopped = stages.done("stop")
+        stood_ns = self._room.stood_ns(stopped)
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
         try:
             saved = self._observer.save(pvm.machine, number)
@@ -315,6 +316,7 @@ class PrimarySession:
             **{f"{name}_ns": ns for name, ns in took.items()},
             pause_ns=max(0, running - stopped - saved.extra_ns),
             extra_ns=saved.extra_ns,
+            stood_ns=stood_ns,
         )
 
     def _told(self, n_pages: int) -> None:

@@ -125,11 +125,12 @@ class SentCheckpoint:
     loaded_ns: int  # until the secondary runs; part of the pause only with resume_at "loaded"
     pause_ns: int
     extra_ns: int  # of the observer, for what is no part of a checkpoint: hashes
+    stood_ns: int = 0  # before the pause: the secondary's memory limit left its VM no room to write in
 
     def to_event(self) -> dict[str, Any]:
         """The fields of the `checkpoint` event."""
         made: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("pause_ns", "extra_ns"):
+        for name in ("pause_ns", "extra_ns", "stood_ns"):
             made[name.replace("_ns", "_ms")] = ms(made.pop(name))
         made["stages"] = {f"{stage}_ms": ms(made.pop(f"{stage}_ns")) for stage in SENT_STAGES}
         made["bytes"] = made.pop("n_bytes")
