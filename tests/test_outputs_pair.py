@@ -17,6 +17,7 @@ from test_demo import demo, report_of
 from toy import QUICK, TOY_BLOCKS, Pair, once, pair_of
 from vmm_support import Host
 
+from colocache.demo.world import told_steps
 from colocache.errors import ArgumentError, PacketError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.front import FileFront
@@ -50,6 +51,15 @@ def assert_unbroken(console: bytes, *, of_a_whole_life: bool = True) -> None:
     assert [first for first, _ in told[1:]] == [last for _, last in told[:-1]]
 
 
+def test_steps_that_are_missing_and_told_again_are_counted() -> None:
+    def line(first: int, last: int) -> bytes:
+        return b"steps %d to %d, salt %016x\n" % (first, last, 7)
+
+    assert told_steps(line(0, 5) + line(5, 9)) == {"lines": 2, "steps_missing": 0, "steps_again": 0}
+    assert told_steps(line(0, 5) + line(7, 9) + line(8, 12)) == {"lines": 3, "steps_missing": 2, "steps_again": 1}
+    assert told_steps(line(3, 5)) == {"lines": 1, "steps_missing": 3, "steps_again": 0}
+
+
 # ---- both on one host ----
 
 
@@ -58,7 +68,8 @@ def assert_unbroken(console: bytes, *, of_a_whole_life: bool = True) -> None:
 def test_each_line_of_the_console_is_there_once_over_the_takeover(tmp_path: Path, guest: str, point: str) -> None:
     console = tmp_path / "console"
     args = ("--guest", guest, "--ram", "16M", "--checkpoints", "4", "--interval", "0.1", "--run-on", "0.1")
-    report_of(demo(*args, "--console", str(console), "--kill-primary-at", point, "--json"))
+    report = report_of(demo(*args, "--console", str(console), "--kill-primary-at", point, "--json"))
+    assert report["world"] == {"lines": len(stretches(console.read_bytes())), "steps_missing": 0, "steps_again": 0}
     assert_unbroken(console.read_bytes())
 
 

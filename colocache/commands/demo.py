@@ -140,6 +140,17 @@ def _command(given: dict[str, Any]) -> tuple[str, ...]:
     return linux_command(given["ram"], given["accel"], parts)
 
 
+def _world(report: dict[str, Any]) -> str:
+    """What the world saw of a reference guest."""
+    world = report.get("world")
+    if not world:
+        return ""
+    return (
+        f"the world saw {world['lines']:,} lines of the guest over the kill, each when its epoch was sealed: "
+        f"{world['steps_missing']} steps missing, {world['steps_again']} told again\n"
+    )
+
+
 def _in_words(report: dict[str, Any]) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
@@ -176,6 +187,7 @@ def _in_words(report: dict[str, Any]) -> str:
         f"took over at epoch {failover['epoch']} within {failover['promote_ms']:.2f} ms of the decision, "
         f"ran on for {failover['steps_run_on']:,} steps\n"
         f"{_folded(failover)}"
+        f"{_world(report)}"
         f"{report['verified_pages']:,} pages verified, {report['wrong_pages']} wrong\n"
         f"{verdict}"
     )

@@ -21,11 +21,10 @@ class ConsoleTail:
             self._folder = tempfile.TemporaryDirectory(prefix="colocache-console-")
             path = os.path.join(self._folder.name, "console")  # noqa: PTH118 -- a string for a command line
         self.path = path
+        self._at = self._start = 0
         # What is there already was said by another guest.
         with contextlib.suppress(FileNotFoundError):
-            self._at = os.stat(path).st_size  # noqa: PTH116
-            return
-        self._at = 0
+            self._at = self._start = os.stat(path).st_size  # noqa: PTH116
 
     def lines(self) -> Iterator[str]:
         """Whole lines that were added since the last call."""
@@ -43,6 +42,15 @@ class ConsoleTail:
             text = "".join(char for char in line.decode(errors="replace") if char.isprintable()).strip()
             if text:
                 yield text[:LINE_BYTES_MAX]
+
+    def whole(self) -> bytes:
+        """All that this demo's guest said."""
+        try:
+            with open(self.path, "rb") as file:  # noqa: PTH123
+                file.seek(self._start)
+                return file.read()
+        except FileNotFoundError:
+            return b""
 
     def __enter__(self) -> ConsoleTail:
         return self

@@ -26,6 +26,7 @@ from colocache.demo.console import ConsoleTail
 from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
+from colocache.demo.world import told_steps
 from colocache.errors import ColocacheError
 from colocache.replication.memory_limit import check_limit
 from colocache.replication.signals import Stop
@@ -160,6 +161,7 @@ class DemoRun:
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
         self._killed_ns: int | None = None
         self._console: ConsoleTail | None = None
+        self._shows_console = False
         self._traces = ""  # a folder for those of both sides
         self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
@@ -176,8 +178,8 @@ class DemoRun:
         check_limit(self.options.memory_limit, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
-            if kind == "qemu" or self.options.console:
-                self._console = stack.enter_context(ConsoleTail(self.options.console))
+            self._shows_console = kind == "qemu" or bool(self.options.console)
+            self._console = stack.enter_context(ConsoleTail(self.options.console))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             if self.options.trace:
                 begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
@@ -193,6 +195,7 @@ class DemoRun:
             status = secondary.wait(END_SECONDS)
             if status and not self.tally.wrong_pages:  # wrong pages are what the report is for
                 raise DemoError(f"the secondary ended with status {status}: {secondary.last_words()}")
+            world = told_steps(self._console.whole()) if kind != "qemu" else None
         start = self._seen["secondary", "start"]
         report = {
             "guest": start["guest"],
@@ -206,6 +209,7 @@ class DemoRun:
                 if self.options.memory_limit
                 else {}
             ),
+            **({"world": world} if world else {}),
             "kill_primary_at": self.options.kill_at,
             "verify": self.options.verify,
             "resume_at": self.options.resume_at,
@@ -271,7 +275,7 @@ class DemoRun:
         """The next event of either side; None if there was none for a moment."""
         if self._stop.is_set():
             raise DemoError("stopped")
-        for line in self._console.lines() if self._console else ():
+        for line in self._console.lines() if self._console and self._shows_console else ():
             self._on_event({"event": "console", "side": "guest", "sentence": line})
         try:
             event = self._events.get(timeout=SLICE_SECONDS)
@@ -327,6 +331,12 @@ class DemoRun:
             raise DemoError("the secondary ended without taking over")
         if report["wrong_pages"]:
             return  # reported with its numbers; the command's exit status says the rest
+        world = report.get("world")
+        if world and (not world["lines"] or world["steps_missing"] or world["steps_again"]):
+            raise DemoError(
+                f"the world saw {world['lines']} lines of the guest, with {world['steps_missing']} steps missing and "
+                f"{world['steps_again']} told again"
+            )
         wanted = self._kill_after
         if report["checkpoints"] < wanted:
             raise DemoError(f"{report['checkpoints']} checkpoints were done, {wanted} were wanted")
