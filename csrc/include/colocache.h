@@ -199,7 +199,8 @@
  *  colocache_dirty_log_lost, and go on.
  *  Who pauses whom: the primary asks for the checkpoint, you pause the SVM and answer, then the
  *  primary pauses the PVM.  You let the SVM run after colocache_loaded, or after an abort; the
- *  primary lets the PVM run when it hears LOADED or an abort.
+ *  primary lets the PVM run when it hears that you sealed (RECEIVED) or gave up, and sends nothing
+ *  of the next epoch before it hears LOADED.
  *
  * ---- KVM ----
  *
