@@ -17,7 +17,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -266,10 +266,16 @@ class QemuProcess:
 
     def private_bytes(self) -> int:
         """Bytes of guest memory of which it has copies of its own."""
-        try:
+        with self._told_if_it_died():
             return private_bytes(self.pid, self.address(), self._len_bytes)
+
+    @contextlib.contextmanager
+    def _told_if_it_died(self) -> Iterator[None]:
+        """A look at its memory that fails because it has ended is QemuDiedError."""
+        try:
+            yield
         except SystemCallError as error:
-            if self.alive and error.errno != errno.ESRCH:  # which a dying process says that is not dead yet
+            if self.alive and error.errno not in (errno.ESRCH, errno.ENOENT):  # of one that dies, and is not dead yet
                 raise
             raise QemuDiedError(f"QEMU (process {self.pid}) has ended") from error
 
@@ -280,7 +286,8 @@ class QemuProcess:
     def fold(self, image: int, offset: int, len_bytes: int) -> int:
         """Its copies of this part of guest memory go into the image, which it maps shared from then on; bytes that
         were copies. It stands."""
-        n_bytes = private_write_back(self.pid, self.address() + offset, len_bytes, image, offset)
+        with self._told_if_it_died():
+            n_bytes = private_write_back(self.pid, self.address() + offset, len_bytes, image, offset)
         if self._preloaded is None:
             raise QemuDiedError("this QEMU was closed")
         try:
