@@ -29,6 +29,7 @@ from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.events import DEATH, Mailbox
 from colocache.vmm.qemu.qmp import Event, Qmp
+from colocache.vmm.qemu.readers import OnOutput, Readers
 from colocache.vmm.qemu.wiring import Wiring, arguments, fd_path
 
 PRELOAD = Path(__file__).with_name("preload.so")
@@ -38,19 +39,15 @@ DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
 CPU_CLOCK = 2  # with a process's number: the clock of its CPU time
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 
-OnOutput = Callable[[bytes], None]
-READ_BYTES = 1 << 16  # at a time
-FULL_SECONDS = 0.005  # between two looks whether there is room for what the guest says
-
 
 class QemuProcess:
     """A QEMU that has come up and stands.
 
-    line       the guest
-    image      descriptor of the file of guest memory; stays the caller's
-    shared     True: it writes the image; False: private copies
-    incoming   True: it waits for load()
-    on_output  is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
+    line         the guest
+    image        descriptor of the file of guest memory; stays the caller's
+    shared       True: it writes the image; False: private copies
+    incoming     True: it waits for load()
+    on_output    is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
     on_packet    likewise with each packet that its network card sends
     output_full  whether to read no more of it now, which holds the guest up
     """
@@ -75,8 +72,7 @@ class QemuProcess:
         self._words = b""
         self._qmp: Qmp | None = None
         self._open: list[socket.socket | int] = []  # what close() closes
-        self._reading: list[int] = []  # descriptors the driver's loop reads
-        self._takers: list[Callable[[], bool]] = []  # one for each of them: reads what is there
+        self._readers = Readers(self._driver)
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
         self._card: socket.socket | None = None
@@ -121,16 +117,16 @@ class QemuProcess:
                 end.close()
         self.pid = self._process.pid
         self.pidfd = self._mine(os.pidfd_open(self.pid))
-        self._reading.append(self.pidfd)
-        self._driver.soon(self._driver.loop.add_reader, self.pidfd, self._dead, self.pidfd)
+        pidfd = self.pidfd
+        self._readers.watch(pidfd, lambda: self._dead(pidfd))
         self._stream_number = theirs["stream"]
-        self._read(read, self._heard)
+        self._readers.read(read, self._heard)
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
         self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
         self._console.setblocking(False)
-        self._read(self._console.fileno(), on_output or (lambda _: None), self._output_full)
+        self._readers.read(self._console.fileno(), on_output or (lambda _: None), self._output_full)
         self._card = ends["card"][0]
-        self._read(self._card.fileno(), on_packet or (lambda _: None), self._output_full)
+        self._readers.read(self._card.fileno(), on_packet or (lambda _: None), self._output_full)
         try:
             self._qmp = Qmp(ends["qmp"][0], self._events.put, START_SECONDS)
         except QemuDiedError:
@@ -177,49 +173,9 @@ class QemuProcess:
 
     # ---- what it says --------------------------------------------------------------------------------------------
 
-    def _read(self, fd: int, sink: OnOutput, full: Callable[[], bool] = lambda: False) -> None:
-        """From now on hand what comes from fd to `sink`, in the driver's thread; nothing while `full`."""
-        os.set_blocking(fd, False)
-        self._reading.append(fd)
-        loop = self._driver.loop
-
-        def take() -> bool:
-            """Whether something came."""
-            try:
-                data = os.read(fd, READ_BYTES)
-            except BlockingIOError:
-                return False
-            except OSError:
-                data = b""
-            if data:
-                sink(data)
-            else:
-                loop.remove_reader(fd)
-            return bool(data)
-
-        def come() -> None:
-            if full():
-                loop.remove_reader(fd)
-                loop.call_later(FULL_SECONDS, listen)
-            else:
-                take()
-
-        def listen() -> None:
-            if fd in self._reading:  # else it was closed meanwhile, and the number may be another's
-                loop.add_reader(fd, come)
-
-        self._takers.append(take)
-        self._driver.soon(listen)
-
     def drain(self) -> None:
         """Back when all that it wrote before it stood has been handed on, also if that is more than there is room."""
-
-        async def drain() -> None:
-            for take in self._takers:
-                while take():
-                    pass
-
-        self._driver.call(drain(), "hand on what its guest said", DEATH_SECONDS)
+        self._readers.drain()
 
     def _dead(self, pidfd: int) -> None:
         self._driver.loop.remove_reader(pidfd)
@@ -421,7 +377,7 @@ class QemuProcess:
         qmp, self._qmp = self._qmp, None
         if qmp is not None:
             qmp.close()
-        reading, self._reading, self._takers = self._reading, [], []
+        reading = self._readers.let_go()
         opened, self._open = self._open, []
         self._console = self._card = self._stream = self._preloaded = None
         self.pidfd = -1
