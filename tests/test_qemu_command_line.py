@@ -119,7 +119,7 @@ def test_a_read_only_disk_is_allowed() -> None:
 
 def test_a_card_is_added_only_if_it_was_asked_for() -> None:
     line = read_command_line([QEMU, "-m", "64"])
-    wiring = Wiring(image=7, shared=False, qmp=8, console=9, card=10, incoming=False)
+    wiring = Wiring(image=7, shared=False, qmp=8, quick=11, console=9, card=10, incoming=False)
     assert "netdev" not in " ".join(arguments(line, wiring))
     line.card = "52:54:00:01:02:03"
     words = " ".join(arguments(line, wiring))
@@ -129,7 +129,7 @@ def test_a_card_is_added_only_if_it_was_asked_for() -> None:
 
 def test_our_options_come_after_the_users_so_that_they_win() -> None:
     line = read_command_line([QEMU, "-m", "64", "-machine", "pc"])
-    words = arguments(line, Wiring(image=7, shared=False, qmp=8, console=9, card=10, incoming=True))
+    words = arguments(line, Wiring(image=7, shared=False, qmp=8, quick=11, console=9, card=10, incoming=True))
     assert words[: 1 + len(line.args)] == [QEMU, *line.args]
     ours = " ".join(words[1 + len(line.args) :])
     for needed in (

@@ -6,9 +6,11 @@ from __future__ import annotations
 import os
 import select
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,10 +18,10 @@ from typing import Any
 import pytest
 from qemu_support import content, guest, image_file, needs_qemu, wait_until
 
-from colocache.vmm.qemu import process as process_module
+from colocache.vmm.qemu import inside
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.description import describe, write_firmware
-from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError
+from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.process import QemuProcess
 
 pytestmark = needs_qemu
@@ -155,7 +157,7 @@ def test_a_process_killed_in_mid_load_costs_the_process_and_not_the_image(
 
 
 def test_a_load_that_never_ends_is_given_up(start: Start, primary_image: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process_module, "LOAD_SECONDS", 0.5)
+    monkeypatch.setattr("colocache.vmm.qemu.process.LOAD_SECONDS", 0.5)
     waiting = start(guest(), primary_image, shared=False, incoming=True)
     os.kill(waiting.pid, 19)  # SIGSTOP
     with pytest.raises(QemuLoadError, match=r"within 0\.5 s"):
@@ -221,8 +223,8 @@ def test_a_package_in_a_path_with_spaces_drives_qemu(
     """The dynamic linker reads LD_PRELOAD as a list of paths between spaces and colons."""
     moved = tmp_path / "a path: with spaces" / "preload.so"
     moved.parent.mkdir()
-    shutil.copyfile(process_module.PRELOAD, moved)
-    monkeypatch.setattr(process_module, "PRELOAD", moved)
+    shutil.copyfile(inside.PRELOAD, moved)
+    monkeypatch.setattr(inside, "PRELOAD", moved)
     primary = start(guest(), primary_image, shared=True)
     assert primary.status() in ("prelaunch", "paused")
 
@@ -271,7 +273,7 @@ def preloaded(command: list[str], image: int, parent: int) -> subprocess.Complet
     """Run a program as QEMU is run, told that `parent` is its parent."""
     file = os.fstat(image)
     ours, theirs = socket.socketpair()
-    with ours, theirs, process_module.PRELOAD.open("rb") as preload:  # by descriptor: its path may have spaces
+    with ours, theirs, inside.PRELOAD.open("rb") as preload:  # by descriptor: its path may have spaces
         environment = {
             **os.environ,
             "LD_PRELOAD": f"/proc/self/fd/{preload.fileno()}",
@@ -303,3 +305,34 @@ def test_nothing_in_a_qemu_can_punch_holes_into_the_image(primary_image: int) ->
     done = preloaded([sys.executable, "-c", PUNCH, str(primary_image)], primary_image, os.getpid())
     assert done.stdout.splitlines() == [*["-1 Operation not supported"] * 4, "0"]
     assert os.fstat(primary_image).st_blocks * 512 == os.fstat(primary_image).st_size
+
+
+def test_it_is_told_when_a_machine_stood_that_was_saved_in_the_same_breath(start: Start, primary_image: int) -> None:
+    """The save is a part of the pause: QEMU stood since before it."""
+    primary, state = booted(start, primary_image)
+    assert primary.stop_and_save(STATE_MAX) == (state, None)  # it stood already
+    primary.cont()
+    asked = time.monotonic_ns()
+    _, since = primary.stop_and_save(STATE_MAX)
+    assert since is not None
+    assert asked - 1_000_000 < since < time.monotonic_ns()
+    assert primary.status() == "paused"
+
+
+def test_what_a_guest_does_meanwhile_is_not_kept_for_the_next_command(start: Start, primary_image: int) -> None:
+    """Each event comes to both monitors: the second is read for it too, or QEMU would keep what nobody reads."""
+    primary, _ = booted(start, primary_image)
+    for _ in range(50):
+        primary.qmp.execute("system_reset")
+    wait_until(lambda: len(primary.quick._data) < 200 and not select.select([primary.quick._socket], [], [], 0)[0])
+    primary.cont()
+    assert primary.status() == "running"
+
+
+def test_a_late_answer_is_not_taken_for_the_next_command(start: Start, primary_image: int) -> None:
+    primary, _ = booted(start, primary_image)
+    os.kill(primary.pid, signal.SIGSTOP)
+    with pytest.raises(QemuSlowError, match=r"did not answer `query-name` within 0.1 s"):
+        primary.quick.execute_all([("query-name", {})], timeout=0.1)
+    os.kill(primary.pid, signal.SIGCONT)
+    assert primary.quick.execute_all([("query-status", {})])[0]["running"] is False

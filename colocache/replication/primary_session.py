@@ -259,8 +259,7 @@ class PrimarySession:
         stages.done("ask")
 
         channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
-        pvm.pause()
-        stopped = stages.done("stop")
+        stopped = stages.done("stop", pvm.pause())
         stood_ns = self._room.stood_ns(stopped)
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
         try:
@@ -296,9 +295,8 @@ class PrimarySession:
             stages.done("loaded")
         # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
         # it writes belongs to the next epoch, of which nothing goes out before LOADED.
-        pvm.resume()
+        running = stages.done("resume", pvm.resume())
         self._rounds.running()
-        running = stages.done("resume")
         if self._options.resume_at != "loaded":
             self._inbox.expect(State.SEALED, epoch, timeout)
             stages.done("loaded")

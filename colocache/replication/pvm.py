@@ -131,16 +131,19 @@ class Pvm:
         self.machine.boot()
         self.resume()
 
-    def pause(self) -> None:
-        """Stop the machine at a step boundary."""
-        self.machine.pause()
+    def pause(self) -> int | None:
+        """Stop the machine at a step boundary: since when it stands, as Machine.pause says."""
+        since = self.machine.pause()
         self._running = False
+        return since
 
-    def resume(self) -> None:
-        """Let the machine run, if it does not."""
+    def resume(self) -> int | None:
+        """Let the machine run, if it does not: since when it runs, as Machine.resume says."""
+        since = None
         if not self._running:
-            self.machine.resume()
+            since = self.machine.resume()
             self._running = True
+        return since
 
     def verify(self) -> VerifyReport:
         """Compare all of RAM with the guest's history. Leaves the machine standing."""

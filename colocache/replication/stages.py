@@ -28,9 +28,10 @@ class Stages:
         self.begin = self.now = time.monotonic_ns()  # `now`: the newest mark
         self._marks: list[tuple[str, int]] = []
 
-    def done(self, name: str) -> int:
-        """The stage `name` ends here: CLOCK_MONOTONIC in nanoseconds."""
-        self.now = time.monotonic_ns()
+    def done(self, name: str, at: int | None = None) -> int:
+        """The stage `name` ends here, or ended `at`, since the one before it: CLOCK_MONOTONIC in nanoseconds."""
+        now = time.monotonic_ns()
+        self.now = now if at is None else max(self.now, min(at, now))
         self._marks.append((name, self.now))
         return self.now
 

@@ -103,12 +103,17 @@ class Machine(Protocol):
     def boot(self) -> None:
         """Primary only: fill the boot block of zeroed RAM. The guest stands at step 0."""
 
-    def resume(self) -> None:
-        """Let the guest run, under a fresh random salt that goes into its history. MachineError."""
+    def resume(self) -> int | None:
+        """Let the guest run, under a fresh random salt that goes into its history. MachineError.
 
-    def pause(self) -> None:
+        CLOCK_MONOTONIC in ns since when it runs, if that is only known later; None: it runs since now.
+        """
+
+    def pause(self) -> int | None:
         """Stop the guest at a step boundary; nothing to do if it stands. All that it said was handed to on_output when
         this is back. Bounded; MachineError.
+
+        CLOCK_MONOTONIC in ns since when it stands, if more than that was done meanwhile; None: it stands since now.
         """
 
     def sync_dirty_log(self, target: Cache | Sender) -> None:

@@ -1,16 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What preload.c does inside a QEMU for whoever holds the other end of its socket."""
+"""preload.c inside a QEMU: what brings it there, and what it does for whoever holds the other end of its socket."""
 
 from __future__ import annotations
 
 import os
 import socket
 import struct
+from pathlib import Path
 
 from colocache.vmm.qemu.errors import QemuError
 
+PRELOAD = Path(__file__).with_name("preload.so")
 ANSWER = struct.Struct("=i")  # errno or 0
 MAP_ORDER = struct.Struct("=QQQ")  # address, length, offset in the file that comes with it
+
+
+def environment(handoff: int, image: os.stat_result) -> tuple[dict[str, str], list[int]]:
+    """The environment of a QEMU that preloads it, and descriptors that it must inherit, now the caller's; handoff: its
+    end of the socket."""
+    if not PRELOAD.is_file():
+        raise QemuError(f"{PRELOAD} is missing", hint="install the package with `pip install .`")
+    preload, needed = str(PRELOAD), []
+    if set(preload) & set(" :$"):  # the dynamic linker would take the path apart
+        needed = [os.open(PRELOAD, os.O_RDONLY | os.O_CLOEXEC)]
+        preload = f"/proc/self/fd/{needed[0]}"
+    before = os.environ.get("LD_PRELOAD")
+    words = {
+        **os.environ,
+        "LD_PRELOAD": f"{preload}:{before}" if before else preload,
+        "COLOCACHE_QEMU": f"{handoff} {os.getpid()} {image.st_dev} {image.st_ino}",
+    }
+    return words, needed
 
 
 def take_userfault(connection: socket.socket) -> int:

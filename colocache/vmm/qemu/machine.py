@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 RAM = "pc.ram"
 STATE_MAX = 64 << 20  # bytes of a device state that QEMU may save
+T = TypeVar("T")
 LOAD_TRIES = 3  # processes that a device state may cost
 
 
@@ -106,37 +107,41 @@ class QemuMachine:
         self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
         self._log = log_of(self._process, self.ram, kvm_maps_it=self.description.kvm)
 
-    def resume(self) -> None:
+    def resume(self) -> int | None:
         """See machine.Machine."""
         self._refuse_closed()
         self._alive()
+        since = None
         if not self._running:
             self._saved = None
-            self._unless_it_died(QemuProcess.cont)
+            since = self._unless_it_died(QemuProcess.cont)
             self._running = True
             if self._promoted and self._guest.line.card and not self._announced:
                 self._announced = True
                 self._unless_it_died(QemuProcess.announce)
             self._tidy_up()
+        return since
 
-    def pause(self) -> None:
+    def pause(self) -> int | None:
         """Stop it. A secondary first waits for the process that shall take over its work.
 
         Of a primary the device state is saved in the same breath, for save_device_state: one wait less in its pause.
         """
         self._refuse_closed()
+        since = None
         if self._running:
             if self._pool is not None:
                 self._pool.wait_ready()
                 if not self._went_astray():
                     self._unless_it_died(QemuProcess.stop)
             else:
-                self._saved = self._stop_and_save()
+                self._saved, since = self._stop_and_save()
                 self._drain()
             self._running = False
+        return since
 
-    def _stop_and_save(self) -> bytes | QemuError:
-        """The device state, or why there is none; raises what keeps the machine from standing."""
+    def _stop_and_save(self) -> tuple[bytes | QemuError, int | None]:
+        """The device state, or why there is none, and since when it stands; raises what keeps it from standing."""
         process = self._alive()
         try:
             return process.stop_and_save(STATE_MAX)
@@ -144,7 +149,7 @@ class QemuMachine:
             raise
         except QemuError as error:
             process.stop()
-            return error
+            return error, None
 
     @property
     def steps(self) -> int:
@@ -191,17 +196,18 @@ class QemuMachine:
         if process is not None:
             process.give_packet(packet)
 
-    def _unless_it_died(self, order: Callable[[QemuProcess], None]) -> None:
+    def _unless_it_died(self, order: Callable[[QemuProcess], T]) -> T | None:
         """Give the process an order; a secondary's that died just now went astray."""
         process = self._alive()
         if self._powered_off:  # it stands for good, and QEMU refuses to let it run
-            return
+            return None
         try:
-            order(process)
+            return order(process)
         except QemuDiedError:
             self._failure = self._failure or ENDED[DEATH]
             if not self._went_astray():
                 raise
+            return None
 
     def _went_astray(self) -> bool:
         """Whether this is a secondary's machine that has ended, panicked or powered off on its own branch."""

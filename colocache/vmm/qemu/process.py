@@ -18,7 +18,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 from colocache.errors import SystemCallError
@@ -29,10 +28,10 @@ from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.events import DEATH, Mailbox
 from colocache.vmm.qemu.qmp import Event, Qmp
+from colocache.vmm.qemu.quick import Command, Quick
 from colocache.vmm.qemu.readers import OnOutput, Readers
 from colocache.vmm.qemu.wiring import Wiring, arguments, fd_path
 
-PRELOAD = Path(__file__).with_name("preload.so")
 START_SECONDS = 30.0
 LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
@@ -71,6 +70,7 @@ class QemuProcess:
         self._events = Mailbox(on_event)
         self._words = b""
         self._qmp: Qmp | None = None
+        self._quick: Quick | None = None
         self._open: list[socket.socket | int] = []  # what close() closes
         self._readers = Readers(self._driver)
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
@@ -93,20 +93,21 @@ class QemuProcess:
     def _start(
         self, line: CommandLine, image: int, shared: bool, on_output: OnOutput | None, on_packet: OnOutput | None
     ) -> None:
-        if not PRELOAD.is_file():
-            raise QemuError(f"{PRELOAD} is missing", hint="install the package with `pip install .`")
-        ends = {name: self._pair() for name in ("qmp", "handoff", "console", "stream")}
+        ends = {name: self._pair() for name in ("qmp", "quick", "handoff", "console", "stream")}
         ends["card"] = self._pair(socket.SOCK_DGRAM)
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
-        wiring = Wiring(image, shared, theirs["qmp"], theirs["console"], theirs["card"], self._incoming)
-        preload, needed = self._preload()
+        wiring = Wiring(
+            image, shared, theirs["qmp"], theirs["quick"], theirs["console"], theirs["card"], self._incoming
+        )
+        environment, needed = inside.environment(theirs["handoff"], self._file)
+        needed = [self._mine(one) for one in needed]
         read, write = os.pipe2(os.O_CLOEXEC)
         self._mine(read)
         try:
             self._process = self._driver.start(
                 arguments(line, wiring),
                 [image, self._state, *theirs.values(), *line.descriptors, *needed],
-                self._environment(preload, theirs["handoff"]),
+                environment,
                 write,
             )
         except OSError as error:
@@ -128,7 +129,8 @@ class QemuProcess:
         self._card = ends["card"][0]
         self._readers.read(self._card.fileno(), on_packet or (lambda _: None), self._output_full)
         try:
-            self._qmp = Qmp(ends["qmp"][0], self._events.put, START_SECONDS)
+            self._quick = Quick(ends["quick"][0], START_SECONDS)
+            self._qmp = Qmp(ends["qmp"][0], self._told, START_SECONDS)
         except QemuDiedError:
             raise self._death("ended before it came up") from None
         if self._incoming:
@@ -142,21 +144,6 @@ class QemuProcess:
     def _mine(self, descriptor: Any) -> Any:
         self._open.append(descriptor)
         return descriptor
-
-    def _preload(self) -> tuple[str, list[int]]:
-        """What LD_PRELOAD calls PRELOAD, and the descriptors for it: the dynamic linker takes some paths apart."""
-        if not set(str(PRELOAD)) & set(" :$"):
-            return str(PRELOAD), []
-        descriptor = self._mine(os.open(PRELOAD, os.O_RDONLY | os.O_CLOEXEC))
-        return f"/proc/self/fd/{descriptor}", [descriptor]
-
-    def _environment(self, preload: str, handoff: int) -> dict[str, str]:
-        before = os.environ.get("LD_PRELOAD")
-        return {
-            **os.environ,
-            "LD_PRELOAD": f"{preload}:{before}" if before else preload,
-            "COLOCACHE_QEMU": f"{handoff} {os.getpid()} {self._file.st_dev} {self._file.st_ino}",
-        }
 
     def _take_userfault(self, handoff: socket.socket) -> int:
         handoff.settimeout(START_SECONDS)
@@ -181,6 +168,11 @@ class QemuProcess:
         self._driver.loop.remove_reader(pidfd)
         self._events.put({"event": DEATH, "data": {}})
 
+    def _told(self, event: Event) -> None:
+        if self._quick is not None:
+            self._quick.forget_events()
+        self._events.put(event)
+
     def _heard(self, data: bytes) -> None:
         self._words = (self._words + data)[-WORDS_KEPT:]
 
@@ -203,6 +195,12 @@ class QemuProcess:
         if self._qmp is None:
             raise QemuDiedError("this QEMU was closed")
         return self._qmp
+
+    @property
+    def quick(self) -> Quick:
+        if self._quick is None:
+            raise QemuDiedError("this QEMU was closed")
+        return self._quick
 
     @property
     def alive(self) -> bool:
@@ -279,9 +277,10 @@ class QemuProcess:
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    def cont(self) -> None:
-        """Let it run."""
-        self.qmp.execute("cont")
+    def cont(self) -> int | None:
+        """Let it run: since when it does (CLOCK_MONOTONIC), which is known here later; None: it ran before."""
+        self.quick.execute_all([("cont", {})])
+        return self.quick.when("RESUME")
 
     def announce(self) -> None:
         """Tell the network where its card's address is now. While it runs."""
@@ -289,7 +288,7 @@ class QemuProcess:
 
     def stop(self) -> None:
         """Stop it; back when no vCPU runs and no device writes any more."""
-        self.qmp.execute("stop")
+        self.quick.execute_all([("stop", {})])
 
     def monitor(self, command: str) -> str:
         """What the human monitor says to `command`: for the few things that QMP does not tell."""
@@ -304,18 +303,21 @@ class QemuProcess:
 
         Saving may write guest RAM. The log is taken again after it.
         """
-        return self._saved(limit_bytes, stop=False)
-
-    def stop_and_save(self, limit_bytes: int) -> bytes:
-        """Both, asked for at once: each wait for an answer would be a part of the pause."""
-        return self._saved(limit_bytes, stop=True)
-
-    def _saved(self, limit_bytes: int, *, stop: bool) -> bytes:
-        save = {"filename": fd_path(self._state), "live": False}
-        commands = [*([("stop", {})] if stop else []), ("query-status", {}), ("xen-save-devices-state", save)]
-        *_, status, _ = self.qmp.execute_all(commands)
+        status, _ = self.quick.execute_all([("query-status", {}), self._save_command()])
         if status["running"]:
             raise QemuError("a device state of a running QEMU would be torn: stop it first")
+        return self._saved(limit_bytes)
+
+    def stop_and_save(self, limit_bytes: int) -> tuple[bytes, int | None]:
+        """Both, asked for at once: each wait for an answer would be a part of the pause. The state, and since when it
+        stands (CLOCK_MONOTONIC; None: it stood before)."""
+        self.quick.execute_all([("stop", {}), self._save_command()])
+        return self._saved(limit_bytes), self.quick.when("STOP")
+
+    def _save_command(self) -> Command:
+        return "xen-save-devices-state", {"filename": fd_path(self._state), "live": False}
+
+    def _saved(self, limit_bytes: int) -> bytes:
         n_bytes = os.fstat(self._state).st_size
         if not 0 < n_bytes <= limit_bytes:
             raise QemuError(f"QEMU saved a device state of {n_bytes} bytes; at most {limit_bytes} are allowed")
@@ -374,7 +376,7 @@ class QemuProcess:
 
     def close(self) -> None:
         """Give back what belonged to it; it is dead. May be called twice."""
-        qmp, self._qmp = self._qmp, None
+        qmp, self._qmp, self._quick = self._qmp, None, None
         if qmp is not None:
             qmp.close()
         reading = self._readers.let_go()

@@ -13,6 +13,7 @@ from colocache.vmm.qemu.option_strings import escape
 
 RAM_ID = "colocache.ram"
 QMP_ID = "colocache.qmp"
+QUICK_ID = "colocache.quick"
 CONSOLE_ID = "colocache.console"
 CARD_ID = "colocache.card"
 
@@ -24,6 +25,7 @@ class Wiring:
     image     the file of guest memory
     shared    True: QEMU's writes go to the image; False: to private copies of its own
     qmp       a connected stream socket
+    quick     likewise, for the commands that a pause waits for
     console   likewise, or -1 for none
     card      a connected datagram socket, a packet in each datagram; used if the guest has a card
     incoming  whether this QEMU waits for a device state
@@ -32,6 +34,7 @@ class Wiring:
     image: int
     shared: bool
     qmp: int
+    quick: int
     console: int
     card: int
     incoming: bool
@@ -52,7 +55,8 @@ def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
     words += ["-only-migratable"]  # saving a device that can't be saved is a segmentation fault of the primary
     words += ["-no-shutdown", "-S"]
     words += ["-no-user-config", "-display", "none", "-vga", "none", "-nic", "none", "-monitor", "none"]
-    words += ["-chardev", f"socket,id={QMP_ID},fd={wiring.qmp}", "-mon", f"chardev={QMP_ID},mode=control"]
+    for name, fd in (QMP_ID, wiring.qmp), (QUICK_ID, wiring.quick):
+        words += ["-chardev", f"socket,id={name},fd={fd}", "-mon", f"chardev={name},mode=control"]
     if line.console and wiring.console >= 0:
         words += ["-chardev", f"socket,id={CONSOLE_ID},fd={wiring.console}", "-serial", f"chardev:{CONSOLE_ID}"]
     else:
