@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 from qemu_support import content, guest, image_file, needs_qemu, wait_until
 
-from colocache.vmm.qemu import inside
+from colocache.vmm.qemu import inside, ram_blocks
 from colocache.vmm.qemu.command_line import CommandLine
-from colocache.vmm.qemu.description import describe, write_firmware
+from colocache.vmm.qemu.description import describe
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.process import QemuProcess
 
@@ -92,7 +92,7 @@ def test_a_machine_that_took_over_is_folded_into_the_image_and_runs_on_over_it(
     _, state = booted(start, primary_image)
     copy(primary_image, secondary_image)
     secondary = start(guest(), secondary_image, shared=False, incoming=True)
-    write_firmware(secondary, describe(guest()).firmware)
+    ram_blocks.fill(secondary, describe(guest()).others)
     secondary.load(state)
     secondary.cont()
     secondary.qmp.execute("system_reset")  # all of the firmware's work once more

@@ -23,7 +23,7 @@ from colocache.teach.guest import ScriptedGuest
 from colocache.teach.secondary import Secondary
 from colocache.teach.spoken import ChildError, SpokenProcess, answer, obey
 from colocache.vmm.machine import LoadReport, Ram
-from colocache.vmm.qemu.state import STREAM_END, STREAM_MAGIC, SavedState, pack, parse
+from colocache.vmm.qemu.state import STREAM_END, STREAM_MAGIC, SavedState, Shape, pack, parse
 
 MACHINE = b"the lesson's machine".ljust(32)  # in place of the digest of a QEMU's description
 DAMAGED = len(STREAM_MAGIC) + 80  # a byte in the middle of what was saved
@@ -74,11 +74,11 @@ class OutsideGuest(ScriptedGuest):
 
     def check_device_state(self, state: memoryview | bytes) -> None:
         """Before the seal. DeviceStateError."""
-        parse(MACHINE, bytes(state), self._n_pages)
+        parse(Shape(MACHINE, self._n_pages, ()), bytes(state))
 
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
         """In the process that waits, or, if it has written its memory, in another; the old one is dead before."""
-        stream = parse(MACHINE, bytes(state), self._n_pages).stream
+        stream = parse(Shape(MACHINE, self._n_pages, ()), bytes(state)).stream
         if self.waiting is not None and self.waiting.private_bytes():
             self.waiting.close()
             self.waiting = None

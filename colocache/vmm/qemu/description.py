@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What machine a command line makes, asked of a QEMU that is started for it and stopped again.
 
-Both sides of a pair must make the same one. Its firmware is kept too: a process that waits for a device state has none
-(QEMU leaves that to its own migration), and a guest that reboots after a takeover needs it.
+Both sides of a pair must make the same one. What lies in its RAM blocks beside guest memory is kept too: see
+ram_blocks.py.
 """
 
 from __future__ import annotations
@@ -10,22 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from colocache.vmm.qemu import memory_access
 from colocache.vmm.qemu.availability import OLDEST
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.errors import QemuError
 from colocache.vmm.qemu.process import QemuProcess
-
-FIRMWARE = "pc.bios"
-FIRMWARE_END = 1 << 32  # guest-physical: it ends here
-RAM_BLOCK = re.compile(r"^\s*(\S+)\s+\d+ [KMG]iB\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+0x([0-9a-f]+)", re.MULTILINE)
-ADDRESS = re.compile(r"is (0x[0-9a-f]+)")
+from colocache.vmm.qemu.ram_blocks import Content, all_blocks, contents
+from colocache.vmm.qemu.state import Shape
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Description:
     kvm         whether KVM runs it
     blocks      (name, bytes) of its RAM blocks
     files       (option, hash) of kernel, initrd, firmware
-    firmware    the bytes of its firmware block
+    others      its RAM blocks beside guest memory, as a fresh process has them
     card        MAC address of its network card
     """
 
@@ -48,7 +43,7 @@ class Description:
     kvm: bool
     blocks: tuple[tuple[str, int], ...]
     files: tuple[tuple[str, str], ...]
-    firmware: bytes = field(repr=False)
+    others: tuple[Content, ...] = field(repr=False)
     card: str = ""
 
     @cached_property
@@ -62,7 +57,7 @@ class Description:
             "RAM blocks": ", ".join(f"{name} {n_bytes}" for name, n_bytes in self.blocks),
             "files": ", ".join(f"-{option} {digest}" for option, digest in self.files),
             "card": self.card,
-            "firmware": hashlib.sha256(self.firmware).hexdigest()[:16],
+            "firmware": ", ".join(f"{one.name} {hashlib.sha256(one.data).hexdigest()[:16]}" for one in self.others),
         }
 
     def __str__(self) -> str:
@@ -79,6 +74,10 @@ class Description:
     def digest(self) -> bytes:
         """32 bytes that are the same only for the same machine."""
         return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).digest()
+
+    def shape(self, n_pages: int) -> Shape:
+        """What a device state of this machine, with n_pages pages of guest RAM, is checked by."""
+        return Shape(self.digest, n_pages, tuple(one.n_pages for one in self.others))
 
 
 def describe(line: CommandLine) -> Description:
@@ -103,15 +102,14 @@ def _look(process: QemuProcess, line: CommandLine) -> Description:
         raise QemuError(
             f"{line.program} is QEMU {numbers['major']}.{numbers['minor']}; {OLDEST[0]}.{OLDEST[1]} is needed"
         )
-    blocks = ram_blocks(process)
     return Description(
         version=f"{numbers['major']}.{numbers['minor']}.{numbers['micro']} {version['package']}".strip(),
         machine=str(qmp.execute("qom-get", path="/machine", property="type")),
         cpu=_cpu(process),
         kvm=bool(qmp.execute("query-kvm")["enabled"]),
-        blocks=tuple(blocks.items()),
+        blocks=all_blocks(process),
         files=tuple((option, _file_digest(path)) for option, path in line.files),
-        firmware=read_firmware(process, blocks.get(FIRMWARE, 0)),
+        others=contents(process),
         card=line.card,
     )
 
@@ -130,28 +128,3 @@ def _file_digest(path: str) -> str:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     except OSError:
         return path  # one of QEMU's own, by its name
-
-
-def ram_blocks(process: QemuProcess) -> dict[str, int]:
-    """Name and length in bytes of each RAM block."""
-    return {name: int(used, 16) for name, used, _ in RAM_BLOCK.findall(process.monitor("info ramblock"))}
-
-
-def read_firmware(process: QemuProcess, len_bytes: int) -> bytes:
-    """What the firmware block holds."""
-    return (
-        bytes(memory_access.read(process.pid, _firmware_address(process, len_bytes), len_bytes)) if len_bytes else b""
-    )
-
-
-def write_firmware(process: QemuProcess, firmware: bytes) -> None:
-    """Give a process that waits for a device state the firmware that it would not have."""
-    if firmware:
-        memory_access.write(process.pid, _firmware_address(process, len(firmware)), firmware)
-
-
-def _firmware_address(process: QemuProcess, len_bytes: int) -> int:
-    found = ADDRESS.search(process.monitor(f"gpa2hva {FIRMWARE_END - len_bytes:#x}"))
-    if found is None:
-        raise QemuError(f"QEMU (process {process.pid}) does not tell where its firmware is")
-    return int(found.group(1), 16)

@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
+from colocache.vmm.machine import Ram, VerifyReport
+from colocache.vmm.qemu import guest_oracle
 from colocache.vmm.qemu.availability import PROGRAM
 from colocache.vmm.qemu.command_line import CommandLine, read_command_line
+from colocache.vmm.qemu.cpu_time import cpu_microseconds
+from colocache.vmm.qemu.errors import QemuError
 from colocache.vmm.qemu.guest_image import GuestImage, guest_image
+from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.wiring import fd_path
-from colocache.vmm.workload import GuestOptions
+from colocache.vmm.workload import PAGE, GuestOptions
 
 
 @dataclass
@@ -20,6 +28,26 @@ class QemuGuest:
 
     line: CommandLine
     image: GuestImage | None = None
+
+    def steps(self, process: QemuProcess) -> int:
+        """Of the small guest; of another, microseconds of CPU time that its process took. 0: it has ended."""
+        try:
+            if not process.alive:
+                return 0
+            if self.image is None:
+                return cpu_microseconds(process.pid)
+            return int.from_bytes(process.guest_memory(guest_oracle.STEP_ADDR, 8), "little")
+        except QemuError:
+            return 0  # just now
+
+    def verify(self, process: QemuProcess, ram: Ram) -> VerifyReport:
+        """Of the small guest: what its own history says. Nothing is known of another's memory: 0 pages."""
+        begin = time.perf_counter()
+        if self.image is None:
+            return VerifyReport(0, (), 0.0)
+        memory = np.frombuffer(process.guest_memory(0, ram.len_bytes), dtype=np.uint64)
+        found = guest_oracle.check(memory.reshape(-1, PAGE // 8), self.image)
+        return VerifyReport(found.n_pages, tuple((ram.name, page) for page in found.wrong), time.perf_counter() - begin)
 
     def close(self) -> None:
         while self.line.descriptors:

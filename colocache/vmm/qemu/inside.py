@@ -14,6 +14,9 @@ PRELOAD = Path(__file__).with_name("preload.so")
 ANSWER = struct.Struct("=i")  # errno or 0
 MAP_ORDER = struct.Struct("=QQQ")  # address, length, offset in the file that comes with it
 
+BLOCKS_ANSWER = struct.Struct("=ii")  # errno or 0, and the bytes of the listing that follows
+BLOCKS_BYTES_MAX = 1 << 16
+
 
 def environment(handoff: int, image: os.stat_result) -> tuple[dict[str, str], list[int]]:
     """The environment of a QEMU that preloads it, and descriptors that it must inherit, now the caller's; handoff: its
@@ -54,6 +57,30 @@ def map_shared(connection: socket.socket, image: int, addr: int, offset: int, le
     error = _error_of(connection.recv(ANSWER.size))
     if error:
         raise QemuError(f"QEMU could not map its memory anew: {os.strerror(error)}")
+
+
+def ram_blocks(connection: socket.socket) -> list[tuple[str, int, int]]:
+    """(name, bytes used, address) of each RAM block. EOFError, OSError: it ended. QemuError: it can't tell."""
+    connection.sendall(MAP_ORDER.pack(0, 0, 0))
+    error, n_bytes = BLOCKS_ANSWER.unpack(_whole(connection, BLOCKS_ANSWER.size))
+    if error:
+        raise QemuError(
+            f"this QEMU does not tell where its RAM blocks are: {os.strerror(error)}", hint="version 8.0 and newer do"
+        )
+    if not 0 <= n_bytes <= BLOCKS_BYTES_MAX:
+        raise QemuError(f"QEMU tells of its RAM blocks in {n_bytes} bytes")
+    lines = _whole(connection, n_bytes).decode(errors="replace").splitlines()
+    return [(name, int(used, 16), int(address, 16)) for used, address, name in (line.split(" ", 2) for line in lines)]
+
+
+def _whole(connection: socket.socket, n_bytes: int) -> bytes:
+    data = b""
+    while len(data) < n_bytes:
+        came = connection.recv(n_bytes - len(data))
+        if not came:
+            raise EOFError
+        data += came
+    return data
 
 
 def _error_of(message: bytes) -> int:

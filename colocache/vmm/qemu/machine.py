@@ -13,8 +13,8 @@ Which of the two a machine is shows by what it is asked first: boot, or load_dev
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -22,13 +22,13 @@ import numpy as np
 from colocache.errors import ArgumentError, ClosedError, OrderError
 from colocache.vmm.errors import MachineError
 from colocache.vmm.machine import LoadReport, MarkDirty, OnOutput, Ram, VerifyReport
-from colocache.vmm.qemu import availability, guest_oracle
-from colocache.vmm.qemu.description import Description, describe, write_firmware
+from colocache.vmm.qemu import availability, ram_blocks
+from colocache.vmm.qemu.description import Description, describe
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH, ENDED
 from colocache.vmm.qemu.guests import guest_of
+from colocache.vmm.qemu.loading import Loading, compare_others
 from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
-from colocache.vmm.qemu.pool import Pool
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.process_log import log_of
 from colocache.vmm.qemu.qmp import Event
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 RAM = "pc.ram"
 STATE_MAX = 64 << 20  # bytes of a device state that QEMU may save
 T = TypeVar("T")
-LOAD_TRIES = 3  # processes that a device state may cost
 
 
 class QemuMachine:
@@ -63,12 +62,11 @@ class QemuMachine:
         self._promoted = False
         self._announced = False  # where its card is, after it was promoted
         self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
-        self._stream = b""  # of a secondary: what its machine was loaded from
+        self._state: SavedState | None = None  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
         self._old: QemuProcess | None = None  # dead or dying, not given back yet
         self._log: ProcessDirtyLog | None = None
-        self._pool: Pool | None = None
         self._running = False
         self._closed = False
         self._guest = guest_of(options, self.ram.len_bytes)
@@ -79,6 +77,8 @@ class QemuMachine:
                     f"the command line makes a guest of {asked} bytes, its image has {self.ram.len_bytes}"
                 )
             self.description: Description = describe(self._guest.line)
+            self._loading = Loading(lambda: self._start(shared=False, incoming=True), self.description.others)
+            self._shape = self.description.shape(self.ram.n_pages)
         except BaseException:
             self._guest.close()
             raise
@@ -100,7 +100,7 @@ class QemuMachine:
     def boot(self) -> None:
         """The machine is made and stands before its first instruction."""
         self._standing("boot")
-        if self._process is not None or self._pool is not None:
+        if self._process is not None or self._loading.begun:
             raise OrderError("a machine that was booted or given a device state can't be booted")
         self._process = self._start(shared=True, incoming=False)
         # Firmware and kernel may lie in RAM already.
@@ -130,8 +130,8 @@ class QemuMachine:
         self._refuse_closed()
         since = None
         if self._running:
-            if self._pool is not None:
-                self._pool.wait_ready()
+            if self._loading.begun:
+                self._loading.begin().wait_ready()
                 if not self._went_astray():
                     self._unless_it_died(QemuProcess.stop)
             else:
@@ -155,14 +155,7 @@ class QemuMachine:
     def steps(self) -> int:
         """Of the small guest; of another, microseconds of CPU time that its process took."""
         process = self._process
-        if process is None or not process.alive:
-            return 0
-        try:
-            if self._guest.image is None:
-                return process.cpu_microseconds()
-            return int.from_bytes(process.guest_memory(guest_oracle.STEP_ADDR, 8), "little")
-        except QemuError:
-            return 0  # it ended just now
+        return 0 if process is None else self._guest.steps(process)
 
     @property
     def failure(self) -> str | None:
@@ -211,12 +204,12 @@ class QemuMachine:
 
     def _went_astray(self) -> bool:
         """Whether this is a secondary's machine that has ended, panicked or powered off on its own branch."""
-        return self._pool is not None and not self._promoted and (self._failure is not None or self._powered_off)
+        return self._loading.begun and not self._promoted and (self._failure is not None or self._powered_off)
 
     def _revive(self) -> None:
         """Become the newest epoch again, which the image is, if the machine went astray. It stands."""
-        if self._went_astray() and self._stream:
-            self._become(self._stream)
+        if self._went_astray() and self._state is not None:
+            self._become(self._state)
             self._running = False
 
     def _start(self, *, shared: bool, incoming: bool) -> QemuProcess:
@@ -329,27 +322,29 @@ class QemuMachine:
         stream = process.save(STATE_MAX) if self._saved is None else self._saved
         if isinstance(stream, QemuError):
             raise stream
-        return pack(self.description.digest, SavedState(stream, page_hashes(self.ram) if with_hashes else None))
+        hashes = np.concatenate([page_hashes(self.ram), ram_blocks.hashes(process)]) if with_hashes else None
+        carried = ram_blocks.changed_pages(process, self.description.others)
+        return pack(self.description.digest, SavedState(stream, hashes, carried))
 
     def check_device_state(self, state: memoryview | bytes) -> None:
         """Checksum, form, lengths, and whether it is of the same machine. What else may be wrong only a load shows."""
         self._refuse_closed()
-        parse(self.description.digest, bytes(state), self.ram.n_pages)
-        self._waiting()  # one starts now, if this is the first epoch
+        parse(self._shape, bytes(state))
+        self._loading.begin()  # one starts now, if this is the first epoch
 
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
-        """In a fresh process. One that does not take it is replaced by another, LOAD_TRIES in all."""
+        """In a fresh process: see loading.py."""
         self._standing("load_device_state")
         if self._log is not None:
             raise OrderError("a primary takes no device state")
-        parsed = parse(self.description.digest, bytes(state), self.ram.n_pages)
+        parsed = parse(self._shape, bytes(state))
         report = compare_pages(self.ram, parsed.hashes)
-        self._stream = b""
-        self._become(parsed.stream)
-        self._stream = parsed.stream
-        return report
+        self._state = None
+        fresh = self._become(parsed)
+        self._state = replace(parsed, hashes=None)
+        return report if parsed.hashes is None else compare_others(fresh, parsed.hashes[self.ram.n_pages :], report)
 
-    def _become(self, stream: bytes) -> None:
+    def _become(self, state: SavedState) -> QemuProcess:
         """The old process dies while a fresh one loads the state."""
         self._tidy_up()
         self._old, self._process = self._process, None
@@ -357,46 +352,19 @@ class QemuMachine:
             self._old.begin_death()
         self._failure = None  # whatever the old one's was
         self._powered_off = False
-        fresh = self._load(stream)
+        fresh = self._loading.load(state)
         if self._old is not None:
             self._old.see_dead()  # before the fresh one may run
         self.on_reborn()
         self._process = fresh
+        return fresh
 
     def _tidy_up(self) -> None:
         """What can wait until the machine runs: the old process's descriptors, and the start of the next one."""
         old, self._old = self._old, None
         if old is not None:
             old.kill()
-        if self._pool is not None:
-            self._pool.refill()
-
-    def _waiting(self) -> Pool:
-        if self._pool is None:
-            self._pool = Pool(self._start_waiting)
-        return self._pool
-
-    def _start_waiting(self) -> QemuProcess:
-        process = self._start(shared=False, incoming=True)
-        try:
-            write_firmware(process, self.description.firmware)
-        except BaseException:
-            process.kill()
-            raise
-        return process
-
-    def _load(self, stream: bytes) -> QemuProcess:
-        pool = self._waiting()
-        for left in reversed(range(LOAD_TRIES)):
-            process = pool.take()
-            try:
-                process.load(stream)
-                return process
-            except BaseException as error:
-                process.kill()
-                if not left or not isinstance(error, QemuError):
-                    raise
-        raise AssertionError("unreachable")
+        self._loading.refill()
 
     def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:  # noqa: ARG002 -- it has one block
         """See machine.Machine."""
@@ -408,13 +376,7 @@ class QemuMachine:
     def verify(self) -> VerifyReport:
         """Of the small guest: what its own history says. Nothing is known of another's memory: 0 pages."""
         self._standing("verify")
-        begin = time.perf_counter()
-        if self._guest.image is None:
-            return VerifyReport(0, (), 0.0)
-        memory = np.frombuffer(self._alive().guest_memory(0, self.ram.len_bytes), dtype=np.uint64)
-        found = guest_oracle.check(memory.reshape(-1, PAGE // 8), self._guest.image)
-        wrong = tuple((RAM, page) for page in found.wrong)
-        return VerifyReport(found.n_pages, wrong, time.perf_counter() - begin)
+        return self._guest.verify(self._alive(), self.ram)
 
     # ---- the end -----------------------------------------------------------------------------------------------------
 
@@ -423,8 +385,8 @@ class QemuMachine:
         if self._closed:
             return
         self._closed = True
-        closing: list[Callable[[], None]] = [self._guest.close]
-        closing += [one.close for one in (self._pool, self._log) if one is not None]
+        closing: list[Callable[[], None]] = [self._guest.close, self._loading.close]
+        closing += [self._log.close] if self._log is not None else []
         closing += [one.kill for one in (self._old, self._process) if one is not None]
         while closing:
             closing.pop()()

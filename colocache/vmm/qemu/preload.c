@@ -1,12 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * preload.c -- what runs inside a QEMU of ours, by LD_PRELOAD: four things that can't be done from outside.
+ * preload.c -- what runs inside a QEMU of ours, by LD_PRELOAD: five things that can't be done from outside.
  *
  *   - it dies with the thread that started it;
  *   - it makes a userfaultfd of its own memory and hands it out, so that another process can log its writes;
  *   - it punches no hole into guest memory.  A balloon or free page reporting gives memory back by holes in the *file*,
  *     private mapping or not: in a secondary that would change the image that must stay the newest epoch;
- *   - after a takeover, when its private copies were written into the image and while it stands, it maps the image shared.
+ *   - after a takeover, when its private copies were written into the image and while it stands, it maps the image shared;
+ *   - it says where QEMU's RAM blocks lie, which QEMU tells its monitor only from version 8 on.
  *
  * COLOCACHE_QEMU in the environment says how, and is removed: "SOCKET PARENT DEVICE INODE", the descriptor of a
  * connected stream socket to hand out through, the process that must still be the parent, and the file of guest memory.
@@ -18,6 +19,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <inttypes.h>
 #include <linux/falloc.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
@@ -37,6 +39,13 @@
 #ifndef UFFD_USER_MODE_ONLY
 #define UFFD_USER_MODE_ONLY 1
 #endif
+
+/* QEMU's own, of every version so far, where it exports what its modules and plugins need; else NULL. */
+typedef struct RAMBlock RAMBlock;
+int qemu_ram_foreach_block(int (*)(RAMBlock *, void *), void *) __attribute__((weak));
+const char *qemu_ram_get_idstr(RAMBlock *) __attribute__((weak));
+void *qemu_ram_get_host_addr(RAMBlock *) __attribute__((weak));
+uint64_t qemu_ram_get_used_length(RAMBlock *) __attribute__((weak));
 
 static bool guarding;
 static unsigned long long image_device, image_inode;
@@ -73,7 +82,7 @@ static bool is_image(int fd)
     return fstat(fd, &file) == 0 && file.st_dev == image_device && file.st_ino == image_inode;
 }
 
-/* take_order -- an address, a length, an offset and the image; false: nobody asks any more */
+/* take_order -- an address, a length, an offset and the image, or a length of 0 for the RAM blocks; false: nobody asks any more */
 static bool take_order(int socket, uint64_t order[3], int *fd)
 {
     union {
@@ -93,6 +102,50 @@ static bool take_order(int socket, uint64_t order[3], int *fd)
     return came == (ssize_t)body.iov_len;
 }
 
+struct listing {
+    size_t n_bytes;
+    char text[1 << 16];
+};
+
+static int list_block(RAMBlock *block, void *context)
+{
+    struct listing *list = context;
+    size_t room = sizeof list->text - list->n_bytes;
+    int n = snprintf(list->text + list->n_bytes, room, "%" PRIx64 " %" PRIxPTR " %s\n", qemu_ram_get_used_length(block),
+                     (uintptr_t)qemu_ram_get_host_addr(block), qemu_ram_get_idstr(block));
+    if (n < 0 || (size_t)n >= room)
+        return -1;
+    list->n_bytes += (size_t)n;
+    return 0;
+}
+
+static bool send_all(int socket, const void *data, size_t n_bytes)
+{
+    while (n_bytes > 0) {
+        ssize_t sent = send(socket, data, n_bytes, MSG_NOSIGNAL);
+        if (sent < 0 && errno != EINTR)
+            return false;
+        if (sent > 0) {
+            data = (const char *)data + sent;
+            n_bytes -= (size_t)sent;
+        }
+    }
+    return true;
+}
+
+/* tell_blocks -- {errno or 0}, {bytes}, a line for each: bytes used, address, name. None comes or goes while it runs. */
+static bool tell_blocks(int socket)
+{
+    static struct listing list;
+    list.n_bytes = 0;
+    bool told = qemu_ram_foreach_block && qemu_ram_get_idstr && qemu_ram_get_host_addr && qemu_ram_get_used_length;
+    int32_t head[2] = {told ? 0 : ENOSYS, 0};
+    if (told && qemu_ram_foreach_block(list_block, &list) != 0)
+        head[0] = EOVERFLOW;
+    head[1] = head[0] ? 0 : (int32_t)list.n_bytes;
+    return send_all(socket, head, sizeof head) && send_all(socket, list.text, (size_t)head[1]);
+}
+
 /* serve -- a thread that waits for orders and does nothing else: no lock, no memory of QEMU's allocator */
 static void *serve(void *context)
 {
@@ -102,6 +155,10 @@ static void *serve(void *context)
     bool asked;
     do {
         asked = take_order(socket, order, &fd);
+        if (asked && fd < 0 && !order[1]) {
+            asked = tell_blocks(socket);
+            continue;
+        }
         int32_t error = !asked || !is_image(fd) ? EINVAL : 0;
         if (!error && mmap((void *)(uintptr_t)order[0], order[1], PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE, fd,
                            (off_t)order[2]) == MAP_FAILED)

@@ -16,9 +16,8 @@ import select
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from colocache.errors import SystemCallError
 from colocache.private import private_bytes, private_write_back
@@ -32,10 +31,10 @@ from colocache.vmm.qemu.quick import Command, Quick
 from colocache.vmm.qemu.readers import OnOutput, Readers
 from colocache.vmm.qemu.wiring import Wiring, arguments, fd_path
 
+T = TypeVar("T")
 START_SECONDS = 30.0
 LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
-CPU_CLOCK = 2  # with a process's number: the clock of its CPU time
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 
 
@@ -242,20 +241,17 @@ class QemuProcess:
         were copies. It stands."""
         with self._told_if_it_died():
             n_bytes = private_write_back(self.pid, self.address() + offset, len_bytes, image, offset)
+        self.ask_inside(lambda it: inside.map_shared(it, image, self.address() + offset, offset, len_bytes))
+        return n_bytes
+
+    def ask_inside(self, question: Callable[[socket.socket], T]) -> T:
+        """What preload.c says to one of the questions of inside.py."""
         if self._preloaded is None:
             raise QemuDiedError("this QEMU was closed")
         try:
-            inside.map_shared(self._preloaded, image, self.address() + offset, offset, len_bytes)
+            return question(self._preloaded)
         except (EOFError, OSError) as error:  # TimeoutError is one
-            raise self._death("did not map its memory anew") from error
-        return n_bytes
-
-    def cpu_microseconds(self) -> int:
-        """CPU time that all its threads took."""
-        try:
-            return time.clock_gettime_ns(~self.pid << 3 | CPU_CLOCK) // 1000
-        except OSError as error:
-            raise QemuDiedError(f"QEMU (process {self.pid}) has ended") from error
+            raise self._death("did not do what was asked inside it") from error
 
     def write_console(self, data: bytes) -> int:
         """Give the guest console input: the number of bytes taken, which may be fewer."""
