@@ -26,8 +26,8 @@ _PUBLIC = {
     "private": "private_bytes private_forget private_write_back",
     "ram_image": "RamImage",
     "regions": "CleanReport RegionName clean list_regions",
-    "results": "Action BlockInfo Failover FlushResult Header Inspection PageRun Phase Recovery SealResult SendResult "
-    "Stats Status",
+    "results": "Action Attachment BlockInfo Failover FlushResult Header Inspection PageRun Phase Recovery SealResult "
+    "SendResult Stats Status",
     "sender": "HEADER_BYTES MSG_PAGES Sender WIRE_VERSION message_header parse_header",
     "spec": "BlockSpec Images",
 }

@@ -57,6 +57,7 @@ from colocache.regions import RegionName as RegionName
 from colocache.regions import clean as clean
 from colocache.regions import list_regions as list_regions
 from colocache.results import Action as Action
+from colocache.results import Attachment as Attachment
 from colocache.results import BlockInfo as BlockInfo
 from colocache.results import Failover as Failover
 from colocache.results import FlushResult as FlushResult

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from colocache._native import ffi
 from colocache.errors import ArgumentError
+from colocache.results import Attachment
 
 U64_MAX = (1 << 64) - 1
 INT_MAX = (1 << 31) - 1
@@ -32,6 +33,15 @@ def u64(value: int, what: str) -> int:
     if not 0 <= number <= U64_MAX:
         raise ArgumentError(f"{what} is {number}: it must be from 0 to 2^64 - 1")
     return number
+
+
+def put_attachment(args: Any, attachment: Attachment) -> None:
+    """Into the arguments of a seal."""
+    if attachment.slot not in (0, 1):
+        raise ArgumentError(f"slot {attachment.slot} of an attachment: there are 0 and 1")
+    args.attachment_slot = attachment.slot
+    args.attachment_bytes = u64(attachment.n_bytes, "bytes of the attachment")
+    args.attachment_checksum = u64(attachment.checksum, "checksum of the attachment")
 
 
 def words_of(words: npt.ArrayLike, n_pages: int) -> tuple[npt.NDArray[np.uint64], Any]:

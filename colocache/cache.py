@@ -12,15 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from colocache._arguments import (
-    Buffer,
-    HasFileno,
-    bytes_of,
-    fd_of,
-    milliseconds,
-    u64,
-    words_of,
-)
+from colocache._arguments import Buffer, HasFileno, bytes_of, fd_of, milliseconds, put_attachment, u64, words_of
 from colocache._callbacks import Asked, Check, LogSink
 from colocache._creation import check_owned, images_array, images_of_region, lock_descriptor, options_of
 from colocache._handle import Handle
@@ -31,7 +23,7 @@ from colocache.dirty_log import DirtyLog
 from colocache.errors import ArgumentError, BlockError, TimedOutError
 from colocache.memory import Memory
 from colocache.private import private_bytes
-from colocache.results import Failover, FlushResult, Recovery, SealResult, Stats, Status
+from colocache.results import Attachment, Failover, FlushResult, Recovery, SealResult, Stats, Status
 
 
 class Cache(ChangingBlocks):
@@ -261,17 +253,26 @@ class Cache(ChangingBlocks):
 
     # ---- seal, flush, abort, failover ----
 
-    def seal(self, epoch: int, *, n_pages: int | None = None, check: Check | None = None) -> SealResult:
+    def seal(
+        self,
+        epoch: int,
+        *,
+        n_pages: int | None = None,
+        check: Check | None = None,
+        attachment: Attachment = Attachment(),  # noqa: B008 -- it never changes
+    ) -> SealResult:
         """The commit point. vCPUs stopped, log synced, pages and device state of `epoch` there.
 
         `n_pages`: how many the peer says it sent (IncompleteError); `check` sees the device state, read-only, and
         refuses it by raising: VetoError, with that exception as __cause__. An error aborts the epoch; nothing is lost.
+        `attachment`: of what lies elsewhere; Status tells it as long as the epoch is the newest, also after an attach.
         EpochError, SealedError, FailedOverError (take over instead), NoMemoryError.
         """
         self._writers.mark_all()
         args, result = struct("colocache_seal_args"), struct("colocache_seal_result")
         args.epoch = u64(epoch, "epoch")
         args.n_pages = lib.COLOCACHE_ANY_COUNT if n_pages is None else u64(n_pages, "number of pages")
+        put_attachment(args, attachment)
         asked = Asked(self._handle, check)
         context = ffi.new_handle(asked)  # must live as long as C may call
         if check is not None:  # else the pause does without a step through Python

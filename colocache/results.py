@@ -57,6 +57,18 @@ class Recovery:
 
 
 @dataclass(frozen=True)
+class Attachment:
+    """What of an epoch lies elsewhere, as its commit record carries it: words of whoever sealed it.
+
+    slot: 0 or 1, which of two places; the other one is the next epoch's.
+    """
+
+    slot: int = 0
+    n_bytes: int = 0
+    checksum: int = 0
+
+
+@dataclass(frozen=True)
 class Status:
     """A secondary at one moment. Counts of bits are of this moment from `inspect`, else 0."""
 
@@ -80,6 +92,9 @@ class Status:
     open_epoch: int = 0
     memory_mode: str = "mirror"
     staged_bytes: int = 0  # bounded: memory that the caches take now; 0 from `inspect`
+    attachment_slot: int = 0  # of the sealed epoch: see `attachment`
+    attachment_bytes: int = 0
+    attachment_checksum: int = 0
 
     @classmethod
     def of(cls, c: Any) -> Status:
@@ -104,7 +119,15 @@ class Status:
             open_epoch=c.open_epoch,
             memory_mode=MEMORY_MODES[c.memory_mode],
             staged_bytes=c.staged_bytes,
+            attachment_slot=c.attachment_slot,
+            attachment_bytes=c.attachment_bytes,
+            attachment_checksum=c.attachment_checksum,
         )
+
+    @property
+    def attachment(self) -> Attachment:
+        """What of the sealed epoch lies elsewhere."""
+        return Attachment(self.attachment_slot, self.attachment_bytes, self.attachment_checksum)
 
     def __str__(self) -> str:
         return (

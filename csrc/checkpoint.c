@@ -27,7 +27,8 @@
 /* ---- seal ---------------------------------------------------------------------------------------------------------- */
 
 /* commit_epoch -- everything the record speaks of, then the record, then the word */
-static int commit_epoch(struct colocache *cc, const struct colocache_seal_result *counts, uint64_t flush_checksum)
+static int commit_epoch(struct colocache *cc, const struct colocache_seal_args *args, const struct colocache_seal_result *counts,
+                        uint64_t flush_checksum)
 {
     const struct cc_staged *staged = &cc->epoch.staged;
     struct cc_record before;
@@ -44,6 +45,9 @@ static int commit_epoch(struct colocache *cc, const struct colocache_seal_result
         .flush_pages = counts->flush_pages,
         .committed_before = before.epoch,
         .n_blocks = cc->n_blocks,
+        .attachment_bytes = args->attachment_bytes,
+        .attachment_checksum = args->attachment_checksum,
+        .attachment_slot = args->attachment_slot,
     };
     for (uint32_t i = 0; i < cc->n_blocks; i++)
         record.blocks[i / 64] |= (uint64_t)(cc->blocks[i].standing == CC_HERE) << (i % 64);
@@ -76,7 +80,7 @@ static int seal_claimed(struct colocache *cc, const struct colocache_seal_args *
     CC_CRASH_POINT("seal: flush sets are there");
     uint64_t t2 = cc_now_ns(), t3 = t2;
     if (rc == 0)
-        rc = commit_epoch(cc, out, flush_checksum);
+        rc = commit_epoch(cc, args, out, flush_checksum);
     if (rc == 0) {
         t3 = cc_now_ns();
         cc_blocks_sealed(cc);
@@ -93,15 +97,20 @@ static int seal_claimed(struct colocache *cc, const struct colocache_seal_args *
     return rc;
 }
 
+#define SEAL_ARGS_LEAST offsetof(struct colocache_seal_args, attachment_bytes) /* what the first callers gave */
+
 int colocache_seal(struct colocache *cc, const struct colocache_seal_args *args, struct colocache_seal_result *out)
 {
     struct colocache_seal_args given;
     struct colocache_seal_result result = {0};
     if (!cc)
         return cc_fail(COLOCACHE_E_ARGUMENT, "the handle is NULL");
-    int rc = cc_take_struct(&given, sizeof given, args, sizeof given, "seal args");
+    int rc = cc_take_struct(&given, sizeof given, args, SEAL_ARGS_LEAST, "seal args");
     if (rc)
         return rc;
+    if (given.attachment_slot > 1 || given.reserved)
+        return cc_fail(COLOCACHE_E_ARGUMENT, "attachment slot %u, reserved %u: there are slots 0 and 1, and what is reserved is 0",
+                       given.attachment_slot, given.reserved);
     rc = cc_give_struct(out, &result, sizeof result, "seal result"); /* a caller's mistake is found before anything is sealed */
     if (rc)
         return rc;

@@ -41,6 +41,9 @@ int cc_inspect_head(const struct cc_control *control, struct colocache_status *o
     out->sealed_epoch = record->epoch;
     out->committed_epoch = record->committed ? record->epoch : record->committed_before;
     out->device_state_bytes = record->device_bytes;
+    out->attachment_slot = record->attachment_slot;
+    out->attachment_bytes = record->attachment_bytes;
+    out->attachment_checksum = record->attachment_checksum;
     out->owner_pid = control->owner_pid;
     out->memory_mode = control->memory_mode == CC_MEMORY_BOUNDED ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR;
     return 0;

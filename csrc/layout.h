@@ -19,7 +19,7 @@
 #include "colocache.h"
 
 #define CC_MAGIC 0x4548434143434f4cull /* bytes "LOCCACHE" */
-#define CC_LAYOUT_VERSION 4u
+#define CC_LAYOUT_VERSION 5u
 #define CC_PAGE 4096u
 #define CC_BITMAPS 3u /* indexed by enum colocache_bitmap_kind */
 
@@ -43,10 +43,13 @@ struct cc_record {
     uint64_t device_checksum;
     uint64_t flush_checksum; /* over the flush sets of all blocks; 0 once committed */
     uint64_t flush_pages;
-    uint64_t committed_before;                  /* the epoch that was committed when this one was sealed; 0 = none */
-    uint64_t n_blocks;                          /* of the table when it was sealed */
-    uint64_t blocks[COLOCACHE_BLOCKS_MAX / 64]; /* bit n: of these, block n is in this epoch; without it, it was removed, for good */
-    uint64_t reserved;
+    uint64_t committed_before;                      /* the epoch that was committed when this one was sealed; 0 = none */
+    uint64_t n_blocks;                              /* of the table when it was sealed */
+    uint64_t blocks[COLOCACHE_BLOCKS_MAX / 64];     /* bit n: of these, block n is in this epoch; without it, it was removed, for good */
+    uint64_t attachment_bytes, attachment_checksum; /* the caller's words about what of the epoch lies elsewhere: only carried */
+    uint32_t attachment_slot;                       /* 0 or 1 */
+    uint32_t reserved1;
+    uint64_t reserved[14];
     uint64_t checksum; /* of everything before it */
 };
 
@@ -97,7 +100,7 @@ struct cc_block_entry {
 #define CC_TABLE_OFFSET CC_PAGE
 #define CC_DEVICES_OFFSET (CC_TABLE_OFFSET + COLOCACHE_BLOCKS_MAX * sizeof(struct cc_block_entry))
 
-_Static_assert(sizeof(struct cc_record) == 128, "a record is two cache lines");
+_Static_assert(sizeof(struct cc_record) == 256, "a record is four cache lines");
 _Static_assert(sizeof(struct cc_control) <= CC_PAGE, "the head fits its page");
 _Static_assert(sizeof(struct cc_block_entry) == 512, "entries don't straddle pages");
 _Static_assert(CC_DEVICES_OFFSET % CC_PAGE == 0, "device areas begin on a page");

@@ -13,7 +13,9 @@ import pytest
 
 import colocache
 from colocache import (
+    Action,
     ArgumentError,
+    Attachment,
     BlockSpec,
     Cache,
     EpochError,
@@ -70,6 +72,26 @@ def test_what_arrives_reaches_guest_ram_only_at_the_flush(cache: Cache) -> None:
     status = cache.status()
     assert (status.phase, status.sealed_epoch, status.committed_epoch, status.n_blocks) == (Phase.LIVE, 1, 1, 2)
     assert "epoch 1 sealed" in str(status)
+
+
+def test_what_of_an_epoch_lies_elsewhere_is_told_until_the_next_is_sealed(cache: Cache, memory: Memory) -> None:
+    assert cache.status().attachment == Attachment()
+    log = Attachment(1, 1 << 63, 0xFFFFFFFFFFFFFFFF)
+    cache.receive(1, "pc.ram", 0, page(1))
+    cache.device_state_buffer(1, 1)[:] = b"x"
+    cache.seal(1, attachment=log)
+    assert cache.status().attachment == colocache.inspect(memory).status.attachment == log
+    cache.close()
+    with Cache.attach(memory) as again:
+        assert again.recovery is not None
+        assert again.recovery.action is Action.REPLAYED
+        assert again.status().attachment == log
+        again.receive(2, "pc.ram", 0, page(2))
+        for wrong in (Attachment(2, 0, 0), Attachment(-1, 0, 0), Attachment(0, 1 << 64, 0), Attachment(0, 0, -1)):
+            with pytest.raises(ArgumentError):
+                again.seal(2, attachment=wrong)
+        checkpoint(again, 2)
+        assert again.status().attachment == Attachment()
 
 
 def test_pages_are_counted_by_who_wrote_them(ready: Cache) -> None:

@@ -64,7 +64,7 @@ def test_ways_to_copy_are_the_headers() -> None:
         (results.FlushResult, "colocache_flush_result", set()),
         (results.Stats, "colocache_stats", set()),
         (results.SendResult, "colocache_send_result", set()),
-        (results.Status, "colocache_status", {"copy_variant", "reserved2"}),
+        (results.Status, "colocache_status", {"copy_variant"}),
         (results.BlockInfo, "colocache_block_info", {"guest_addr", "cache_addr"}),
         (results.Recovery, "colocache_recovery", set()),
     ],

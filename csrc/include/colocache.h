@@ -612,7 +612,8 @@ struct colocache_status {
     uint64_t staged_bytes;             /* bounded: memory that the caches take now, as their file
                                           system counts it (inspect: 0) */
     uint32_t memory_mode;              /* enum colocache_memory_mode */
-    uint32_t reserved2;
+    uint32_t attachment_slot;          /* the sealed epoch's, as colocache_seal_args had them */
+    uint64_t attachment_bytes, attachment_checksum;
 };
 
 struct colocache_block_info {
@@ -878,6 +879,12 @@ struct colocache_seal_args {
     /* not 0 = veto; NULL = accept */
     int (*check)(void *check_context, const void *device_state, uint64_t len_bytes);
     void *check_context;
+    /* What of this epoch lies elsewhere, as a log of disk writes that you apply between seal and
+     * flush and again after each attach: words of yours, carried by the commit record, told by
+     * colocache_status as long as the epoch is the newest. */
+    uint64_t attachment_bytes, attachment_checksum;
+    uint32_t attachment_slot;          /* 0 or 1: which of two; the other is the next epoch's */
+    uint32_t reserved;
 };
 
 struct colocache_seal_result {

@@ -91,6 +91,16 @@ static bool vm_sees(struct colocache *cc, const uint64_t tags[PAGES])
     return true;
 }
 
+/* attachment_is -- the record carries what `epoch` was sealed with, and no other's */
+static bool attachment_is(struct colocache *cc, unsigned epoch)
+{
+    struct colocache_status status = {.struct_size = sizeof status};
+    return is("get_status", colocache_get_status(cc, &status), 0) && is("epoch of the record", (long long)status.sealed_epoch, epoch) &&
+           is("bytes of the attachment", (long long)status.attachment_bytes, (long long)attachment_bytes(epoch)) &&
+           is("its checksum", (long long)status.attachment_checksum, epoch ? (long long)~attachment_bytes(epoch) : 0) &&
+           is("its slot", status.attachment_slot, attachment_slot(epoch));
+}
+
 /* go_on -- a further epoch: the PVM sends only what the secondary can't have (all of it before the first seal); the SVM, if
  * it runs, has written too.  Afterwards the secondary is whole. */
 static bool go_on(const struct memory *memory, struct colocache *cc, const struct history *history, const struct model *model,
@@ -123,11 +133,16 @@ static bool go_on(const struct memory *memory, struct colocache *cc, const struc
         return false;
     for (uint64_t i = 0; i < len; i++)
         ((unsigned char *)state)[i] = state_byte(epoch, i);
-    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = epoch, .n_pages = n};
+    struct colocache_seal_args args = {.struct_size = sizeof args,
+                                       .epoch = epoch,
+                                       .n_pages = n,
+                                       .attachment_bytes = attachment_bytes(epoch),
+                                       .attachment_checksum = ~attachment_bytes(epoch),
+                                       .attachment_slot = attachment_slot(epoch)};
     struct colocache_status status = {.struct_size = sizeof status};
     bool ok = is("seal of the next epoch", colocache_seal(cc, &args, NULL), 0) &&
               is("flush of the next epoch", colocache_flush(cc, NULL), 0) && guest_is(memory, now, now, "after the next epoch") &&
-              vm_sees(cc, now) && state_is(cc, epoch, len) && is("loaded", colocache_loaded(cc, 1), 0) &&
+              vm_sees(cc, now) && attachment_is(cc, epoch) && state_is(cc, epoch, len) && is("loaded", colocache_loaded(cc, 1), 0) &&
               is("validate", colocache_validate(cc, 1), 0) && is("get_status", colocache_get_status(cc, &status), 0) &&
               is("committed epoch", (long long)status.committed_epoch, epoch) && is("phase", status.phase, COLOCACHE_PHASE_LIVE);
     if (ok && bounded)
@@ -204,7 +219,7 @@ static bool check_attached(const struct memory *memory, const struct history *hi
             complain("attach left wrong bits: PVM %02x of %02x, SVM %02x of %02x", pvm, model->pvm_bits, svm, must);
             return false;
         }
-        if (!state_is(cc, model->sealed, history->state_len[model->sealed]))
+        if (!state_is(cc, model->sealed, history->state_len[model->sealed]) || !attachment_is(cc, model->sealed))
             return false;
     }
     if (bounded && !is("the cache takes no memory after attach", cache_is_empty(memory), 1))

@@ -328,7 +328,12 @@ static void put_state(const struct memory *memory, struct colocache *cc, const s
 
 static void seal(const struct memory *memory, struct colocache *cc, const struct step *step, const struct model *before)
 {
-    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = step->epoch, .n_pages = COLOCACHE_ANY_COUNT};
+    struct colocache_seal_args args = {.struct_size = sizeof args,
+                                       .epoch = step->epoch,
+                                       .n_pages = COLOCACHE_ANY_COUNT,
+                                       .attachment_bytes = attachment_bytes(step->epoch),
+                                       .attachment_checksum = ~attachment_bytes(step->epoch),
+                                       .attachment_slot = attachment_slot(step->epoch)};
     struct colocache_seal_result result = {.struct_size = sizeof result};
     if (step->kind == VETO)
         args.check = veto;

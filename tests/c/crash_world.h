@@ -98,6 +98,14 @@ bool page_is(const void *page, uint64_t tag);
 bool page_is_either(const void *page, uint64_t tag, uint64_t other); /* each half is one of the two */
 const char *name_page(const void *page);                             /* where its halves come from, for messages */
 unsigned char state_byte(unsigned epoch, uint64_t i);
+static inline uint64_t attachment_bytes(unsigned epoch) /* what its record says lies elsewhere: something that no other epoch's says */
+{
+    return epoch ? epoch * 0x1234567891ull : 0;
+}
+static inline uint32_t attachment_slot(unsigned epoch)
+{
+    return epoch / 2 % 2;
+}
 void make_history(struct history *history, unsigned pvm, unsigned svm);
 void model_start(struct model *model);
 void model_step(struct model *model, const struct history *history, const struct step *step); /* a step that was finished */

@@ -358,6 +358,49 @@ static void pieces_that_are_full_of_short_runs_lose_no_page(void)
     rig_close(&rig);
 }
 
+static bool attachment_is(struct rig *rig, uint32_t slot, uint64_t n_bytes, uint64_t checksum)
+{
+    struct colocache_status status = {.struct_size = sizeof status};
+    CHECK_RC(0, colocache_get_status(rig->cc, &status));
+    return status.attachment_slot == slot && status.attachment_bytes == n_bytes && status.attachment_checksum == checksum;
+}
+
+static void what_lies_elsewhere_is_the_sealed_epochs_until_the_next_is_sealed(void)
+{
+    struct rig rig;
+    rig_open(&rig, 3, blocks, 4096, false);
+    CHECK(attachment_is(&rig, 0, 0, 0));
+    rig_receive(&rig, 1, 0, 5, 1);
+    rig_device_state(&rig, 1, 7);
+    struct colocache_seal_args args = rig_seal_args(1);
+    args.attachment_slot = 1;
+    args.attachment_bytes = UINT64_MAX;
+    args.attachment_checksum = 0x1234567812345678;
+    CHECK_RC(0, colocache_seal(rig.cc, &args, NULL));
+    CHECK(attachment_is(&rig, 1, UINT64_MAX, 0x1234567812345678));
+    CHECK_RC(0, colocache_flush(rig.cc, NULL));
+    CHECK_RC(0, colocache_loaded(rig.cc, 1));
+    CHECK(attachment_is(&rig, 1, UINT64_MAX, 0x1234567812345678));
+    struct colocache_status seen = {.struct_size = sizeof seen};
+    struct colocache_block_info infos[3];
+    uint32_t room = 3;
+    CHECK_RC(0, colocache_inspect(rig.control_fd, &seen, infos, &room));
+    CHECK(seen.attachment_slot == 1 && seen.attachment_bytes == UINT64_MAX && seen.attachment_checksum == 0x1234567812345678);
+    rig_receive(&rig, 2, 0, 5, 2);
+    rig_device_state(&rig, 2, 7);
+    args = rig_seal_args(2);
+    args.attachment_slot = 2;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_seal(rig.cc, &args, NULL)); /* before anything is sealed */
+    args.attachment_slot = 0;
+    args.reserved = 1;
+    CHECK_RC(COLOCACHE_E_ARGUMENT, colocache_seal(rig.cc, &args, NULL));
+    CHECK(attachment_is(&rig, 1, UINT64_MAX, 0x1234567812345678));
+    args.struct_size = offsetof(struct colocache_seal_args, attachment_bytes); /* a caller that knows of none: reads no further */
+    CHECK_RC(0, colocache_seal(rig.cc, &args, NULL));
+    CHECK(attachment_is(&rig, 0, 0, 0));
+    rig_close(&rig);
+}
+
 int main(void)
 {
     RUN(flush_makes_guest_ram_the_epoch);
@@ -371,6 +414,7 @@ int main(void)
     RUN(preflush_leaves_less_for_the_first_epoch);
     RUN(a_page_that_comes_while_preflush_copies_it_is_copied_again);
     RUN(pieces_that_are_full_of_short_runs_lose_no_page);
+    RUN(what_lies_elsewhere_is_the_sealed_epochs_until_the_next_is_sealed);
     RUN(every_copy_variant_and_thread_count_flushes_the_same);
     return DONE();
 }

@@ -226,19 +226,22 @@ static void every_damaged_byte_of_the_record_is_refused(void)
         }
         /* also one that sums up but makes no sense */
         struct cc_record right = *record;
-        struct cc_record wrongs[9];
-        for (int i = 0; i < 9; i++)
+        struct cc_record wrongs[12];
+        for (int i = 0; i < 12; i++)
             wrongs[i] = right;
         wrongs[0].epoch = 0;
         wrongs[1].committed = 2;
         wrongs[2].device_area = 2;
         wrongs[3].strategy = 9;
         wrongs[4].device_bytes = 10001;
-        wrongs[5].reserved = 1;
+        wrongs[5].reserved[0] = 1;
         wrongs[6].epoch = 4; /* newer than any page that ever came */
         wrongs[7].n_blocks = 3;
         wrongs[8].blocks[3] |= 1; /* a block that there never was */
-        for (int i = 0; i < 9; i++) {
+        wrongs[9].reserved[13] = 1;
+        wrongs[10].reserved1 = 1;
+        wrongs[11].attachment_slot = 2;
+        for (int i = 0; i < 12; i++) {
             *record = wrongs[i];
             reseal(record);
             /* a whole record of another build's strategy is no damage: it says what to attach with, and not to remove it */
