@@ -17,7 +17,8 @@ from qemu_support import QEMU
 
 # Two processes each keep a chain: every link is a file in memory whose content follows from the link before, and the
 # hash of it. All files are checked over and over against hashes kept elsewhere, so that a page that is lost or of
-# another epoch breaks the chain or a hash. Lines: "NAME LINK bad N", where N counts what did not hold.
+# another epoch breaks the chain or a hash. Lines: "NAME LINK bad N", where N counts what did not hold,
+# and the form that `colocache demo` reads.
 INIT = r"""#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs -o size=64m tmp /tmp
@@ -37,6 +38,7 @@ worker() {
         read new x old < f$(((n-i)%20)); read old2 x < f$(((n-i-1)%20)); [ $old = $old2 ] || bad=$((bad+1)); i=$((i+1))
       done
       echo "$1 $n bad $bad"
+      [ $bad = 0 ] && echo "colocache: $1 ok $((n/5))" || echo "colocache: $1 bad $bad of its links and files"
     fi
     usleep 20000
   done

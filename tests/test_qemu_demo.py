@@ -72,9 +72,31 @@ def test_linux_is_whole_after_the_takeover(tmp_path: Path, point: str, run: int)
     args = ("--guest", "qemu", "--checkpoints", "6", "--interval", "0.8", "--run-on", "5", "--console", str(console))
     report = report_of(demo(*args, "--kill-primary-at", point, "--json", "--", *line, timeout=300))
     assert report["wrong_pages"] == 0
+    said = report["guest_report"]
+    assert (said["programs"], said["bad"], said["missing"], said["again"], said["silent"]) == (2, 0, 0, 0, 0)
+    assert said["ok_after"] > 0
     told = linux_guest.reports(console.read_bytes())
     assert set(told) == {"one", "two"}, run
     assert [bad for _, bad in told.values()] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("reports", "words"),
+    [
+        ("ok 1; sleep 3; echo colocache: it bad page 7 is another", "things wrong in itself, the first: it: page 7"),
+        ("ok 1; sleep 9999", "1 of the guest's 1 programs did not report after the takeover"),
+    ],
+)
+def test_a_guest_that_finds_itself_damaged_or_says_no_more_fails_the_demo(
+    tmp_path: Path, reports: str, words: str
+) -> None:
+    init = f"#!/bin/busybox sh\n/bin/busybox echo colocache: it {reports}\n/bin/busybox sleep 9999\n"
+    line = linux_guest.command(tmp_path, init=init.replace("; sleep", "; /bin/busybox sleep"))
+    ran = demo("--guest", "qemu", "--checkpoints", "8", "--interval", "0.8", "--run-on", "1", "--", *line, timeout=120)
+    assert ran.returncode == 1, ran.stderr
+    assert ran.stdout.splitlines()[-1].startswith("FAILED: ")
+    assert words in ran.stdout.splitlines()[-1]
+    assert "0 wrong" in ran.stdout
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ def demo(as_json: bool, **given: Any) -> None:
     from colocache.replication.signals import end_as_by, stop_on_signals
 
     report: dict[str, Any] = {}
+    guest_wrong = ""
     with stop_on_signals() as stop:
         # Imported here: from now on Ctrl-C is heard in order.
         from colocache.demo.run import DemoError, DemoOptions, DemoRun
@@ -113,7 +114,9 @@ def demo(as_json: bool, **given: Any) -> None:
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:
             with DemoTable(options.checkpoints, title=title) as table:
-                report = DemoRun(options, stop, on_event=table.add, on_note=table.note).run()
+                run = DemoRun(options, stop, on_event=table.add, on_note=table.note)
+                report = run.run()
+                guest_wrong = run.guest_report.wrong if run.guest_report else ""
         except DemoError:
             if not stop.signum:
                 raise
@@ -122,8 +125,8 @@ def demo(as_json: bool, **given: Any) -> None:
     if as_json:
         print_json(report)
     else:
-        click.echo(_in_words(report))
-    sys.exit(1 if report["wrong_pages"] else 0)
+        click.echo(_in_words(report, guest_wrong))
+    sys.exit(1 if report["wrong_pages"] or guest_wrong else 0)
 
 
 def _command(given: dict[str, Any]) -> tuple[str, ...]:
@@ -151,7 +154,18 @@ def _world(report: dict[str, Any]) -> str:
     )
 
 
-def _in_words(report: dict[str, Any]) -> str:
+def _guest_report(report: dict[str, Any]) -> str:
+    """What a guest that checks itself said."""
+    said = report.get("guest_report")
+    if not said:
+        return ""
+    return (
+        f"the guest, which checks itself (programs: {said['programs']}), reported {said['ok']:,} times that all is "
+        f"well, {said['ok_after']:,} of them after the takeover, and {said['bad']:,} times that something is not\n"
+    )
+
+
+def _in_words(report: dict[str, Any], guest_wrong: str) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
     detect = failover["detect_ms"]
@@ -169,6 +183,8 @@ def _in_words(report: dict[str, Any]) -> str:
     verdict = "FAILED: the secondary's memory was wrong"
     if not report["wrong_pages"]:
         verdict = "OK: the secondary took over and every page was right"
+        if guest_wrong:
+            verdict = f"FAILED: {guest_wrong}"
     noticed = f"noticed after {detect:.1f} ms, " if detect is not None else ""
     return (
         f"{report['checkpoints']} checkpoints of a {report['guest']} guest with {report['ram_bytes'] >> 20} MiB on "
@@ -188,6 +204,7 @@ def _in_words(report: dict[str, Any]) -> str:
         f"ran on for {failover['steps_run_on']:,} steps\n"
         f"{_folded(failover)}"
         f"{_world(report)}"
+        f"{_guest_report(report)}"
         f"{report['verified_pages']:,} pages verified, {report['wrong_pages']} wrong\n"
         f"{verdict}"
     )

@@ -43,6 +43,13 @@ class ConsoleTail:
             if text:
                 yield text[:LINE_BYTES_MAX]
 
+    def n_bytes(self) -> int:
+        """How much this demo's guest has said."""
+        try:
+            return os.stat(self.path).st_size - self._start  # noqa: PTH116
+        except FileNotFoundError:
+            return 0
+
     def whole(self) -> bytes:
         """All that this demo's guest said."""
         try:

@@ -26,7 +26,7 @@ from colocache.demo.console import ConsoleTail
 from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
-from colocache.demo.world import told_steps
+from colocache.demo.world import GuestReport, guest_report, told_steps
 from colocache.errors import ColocacheError
 from colocache.replication.memory_limit import check_limit
 from colocache.replication.signals import Stop
@@ -162,6 +162,8 @@ class DemoRun:
         self._killed_ns: int | None = None
         self._console: ConsoleTail | None = None
         self._shows_console = False
+        self._taken_over_at = 0  # bytes of the console that came before the takeover
+        self.guest_report: GuestReport | None = None
         self._traces = ""  # a folder for those of both sides
         self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
@@ -196,6 +198,7 @@ class DemoRun:
             if status and not self.tally.wrong_pages:  # wrong pages are what the report is for
                 raise DemoError(f"the secondary ended with status {status}: {secondary.last_words()}")
             world = told_steps(self._console.whole()) if kind != "qemu" else None
+            self.guest_report = guest_report(self._console.whole(), self._taken_over_at)
         start = self._seen["secondary", "start"]
         report = {
             "guest": start["guest"],
@@ -210,6 +213,7 @@ class DemoRun:
                 else {}
             ),
             **({"world": world} if world else {}),
+            **({"guest_report": self.guest_report.as_json()} if self.guest_report else {}),
             "kill_primary_at": self.options.kill_at,
             "verify": self.options.verify,
             "resume_at": self.options.resume_at,
@@ -288,6 +292,8 @@ class DemoRun:
                 raise DemoError(f"nothing happened for {QUIET_SECONDS_MAX:g} s") from None
             return None
         self._seen[event["side"], event["event"]] = event
+        if event["event"] == "takeover" and self._console is not None:
+            self._taken_over_at = self._console.n_bytes()
         self.tally.add(event)
         self._on_event(event)
         if event["event"] == "held":  # its operator would have to come, and there is none
