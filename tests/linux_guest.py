@@ -70,6 +70,15 @@ chmod +x /tmp/serve
 n=0
 while true; do n=$((n+1)); echo "count $n"; usleep 50000; done
 """
+# It tells each line that it was given, with the number of lines so far.
+LISTENER = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+stty -echo < /dev/ttyS0
+echo READY
+n=0
+while read line; do n=$((n+1)); echo "heard $n $line"; done < /dev/ttyS0
+"""
 REPORT = re.compile(rb"(one|two) (\d+) bad (\d+)\r")
 
 

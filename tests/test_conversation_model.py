@@ -137,12 +137,14 @@ MESSAGES = {
     (MessageType.ABORT, AbortKind.LOAD): "ABORT_LOAD",
     (MessageType.ABORT, AbortKind.TOOK_OVER): "TOOK_OVER",
 }
-# What the model leaves out (its head says so): several streams, PING and PONG, checkpoints that the SVM asks for, and
-# ends of a connection, which are a lost connection there.
+# What the model leaves out (its head says so): several streams, console input (test_outputs_typed.py), PING and PONG,
+# checkpoints that the SVM asks for, and ends of a connection, which are a lost connection there.
 LEFT_OUT_STATES = {State.STREAMS, State.ON_A_STREAM, State.TAKING_BACK}
 LEFT_OUT_MEANINGS = {
     Meaning.ALIVE,
     Meaning.JOINS,
+    Meaning.TYPED,
+    Meaning.TAKEN_IN,
     Meaning.CHECKPOINT_WANTED,
     Meaning.SESSION_ENDS,
     Meaning.REFUSED,

@@ -273,6 +273,18 @@ def test_a_takeover_does_not_tell_again_what_the_primary_has_let_out(speaking: S
     assert speaking.world == b"one two "
 
 
+def test_the_secondary_soon_hears_that_an_epochs_output_is_out(speaking: Speaking) -> None:
+    """Without another checkpoint: a takeover in the middle of a long interval does not tell it again."""
+    speaking.say(b"one ")
+    speaking.checkpoint()
+    deadline = time.monotonic() + 10
+    while speaking.apart._arrived and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert speaking.pair.secondary.request_failover()
+    speaking.pair.events_s.wait("takeover")
+    assert speaking.world == b"one "
+
+
 def test_output_that_waits_too_long_brings_a_checkpoint_and_an_idle_pair_takes_none(
     make_memory, tmp_path: Path
 ) -> None:

@@ -163,12 +163,15 @@ guest_options = options(
     click.option(
         "--console",
         default="",
-        metavar="FILE",
+        metavar="FILE|unix:PATH|-",
         show_default="nowhere",
-        help="Add to FILE ('-': standard output) what the guest says on its console, on the side that the world sees. "
-        "It is held until its epoch is sealed, which makes it late by up to an --interval. On one host give both sides "
-        "the same FILE, which nothing else writes: each line is there once. With two files, or standard output, the "
-        "second side may say one epoch's lines again.",
+        help="Where the guest's console is seen, on the side that the world sees. FILE: what it says is added. "
+        "unix:PATH: a Unix socket for one client at a time (`socat -,rawer unix:PATH`, `nc -U PATH`), who sees what is "
+        "new and types to a QEMU guest. '-': standard output, and standard input if that is a terminal or a pipe. What "
+        "the guest says is held until its epoch is sealed, which makes it late by up to an --interval; what is typed "
+        "goes to the guest at once, and to the secondary for a takeover. On one host give both sides the same FILE, "
+        "which nothing else writes, or the same PATH. In a FILE each line is there once; otherwise the second side may "
+        "say one epoch's lines again.",
     ),
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGS...]"),
 )

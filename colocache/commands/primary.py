@@ -105,6 +105,7 @@ def primary(**given: Any) -> None:
     from colocache.outputs.connect import connect
     from colocache.outputs.fronts import make_front
     from colocache.outputs.held import HeldOutput
+    from colocache.outputs.typed import TypedInput
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.blocks import rams_of_images
@@ -176,8 +177,10 @@ def primary(**given: Any) -> None:
         sentence = f"guest {guest.kind} ({guest.why}), memory {backing}"
         events.emit("start", sentence, guest=guest.kind, backing=backing, why=guest.why)
         output = HeldOutput(front.emit, on_full=request_checkpoint, origin=front.origin)
+        typed = TypedInput(live=True, on_full=request_checkpoint)
+        stack.callback(typed.close)
         if guest.options.console or guest.options.net:
-            connect(machine, output, front)
+            connect(machine, output, front, typed)
         made.append(
             Primary(
                 address=address,
@@ -197,6 +200,7 @@ def primary(**given: Any) -> None:
                     hold=given["hold"],
                 ),
                 output=output,
+                typed=typed,
                 wrap=wrap,
                 trace=trace,
             )

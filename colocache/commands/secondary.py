@@ -215,6 +215,12 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
         memory_limit=given["memory_limit"],
     )
 
+    # Its own standard input is the configuration. Open until this process ends, for each child.
+    stdin = -1
+    if given["console"] == "-":
+        with contextlib.suppress(OSError):  # it was started without one
+            stdin = os.dup(0)
+
     def make(memory: Memory, listener_fd: int) -> ChildConfig:
         return ChildConfig(
             manifest=memory.manifest(),
@@ -231,6 +237,7 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
             machine_readable=given["events"],
             as_json=given["as_json"],
             trace=given["trace"],
+            stdin_fd=stdin,
         )
 
     return make

@@ -13,14 +13,16 @@ LINE_BYTES_MAX = 200  # shown of one
 
 
 class ConsoleTail:
-    """Context manager. `path` is the user's file, or one without a future; lines() are those that came since."""
+    """Context manager. `path` is for --console of both sides: the user's file or socket, or a file without a future;
+    lines() are those that came since, of a file."""
 
     def __init__(self, path: str) -> None:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
-        if not path:
+        if path in ("", "-"):
             self._folder = tempfile.TemporaryDirectory(prefix="colocache-console-")
             path = os.path.join(self._folder.name, "console")  # noqa: PTH118 -- a string for a command line
         self.path = path
+        self.is_file = not path.startswith("unix:")
         self._at = self._start = 0
         # What is there already was said by another guest.
         with contextlib.suppress(FileNotFoundError):
@@ -28,6 +30,8 @@ class ConsoleTail:
 
     def lines(self) -> Iterator[str]:
         """Whole lines that were added since the last call."""
+        if not self.is_file:
+            return
         try:
             with open(self.path, "rb") as file:  # noqa: PTH123
                 file.seek(self._at)

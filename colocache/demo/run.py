@@ -197,7 +197,7 @@ class DemoRun:
             status = secondary.wait(END_SECONDS)
             if status and not self.tally.wrong_pages:  # wrong pages are what the report is for
                 raise DemoError(f"the secondary ended with status {status}: {secondary.last_words()}")
-            world = told_steps(self._console.whole()) if kind != "qemu" else None
+            world = told_steps(self._console.whole()) if kind != "qemu" and self._console.is_file else None
             self.guest_report = guest_report(self._console.whole(), self._taken_over_at)
         start = self._seen["secondary", "start"]
         report = {

@@ -14,6 +14,7 @@ from typing import Protocol
 from colocache.errors import ArgumentError
 from colocache.outputs.piece import CONSOLE
 from colocache.outputs.travel import Origin
+from colocache.outputs.typed import TypedInput
 
 HOST_IDS = (Path("/proc/sys/kernel/random/boot_id"), Path("/etc/machine-id"))  # the second where /proc is not mounted
 
@@ -36,6 +37,9 @@ class Front(Protocol):
     def listen(self, on_packet: Callable[[bytes], None]) -> None:
         """Once `show` was called, packets from the world go there."""
 
+    def hear(self, typed: TypedInput | None) -> None:
+        """Once `show` was called, what the world types on the console goes there; None: the guest does not hear."""
+
     def emit(self, channel: int, data: bytes) -> None:
         """The world may see this. What it does not take is lost, never the guest."""
 
@@ -56,6 +60,9 @@ class NoFront:
         """See Front."""
 
     def listen(self, on_packet: Callable[[bytes], None]) -> None:
+        """See Front."""
+
+    def hear(self, typed: TypedInput | None) -> None:
         """See Front."""
 
     def emit(self, channel: int, data: bytes) -> None:

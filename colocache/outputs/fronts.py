@@ -6,8 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from colocache.outputs.front import FileFront, Front, NoFront
+from colocache.outputs.keyboard import Keyboard
 from colocache.outputs.tap import TapFront, tap_name
 from colocache.outputs.travel import Origin
+from colocache.outputs.typed import TypedInput
+from colocache.outputs.unix_front import UnixFront
 
 
 class Fronts(NoFront):
@@ -25,6 +28,11 @@ class Fronts(NoFront):
         """See Front."""
         for one in self._fronts:
             one.listen(on_packet)
+
+    def hear(self, typed: TypedInput | None) -> None:
+        """See Front."""
+        for one in self._fronts:
+            one.hear(typed)
 
     def emit(self, channel: int, data: bytes) -> None:
         """See Front."""
@@ -45,9 +53,18 @@ class Fronts(NoFront):
             one.close()
 
 
-def make_front(console: str, net: str = "") -> Front:
-    """The front for `--console`, "" for none, FILE, or "-", and for `--net`, "" or tap:NAME. ArgumentError."""
-    fronts: list[Front] = [FileFront(console)] if console else []
+def make_front(console: str, net: str = "", *, takes_over: bool = False, stdin: int = 0) -> Front:
+    """The front for `--console`, "" for none, FILE, unix:PATH or "-", whose input comes from the descriptor `stdin`.
+
+    `net`: that of `--net`, "" or tap:NAME. `takes_over`: for a secondary. ArgumentError.
+    """
+    fronts: list[Front] = []
+    if console.startswith("unix:"):
+        fronts.append(UnixFront(console.removeprefix("unix:"), takes_over=takes_over))
+    elif console:
+        fronts.append(FileFront(console))
+    if console == "-":
+        fronts.append(Keyboard(stdin))
     if net:
         fronts.append(TapFront(tap_name(net)))
     return Fronts(fronts)

@@ -12,6 +12,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import astuple, replace
 from types import TracebackType
 
@@ -232,6 +233,9 @@ class Channel:
     def try_receive(self) -> Message | None:
         """The next message if all of it has come; never waits. What has come of it is kept for the next call."""
         self._check_open()
+        return self._take_message()
+
+    def _take_message(self) -> Message | None:
         message = None
         while True:
             if message is None and len(self._begun) >= HEADER_BYTES:
@@ -262,10 +266,7 @@ class Channel:
         """
         self._check_open()
         try:
-            if self._ahead is None:
-                header, n_pages = cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
-            else:
-                header, n_pages = self._ahead.take_packets(cache, epoch, self._more_ahead)
+            header, n_pages = self._past_pages(cache, epoch)
         except (PacketError, EpochError, BlockError, RangeError, LengthError, TooLargeError) as error:
             raise ProtocolError(f"a packet of the peer was refused before a byte of it was stored: {error}") from error
         except SystemCallError as error:
@@ -276,6 +277,30 @@ class Channel:
             return message, n_pages
         self._begin(header)
         return self.receive(), n_pages
+
+    def _past_pages(self, cache: Cache, epoch: int) -> tuple[bytes, int]:
+        if self._ahead is None:
+            return cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
+        return self._ahead.take_packets(cache, epoch, self._more_ahead)
+
+    def rest(self, cache: Cache) -> Iterator[Message]:
+        """What the peer had said when the connection broke, for whoever needs it: messages, their pages taken into the
+        cache, a device state thrown away. The error that ends it says nothing new."""
+        while not self._closed and (self._readable.poll(0) or (self._ahead is not None and self._ahead.has_some())):
+            if not self._begun:
+                header, _ = self._past_pages(cache, 0)
+                message = self._parse(header)
+                if message.type is MessageType.VMSTATE_SIZE:
+                    self._skip(message.body_len)
+                    continue
+                self._begin(header)
+            while (found := self._take_message()) is None:
+                self._wait(select.POLLIN, self._awaited)
+            yield found
+
+    def _skip(self, n_bytes: int) -> None:
+        while n_bytes and (n := self._receive(memoryview(bytearray(min(n_bytes, DISCARD_BYTES))))):
+            n_bytes -= n
 
     def _receive(self, room: memoryview) -> int | None:
         return self._transport.receive(room) if self._ahead is None else self._ahead.receive(room)

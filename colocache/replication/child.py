@@ -22,7 +22,9 @@ from colocache.children import die_with_parent
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.connect import connect
+from colocache.outputs.front import Front
 from colocache.outputs.fronts import make_front
+from colocache.outputs.typed import TypedInput
 from colocache.replication.arbiter import LeaseLostError, make_arbiter
 from colocache.replication.blocks import rams_of_blocks
 from colocache.replication.errors import RefusedError, SecondaryLostError
@@ -59,6 +61,7 @@ class ChildConfig:
     device_state_max: int
     machine_readable: bool
     as_json: bool
+    stdin_fd: int = -1  # of the keeper's standard input, for a console that is that
     trace: str = ""  # a file that was begun; "" = none
 
     def as_file(self) -> BinaryIO:
@@ -129,16 +132,17 @@ def _run(
     guest_options = GuestOptions(**config.guest_options)
     with (
         listener,
-        closing(make_front(guest_options.console, guest_options.net)) as front,
+        closing(make_front(guest_options.console, guest_options.net, takes_over=True, stdin=config.stdin_fd)) as front,
+        closing(TypedInput()) as typed,
         trace,
         _open_cache(config, memory) as cache,
     ):
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, guest_options, cache.mark_dirty)
         try:
-            output = ApartOutput(front.emit, seen=front.seen, show=front.show)
+            output = ApartOutput(front.emit, seen=front.seen, show=lambda: _show(front, events))
             if guest_options.console or guest_options.net:
-                connect(machine, output, front)
+                connect(machine, output, front, typed)
             secondary = Secondary(
                 cache=cache,
                 machine=machine,
@@ -149,6 +153,7 @@ def _run(
                 stop=stop,
                 arbiter=make_arbiter(config.arbiter),
                 output=output,
+                typed=typed,
                 wrap=wrap,
                 trace=trace,
                 control_fd=memory.control_fd,
@@ -167,6 +172,14 @@ def _run(
     if config.as_json:
         events.report(dataclasses.asdict(summary))
     return EXIT_OK if summary.wrong_pages == 0 else EXIT_FAILED
+
+
+def _show(front: Front, events: Events) -> None:
+    """This side takes over: a console that can't be shown keeps no machine from running."""
+    try:
+        front.show()
+    except ColocacheError as error:
+        events.emit("console_error", f"nobody sees the console: {error}", error=str(error))
 
 
 def _open_cache(config: ChildConfig, memory: Memory) -> Cache:

@@ -9,11 +9,11 @@ How it goes when nothing is wrong, N being the epoch:
     P GREETING   HELLO ->             S AT_THE_DOOR
                  <- HELLO             S STREAMS, if there are further streams: STREAM -> on each
     P ACCEPTED   <- CHECKPOINT_READY  S READY
-    P BETWEEN    PAGES(N), OUTPUT(N) -> S BETWEEN, both machines running
+    P BETWEEN    PAGES(N), OUTPUT(N), INPUT -> S BETWEEN, both machines running
                  CHECKPOINT_REQUEST(N) ->
     P REQUESTED  <- CHECKPOINT_REPLY(N)   S PAUSED
                  VMSTATE_SEND(N) ->       S COMPLETING
-                 PAGES(N), OUTPUT(N), VMSTATE_SIZE(N) ->
+                 PAGES(N), OUTPUT(N), INPUT(N), VMSTATE_SIZE(N) ->
     P SENT       <- VMSTATE_RECEIVED(N)   after the seal; the secondary reads nothing until it runs again
     P SEALED     <- VMSTATE_LOADED(N)     S BETWEEN
 """
@@ -39,6 +39,8 @@ class Meaning(Enum):
     JOINS = "a further stream of a session shows its token"
     PAGES = "pages for the cache"
     OUTPUT = "what the primary's machine sent, kept for a takeover"
+    TYPED = "what the world typed at the primary, kept for a takeover"
+    TAKEN_IN = "how much of it the state of this epoch has taken in"
     CHECKPOINT = "a checkpoint begins"
     CHECKPOINT_WANTED = "the secondary asks for a checkpoint"
     EPOCH_GIVEN_UP = "the epoch is over and the session goes on: what it carried comes again with the next"
@@ -83,6 +85,7 @@ _ENDS = Hears(M.ABORT, Meaning.SESSION_ENDS, kind=A.SESSION)
 _TOOK_OVER = Hears(M.ABORT, Meaning.TOOK_OVER, kind=A.TOOK_OVER)
 _WANTED = Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT_WANTED, Of.NONE)
 _OUTPUT = Hears(M.OUTPUT, Meaning.OUTPUT, Of.OPEN)
+_TYPED = Hears(M.INPUT, Meaning.TYPED, Of.NONE)
 _PING, _PONG = Hears(M.PING, Meaning.ALIVE), Hears(M.PONG, Meaning.ALIVE)
 _GIVEN_UP = Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.THIS, A.CHECKPOINT)
 
@@ -112,6 +115,7 @@ class State(Enum):
         (
             Hears(M.PAGES, Meaning.PAGES),
             _OUTPUT,
+            _TYPED,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -127,6 +131,7 @@ class State(Enum):
         (
             Hears(M.PAGES, Meaning.PAGES),
             _OUTPUT,
+            _TYPED,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -138,7 +143,7 @@ class State(Enum):
         "the secondary's machine stands, the primary's must",
         "primary",
         "VMSTATE_SEND",
-        (Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS), _PING, _GIVEN_UP, _ENDS),
+        (Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS), _TYPED, _PING, _GIVEN_UP, _ENDS),
     )
     COMPLETING = Place(
         "both machines stand, the last pages come",
@@ -147,6 +152,8 @@ class State(Enum):
         (
             Hears(M.PAGES, Meaning.PAGES, Of.THIS),
             Hears(M.OUTPUT, Meaning.OUTPUT, Of.THIS),
+            Hears(M.INPUT, Meaning.TAKEN_IN, Of.THIS),
+            _TYPED,
             Hears(M.VMSTATE_SIZE, Meaning.ANSWER, Of.THIS),
             _PING,
             _GIVEN_UP,

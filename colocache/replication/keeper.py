@@ -146,7 +146,7 @@ class Keeper:
             with config.as_file() as stdin:
                 # A session of its own: Ctrl-C reaches the keeper alone, which then ends its child in order.
                 self._child = subprocess.Popen(
-                    command, pass_fds=(*self._memory.fds, fd), stdin=stdin, start_new_session=True
+                    command, pass_fds=(*self._memory.fds, fd, *self._stdin(config)), stdin=stdin, start_new_session=True
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -166,6 +166,10 @@ class Keeper:
             # A machine may be a process of its own (a QEMU). It dies with its child, and its death is seen before
             # another machine starts on the same memory.
             see_dead(children() - others, ORPHAN_SECONDS)
+
+    @staticmethod
+    def _stdin(config: ChildConfig) -> list[int]:
+        return [config.stdin_fd] if config.stdin_fd >= 0 else []
 
     def _end_child(self, child: subprocess.Popen[bytes]) -> int:
         """The keeper was stopped: the child is told and gets some time."""

@@ -18,6 +18,8 @@ VMSTATE_SEND          P→S        epoch N: the primary's VM stands still, its l
 VMSTATE_SIZE          P→S        epoch N; b:a = pages sent for N (64 bits); body: the device state
 VMSTATE_RECEIVED      S→P        epoch N is sealed; b:a as in CHECKPOINT_READY
 VMSTATE_LOADED        S→P        epoch N runs
+INPUT                 P→S        epoch 0: console input, kept for a takeover; body: offset of its first byte (64 bits),
+                                 then the bytes. Epoch N: so much of it the state of N has taken in; body: 64 bits
 PAGES                 P→S        made and taken apart by the C library, never here
 HELLO                 both       body: JSON, see hello.py
 ABORT                 both       epoch or 0; a = `AbortKind`; body: the reason as UTF-8; from P for an epoch: b = pages
@@ -27,13 +29,14 @@ STREAM                P→S        the first message on a further connection: a 
                                  body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 
-This is version 4 of it, which HELLO tells; in version 3 nobody said how many pages an epoch may have, and version 2 had
-no OUTPUT. The framing has a version of its own, in every header, which the C library looks at. Epoch numbers are below
-2^48.
+This is version 5 of it, which HELLO tells; version 4 had no INPUT, in version 3 nobody said how many pages an epoch may
+have, and version 2 had no OUTPUT. The framing has a version of its own, in every header, which the C library looks at.
+Epoch numbers are below 2^48.
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -41,14 +44,16 @@ from colocache import MSG_PAGES, parse_header
 from colocache.choices import PAIR_BYTES_MAX
 from colocache.errors import PacketError
 from colocache.outputs.travel import BODY_BYTES_MAX as OUTPUT_BYTES_MAX
+from colocache.outputs.typed import KEPT_BYTES_MAX
 from colocache.replication.errors import ProtocolError
 
-CONVERSATION_VERSION = 4
+CONVERSATION_VERSION = 5
 EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
 STREAM_TOKEN_BYTES_MAX = 32 + PAIR_BYTES_MAX
 U64_MAX = (1 << 64) - 1
+OFFSET = struct.Struct("<Q")  # in the body of INPUT
 
 
 class MessageType(IntEnum):
@@ -68,6 +73,7 @@ class MessageType(IntEnum):
     PONG = 0x104
     STREAM = 0x105
     OUTPUT = 0x106
+    INPUT = 0x107
 
 
 class AbortKind(IntEnum):
@@ -101,6 +107,8 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
         return STREAM_TOKEN_BYTES_MAX
     if message is MessageType.OUTPUT:
         return OUTPUT_BYTES_MAX
+    if message is MessageType.INPUT:
+        return OFFSET.size + KEPT_BYTES_MAX
     return 0
 
 
@@ -156,3 +164,16 @@ def decode_reason(body: bytes) -> str:
     """The reason in the body of an ABORT, fit for one line of a terminal."""
     text = body[:REASON_BYTES_MAX].decode("utf-8", "replace")
     return "".join(c if c.isprintable() else " " for c in text).strip() or "no reason given"
+
+
+def encode_input(offset: int, data: bytes = b"") -> bytes:
+    """The body of an INPUT."""
+    return OFFSET.pack(offset) + data
+
+
+def decode_input(message: Message) -> tuple[int, bytes]:
+    """Offset and bytes; of an epoch's, how much its state has taken in. ProtocolError."""
+    offset, data = message.body[: OFFSET.size], message.body[OFFSET.size :]
+    if len(offset) < OFFSET.size or bool(data) != (message.epoch == 0):
+        raise ProtocolError(f"{message} has a body of {len(message.body)} bytes")
+    return OFFSET.unpack(offset)[0], data

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from colocache import Sender
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError, reason_of
 from colocache.outputs.held import Output
+from colocache.outputs.typed import TypedInput
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter, LeaseLostError, Leave, Loss, SoloArbiter, Verdict
 from colocache.replication.blocks import hello_blocks
@@ -71,7 +72,7 @@ class Primary:
     """Runs `machine` as a primary until it is stopped or has done its checkpoints.
 
     `stop` ends it at the next safe point; `request_checkpoint` may be called from any thread or signal handler.
-    `output` is told when what the machine has sent may be seen by the world.
+    `output` is told when what the machine has sent may be seen by the world, `typed` has its console input.
     """
 
     def __init__(
@@ -87,10 +88,11 @@ class Primary:
         arbiter: Arbiter | None = None,
         observer: Observer | None = None,
         output: Output | None = None,
+        typed: TypedInput | None = None,
         wrap: Wrap = PlainTransport,
         trace: Trace | None = None,
     ) -> None:
-        self.pvm = Pvm(machine, sender, output=output)
+        self.pvm = Pvm(machine, sender, output=output, typed=typed)
         self.options = options
         self.timing = options.timing
         self.events = events

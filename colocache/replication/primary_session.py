@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable
 
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
-from colocache.outputs.travel import pack
+from colocache.outputs.travel import HEAD, pack
 from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, MessageType, join_u64, split_u64
+from colocache.replication.messages import AbortKind, MessageType, encode_input, join_u64, split_u64
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.primary_room import PrimaryRoom
@@ -71,6 +71,7 @@ class PrimarySession:
         channel.may_spin = self._apart.own_core
         self._trace = trace or Trace()
         self._save_failures = 0
+        self._output_went = False  # since the last checkpoint
         self._rounds = Rounds(self._sync, self._send_round, pvm.machine.dirty_hint)
 
     def run(self, fresh: bool) -> None:
@@ -79,6 +80,7 @@ class PrimarySession:
         self._told(self._pvm.allowance)
         self._channel.start_heartbeat(MessageType.PING, self._timing.ping_interval)
         self._pvm.open_epoch()
+        self._pvm.typed.again(self._pass_on)
         try:
             if fresh:
                 self._initial_copy()
@@ -119,6 +121,7 @@ class PrimarySession:
     def close(self) -> None:
         """End the reading thread and the connection."""
         self._inbox.stop()
+        self._pvm.typed.again(None)
         self._streams.close()
         self._channel.close()
 
@@ -140,6 +143,11 @@ class PrimarySession:
         output = self._pvm.output
         for body in pack(output.take(), output.origin()):
             self._channel.send(MessageType.OUTPUT, epoch=self._pvm.epoch, body=body)
+            self._output_went = True
+
+    def _pass_on(self, offset: int, data: bytes) -> None:
+        """What the world typed, before this side's machine is given it. In whatever thread has it."""
+        self._channel.send(MessageType.INPUT, body=encode_input(offset, data))
 
     def _sync(self) -> None:
         begin = time.monotonic_ns()
@@ -281,6 +289,8 @@ class PrimarySession:
         low, high = split_u64(sent.n_pages)
         stages.done("pages")
         self._send_output()
+        if pvm.typed.mark:
+            channel.send(MessageType.INPUT, epoch=epoch, body=encode_input(pvm.typed.mark))
         pvm.in_flight()
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
         answer = self._inbox.expect(State.SENT, epoch, timeout)
@@ -297,6 +307,9 @@ class PrimarySession:
         # it writes belongs to the next epoch, of which nothing goes out before LOADED.
         running = stages.done("resume", pvm.resume())
         self._rounds.running()
+        if self._output_went:  # it is out: a takeover from now on does not let it out again
+            self._output_went = False
+            channel.send(MessageType.OUTPUT, epoch=pvm.epoch, body=HEAD.pack(*pvm.output.origin()))
         if self._options.resume_at != "loaded":
             self._inbox.expect(State.SEALED, epoch, timeout)
             stages.done("loaded")

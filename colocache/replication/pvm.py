@@ -10,6 +10,7 @@ What always holds, and which verbs see to it:
   they are pending, and what is pending stays unacked.
 * A number is used from its first page on and never again: `open_epoch`.
 * The machine runs unless it stands for a checkpoint, or another may be the one that the world sees.
+* Console input is kept until an epoch that has taken it in is known to be sealed (outputs/typed.py).
 * Output of an epoch leaves when that epoch is known to be sealed, and all of it while no secondary could take over:
   before the first epoch is in flight, and once this machine is declared alone.
 
@@ -39,6 +40,7 @@ from typing import Protocol
 from colocache import Sender, SendResult
 from colocache.errors import LogLostError, OrderError
 from colocache.outputs.held import NoOutput, Output
+from colocache.outputs.typed import TypedInput
 from colocache.replication.conversation import Meeting
 from colocache.replication.hello import Hello
 from colocache.vmm.machine import Machine, VerifyReport
@@ -76,10 +78,13 @@ class Streams(Protocol):
 class Pvm:
     """The machine whose pages `sender` sends. One thread, but mark_dirty."""
 
-    def __init__(self, machine: Machine, sender: Sender, *, output: Output | None = None) -> None:
+    def __init__(
+        self, machine: Machine, sender: Sender, *, output: Output | None = None, typed: TypedInput | None = None
+    ) -> None:
         self.machine = machine
         self.sender = sender
         self.output = output or NoOutput()
+        self.typed = typed or TypedInput(live=True)
         self._pair = PairState()
         self._sent = Sent()
         self._epoch = 0
@@ -132,7 +137,10 @@ class Pvm:
         self.resume()
 
     def pause(self) -> int | None:
-        """Stop the machine at a step boundary: since when it stands, as Machine.pause says."""
+        """Stop the machine at a step boundary: since when it stands, as Machine.pause says.
+
+        From now on it is given no console input: what it has taken in is its state's."""
+        self.typed.stand()
         since = self.machine.pause()
         self._running = False
         return since
@@ -143,6 +151,7 @@ class Pvm:
         if not self._running:
             since = self.machine.resume()
             self._running = True
+            self.typed.run()
         return since
 
     def verify(self) -> VerifyReport:
@@ -192,6 +201,7 @@ class Pvm:
         self._pair = replace(self._pair, in_flight=self._epoch)
         # The secondary could take over from it: what comes after is withheld, also by a machine that was alone.
         self.output.move(self._epoch + 1)
+        self.typed.in_flight(self._epoch)
 
     def received(self) -> None:
         """The epoch in flight is sealed: its pages are acknowledged, and its output may leave."""
@@ -201,6 +211,7 @@ class Pvm:
         self.sender.received()
         self._pair = replace(self._pair, in_flight=0, sealed_epoch=epoch)
         self.output.received(epoch)
+        self.typed.received(epoch)
 
     def give_up(self) -> None:
         """The open epoch will not be sealed: what it carried goes out again, under the next number."""
@@ -243,3 +254,4 @@ class Pvm:
             self._pair = replace(self._pair, lost_history=self._pair.history, history=None)
         self._pair = replace(self._pair, in_flight=0)
         self.output.free()
+        self.typed.free()

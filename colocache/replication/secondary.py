@@ -23,6 +23,7 @@ from colocache.errors import (
     TimedOutError,
 )
 from colocache.outputs.apart import ApartOutput
+from colocache.outputs.typed import TypedInput
 from colocache.replication.arbiter import Arbiter, Leave, Loss, SoloArbiter
 from colocache.replication.channel import Channel
 from colocache.replication.door import Door
@@ -86,11 +87,12 @@ class Secondary:
         stop: threading.Event,
         arbiter: Arbiter | None = None,
         output: ApartOutput | None = None,
+        typed: TypedInput | None = None,
         wrap: Wrap = PlainTransport,
         control_fd: int = -1,
         trace: Trace | None = None,
     ) -> None:
-        self.svm = Svm(cache, machine, events, output)
+        self.svm = Svm(cache, machine, events, output, typed)
         self.cache = cache
         self.options = options
         self.timing = options.timing

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from colocache.replication.messages import (
     AbortKind,
     Message,
     MessageType,
+    decode_input,
     decode_reason,
     encode_reason,
     join_u64,
@@ -110,9 +112,10 @@ class SecondarySession:
     def _converse(self) -> str:
         try:
             return self._listen()
-        except (
-            PeerLostError, TimedOutError, SessionEndedError, SecondaryLostError, TakeOverNowError, FailedOverError
-        ):  # fmt: skip
+        except (PeerLostError, TakeOverNowError, FailedOverError):
+            self._hear_the_rest()
+            raise
+        except (TimedOutError, SessionEndedError, SecondaryLostError):
             raise
         except StoppedError as error:
             self._give_up(AbortKind.SESSION, str(error))
@@ -138,9 +141,12 @@ class SecondarySession:
                 if self._cache.status().sealed_epoch == 0:
                     self._cache.preflush()  # a moment between packets of the initial copy
             elif meaning is Meaning.OUTPUT:
+                self._svm.output.released(self._cache.status().sealed_epoch)  # as below
                 self._output_came(message)
+            elif meaning is Meaning.TYPED:
+                self._input_came(message)
             elif meaning is Meaning.CHECKPOINT:
-                # It asks for another only after it heard RECEIVED, and let out its output.
+                # It speaks of another only after it heard RECEIVED, and let out its output.
                 self._svm.output.released(self._cache.status().sealed_epoch)
                 with self._apart:
                     self._checkpoint(message.epoch, join_u64(message.a, message.b))
@@ -159,6 +165,23 @@ class SecondarySession:
                 self._svm.output.arrived(piece, origin)
         except (PacketError, TooLargeError) as error:
             raise ProtocolError(f"the primary sent {message} that can't be kept: {error}") from error
+
+    def _input_came(self, message: Message) -> None:
+        offset, data = decode_input(message)
+        if message.epoch:
+            self._svm.typed.taken_in(message.epoch, offset)
+            return
+        try:
+            self._svm.typed.arrived(offset, data)
+        except TooLargeError as error:
+            raise ProtocolError(str(error)) from error
+
+    def _hear_the_rest(self) -> None:
+        """This side's own words found nobody, or it listens no more: what the primary said before may still be here."""
+        with contextlib.suppress(ColocacheError):
+            for message in self._channel.rest(self._cache):
+                if message.type is MessageType.INPUT:
+                    self._input_came(message)
 
     def _look_round(self) -> None:
         """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
@@ -242,6 +265,8 @@ class SecondarySession:
                 raise CheckpointGivenUpError(decode_reason(message.body))
             if meaning is Meaning.OUTPUT:
                 self._output_came(message)
+            elif meaning in (Meaning.TYPED, Meaning.TAKEN_IN):
+                self._input_came(message)
             elif meaning is not Meaning.ALIVE:
                 self._over(meaning, message)
 
@@ -295,6 +320,7 @@ class SecondarySession:
             self._svm.resume()
             return
         stages.done("seal")
+        self._svm.typed.sealed(epoch)
         self._finish(epoch, sealed, stages)
 
     def _wait_for_pages(self, epoch: int, n_pages: int) -> None:

@@ -36,6 +36,7 @@ from collections.abc import Callable
 from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
 from colocache.outputs.apart import ApartOutput
+from colocache.outputs.typed import TypedInput
 from colocache.replication.errors import SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
@@ -49,9 +50,17 @@ FLUSH_TRIES = 3  # a flush may be repeated after an error: cache and flush set a
 class Svm:
     """The machine on the guest images of `cache`. One thread."""
 
-    def __init__(self, cache: Cache, machine: Machine, events: Events, output: ApartOutput | None = None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        machine: Machine,
+        events: Events,
+        output: ApartOutput | None = None,
+        typed: TypedInput | None = None,
+    ) -> None:
         self.cache = cache
         self.output = output or ApartOutput(lambda *_: None)
+        self.typed = typed or TypedInput()
         self.machine = machine
         self.events = events
         self.can_run = False  # memory and device state are of one epoch

@@ -59,6 +59,7 @@ class Takeover:
         self._svm.machine.promoted()
         self._svm.output.take_over(status.sealed_epoch)
         self._svm.resume()
+        self._svm.typed.take_over(status.sealed_epoch)
         promote_ns = time.monotonic_ns() - begin
         self._events.emit("promoted", epoch=status.sealed_epoch, promote_ms=ms(promote_ns))
         n_pages, wrong = self._svm.verify()

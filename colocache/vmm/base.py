@@ -196,6 +196,17 @@ class ReferenceMachine(ABC):
         self._refuse_closed()
         self._thread.stop()
 
+    @property
+    def hears(self) -> bool:
+        """See machine.SpeakingMachine: its console only speaks."""
+        return False
+
+    def give_input(self, data: bytes) -> int:  # noqa: ARG002 -- see machine.SpeakingMachine
+        return 0
+
+    def take_input_back(self) -> bytes:
+        return b""
+
     def give_packet(self, packet: bytes) -> None:  # noqa: B027 -- nothing to do
         """See machine.SpeakingMachine: it has no card."""
 

@@ -169,5 +169,15 @@ class SpeakingMachine(Machine, Protocol):
     output_full: Callable[[], bool]
     on_reborn: Callable[[], None]
 
+    @property
+    def hears(self) -> bool:
+        """Whether its guest's console takes input."""
+
+    def give_input(self, data: bytes) -> int:
+        """The guest's console takes this: how many bytes of it, which may be none. Never waits. Any thread."""
+
+    def take_input_back(self) -> bytes:
+        """What it was given and its devices have not taken in: they never will. Any thread."""
+
     def give_packet(self, packet: bytes) -> None:
         """The network card of the guest receives this; without one, nothing happens. Any thread."""

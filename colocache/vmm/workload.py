@@ -27,7 +27,7 @@ class GuestOptions:
     accel               of that small guest: auto, kvm or tcg
     card                of a QEMU guest: the MAC address of its network card; none = it has no card
     net                 what that card is connected to: tap:NAME
-    console             where what the guest says is shown: a file, or - for standard output; none = nowhere
+    console             where it is: a file, unix:PATH, or - for standard output and input; none = nowhere
     """
 
     working_set_bytes: int = 0

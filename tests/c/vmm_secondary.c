@@ -41,12 +41,13 @@ enum message {
     PING = 0x103,
     PONG = 0x104,
     OUTPUT = 0x106,
+    INPUT = 0x107,
 };
 enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
 #define PEER_TIMEOUT_MS 10000
 #define HELLO_BYTES_MAX 65536u
-#define CONVERSATION_VERSION 4 /* of colocache/replication/messages.py */
+#define CONVERSATION_VERSION 5 /* of colocache/replication/messages.py */
 #define CHECKPOINT_GIVEN_UP 1  /* the primary gave up this epoch; the session goes on */
 
 struct header {
@@ -125,7 +126,7 @@ static int next_message(struct vmm *vmm, uint64_t epoch, struct header *out)
             rc = colocache_message_parse(raw, &out->type, &out->epoch, &out->body_len, &out->a, &out->b);
         if (rc)
             return trouble("the connection", rc);
-        if (out->type == OUTPUT) { /* of a console, which this machine does not have */
+        if (out->type == OUTPUT || out->type == INPUT) { /* of a console, which this machine does not have */
             rc = skip(vmm, out->body_len);
             if (rc)
                 return rc;

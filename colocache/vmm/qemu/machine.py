@@ -183,6 +183,26 @@ class QemuMachine:
         if process is not None and (self.on_output is not None or self.on_packet is not None):
             process.drain()
 
+    @property
+    def hears(self) -> bool:
+        """See machine.SpeakingMachine."""
+        return self._guest.line.console
+
+    def give_input(self, data: bytes) -> int:
+        """See machine.SpeakingMachine. One that has ended, or will be another, takes nothing."""
+        process = self._process
+        if process is None or self._closed or not process.alive:
+            return 0
+        try:
+            return process.write_console(data)
+        except QemuError:
+            return 0
+
+    def take_input_back(self) -> bytes:
+        """See machine.SpeakingMachine."""
+        process = self._process
+        return process.take_console_back() if process is not None else b""
+
     def give_packet(self, packet: bytes) -> None:
         """See machine.SpeakingMachine."""
         process = self._process

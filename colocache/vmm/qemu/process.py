@@ -35,6 +35,8 @@ T = TypeVar("T")
 START_SECONDS = 30.0
 LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
+CONSOLE_ROOM = 16 << 10  # of a socket, for console input that QEMU has not read
+CONSOLE_BYTES = 1 << 20  # more than that
 WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 
 
@@ -74,6 +76,7 @@ class QemuProcess:
         self._readers = Readers(self._driver)
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._console: socket.socket | None = None
+        self._unread: socket.socket | None = None  # QEMU's end of it
         self._card: socket.socket | None = None
         self._stream: socket.socket | None = None
         self._preloaded: socket.socket | None = None
@@ -95,6 +98,8 @@ class QemuProcess:
         ends = {name: self._pair() for name in ("qmp", "quick", "handoff", "console", "stream")}
         ends["card"] = self._pair(socket.SOCK_DGRAM)
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
+        self._unread = self._mine(ends["console"][1])
+        ends["console"][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONSOLE_ROOM)
         wiring = Wiring(
             image, shared, theirs["qmp"], theirs["quick"], theirs["console"], theirs["card"], self._incoming
         )
@@ -113,8 +118,9 @@ class QemuProcess:
             raise QemuError(f"{line.program} does not start: {error.strerror}") from error
         finally:
             os.close(write)
-            for _, end in ends.values():
-                end.close()
+            for name, (_, end) in ends.items():
+                if name != "console":
+                    end.close()
         self.pid = self._process.pid
         self.pidfd = self._mine(os.pidfd_open(self.pid))
         pidfd = self.pidfd
@@ -264,6 +270,19 @@ class QemuProcess:
         except OSError as error:
             raise self._death("ended") from error
 
+    def take_console_back(self) -> bytes:
+        """What it was given and has not read: it never will. The rest is in its devices, and in their state.
+
+        QEMU's end of the socket is also ours. In one call: QEMU has read what came before it, and finds nothing after.
+        """
+        unread = self._unread
+        if unread is None:
+            return b""
+        try:
+            return unread.recv(CONSOLE_BYTES, socket.MSG_DONTWAIT)
+        except OSError:
+            return b""
+
     def give_packet(self, packet: bytes) -> None:
         """Its network card receives this, if there is room: packets may be lost."""
         card = self._card
@@ -377,7 +396,7 @@ class QemuProcess:
             qmp.close()
         reading = self._readers.let_go()
         opened, self._open = self._open, []
-        self._console = self._card = self._stream = self._preloaded = None
+        self._console = self._unread = self._card = self._stream = self._preloaded = None
         self.pidfd = -1
 
         async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew
