@@ -104,7 +104,7 @@ class Side:
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
                 if isinstance(event, dict) and "event" in event:
-                    if event["event"] == "error":
+                    if event["event"] in ("error", "end"):
                         self._said = [*self._said, str(event.get("sentence", ""))][-20:]
                     self._events.put(event)
         self.ended.set()

@@ -69,9 +69,11 @@ class PrimaryRoom:
             self._said = True
 
     def stand(self) -> None:
-        """The machine stands from now until the checkpoint."""
+        """The machine stands from now until the checkpoint, and what it wrote is known to the page."""
         self._stands_since = self._stands_since or time.monotonic_ns()
         self._pvm.pause()
+        if not self._pvm.pair.in_flight:
+            self._pvm.sync()
 
     def stood_ns(self, now_ns: int) -> int:
         """How long it has stood at `now_ns` for want of room; asked once, when the checkpoint's own pause begins."""

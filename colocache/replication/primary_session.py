@@ -259,11 +259,12 @@ class PrimarySession:
         number = pvm.pair.checkpoints + 1
         background = pvm.sent.n_pages
         stages = Stages()
-        low, high = split_u64(pvm.dirty_pages())
+        said = pvm.dirty_pages()
+        low, high = split_u64(said)
         channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch, a=low, b=high)
         reply = self._inbox.expect(State.REQUESTED, epoch, timeout)
         room = join_u64(reply.a, reply.b)
-        self._see_room(epoch, room)
+        self._see_room(epoch, room, said)
         stages.done("ask")
 
         channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
@@ -335,11 +336,16 @@ class PrimarySession:
         self._room.told(n_pages)
         self._inbox.slice_seconds = self._room.look_again() or SLICE_SECONDS
 
-    def _see_room(self, epoch: int, room: int) -> None:
-        """The secondary says how many pages the epoch may have, after it gave up what it can: what is unacknowledged
-        only grows, so one that has more already can't be sent, nor any after it. SecondaryLostError."""
+    def _see_room(self, epoch: int, room: int, said: int) -> None:
+        """The secondary says how many pages the epoch may have, after it gave up what it must for those that it was
+        told of. If there are more by now it is told anew; else nothing is left to give up, and what is unacknowledged
+        only grows: neither this epoch can be sent nor any after it. SecondaryLostError."""
         if not self._pvm.beyond(room):
             return
+        if said < self._pvm.unacked_pages:
+            reason = f"it has {self._pvm.unacked_pages} pages by now, more than the {said} that were said"
+            self._abort_epoch(epoch, reason)
+            raise CheckpointAbortedError(reason)
         reason = (
             f"the memory limit of the secondary leaves room for {room} pages, and the next checkpoint has "
             f"{self._pvm.unacked_pages}: start a fresh one with a larger limit"
