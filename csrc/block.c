@@ -15,6 +15,7 @@
 #include "bounds.h"
 #include "checksum.h"
 #include "error.h"
+#include "forget.h"
 #include "image.h"
 #include "map.h"
 #include "sparse.h"
@@ -227,6 +228,7 @@ int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_
 void cc_block_let_go(struct cc_block *block)
 {
     cc_unmap(block->bitmap_map, block->bitmap_map_bytes);
+    cc_forget_drop(&block->forget);
     cc_image_close(&block->guest);
     cc_image_close(&block->cache);
     free(block->allocated);

@@ -15,6 +15,7 @@
 #include "fault.h"
 #include "flush_copy.h"
 #include "flush_set.h"
+#include "forget.h"
 #include "staging.h"
 #include "strategy.h"
 
@@ -53,9 +54,9 @@ static int forget(struct colocache *cc, struct colocache_flush_result *out)
     uint64_t begin = cc_now_ns();
     int rc = 0;
     for (uint32_t i = 0; rc == 0 && i < cc->n_blocks; i++) {
-        const struct cc_block *block = &cc->blocks[i];
+        struct cc_block *block = &cc->blocks[i];
         if (!cc_gone(block))
-            rc = colocache_private_forget(block->guest.vm_addr, block->len_bytes);
+            rc = cc_forget(&block->forget, block->guest.vm_addr, block->len_bytes);
     }
     out->forget_ns = cc_now_ns() - begin;
     return rc;

@@ -34,6 +34,7 @@
 #include "bitmap.h"
 #include "colocache.h"
 #include "control.h"
+#include "forget.h"
 #include "gate.h"
 #include "image.h"
 #include "layout.h"
@@ -62,6 +63,7 @@ struct cc_block {
     uint64_t *punched;        /* sparse: pages of guest RAM that were given back since `allocated` was asked last */
     struct cc_bitmap *staged; /* bounded: pages whose range of the cache may hold data (staging.h); else NULL */
     uint64_t *staged_words;
+    struct cc_forget forget; /* bounded: the private pages of the VM's mapping */
 };
 
 /* The device state being written for an epoch that is not sealed. */

@@ -20,6 +20,10 @@
 #include "colocache.h"
 #include "error.h"
 
+#ifndef MREMAP_DONTUNMAP /* Linux 5.7; of files 5.13 */
+#define MREMAP_DONTUNMAP 4
+#endif
+
 static int map(int fd, uint64_t offset, uint64_t n_bytes, int access, int flags, void **out)
 {
     void *addr = mmap(NULL, n_bytes, access, flags, fd, (off_t)offset);
@@ -40,7 +44,23 @@ int cc_map_file(int fd, uint64_t offset, uint64_t n_bytes, bool writable, void *
 
 int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out)
 {
-    return map(fd, offset, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, out);
+    const uint64_t align = n_bytes < 1ull << 30 ? 2ull << 20 : 1ull << 30;
+    uint8_t *reserved = mmap(NULL, n_bytes + align, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
+        return map(fd, offset, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, out);
+    uint8_t *at = reserved + (align - (uint64_t)(uintptr_t)reserved % align) % align, *end = reserved + n_bytes + align;
+    void *addr = mmap(at, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, (off_t)offset);
+    if (addr == MAP_FAILED) {
+        int rc = cc_fail_errno("mmap");
+        munmap(reserved, n_bytes + align);
+        return rc;
+    }
+    if (at > reserved)
+        munmap(reserved, (uint64_t)(at - reserved));
+    if (end > at + n_bytes)
+        munmap(at + n_bytes, (uint64_t)(end - at) - n_bytes);
+    *out = addr;
+    return 0;
 }
 
 int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **end_out)
@@ -59,6 +79,25 @@ int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **
     *map_bytes = room + page;
     *end_out = end;
     return 0;
+}
+
+void *cc_map_aside(void *addr, uint64_t n_bytes, uint64_t align, uint8_t **moved_out, uint64_t *map_bytes)
+{
+    const uint64_t alike = (uint64_t)(uintptr_t)addr % align, room = n_bytes + align;
+    void *reserved = mmap(NULL, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (reserved == MAP_FAILED)
+        return NULL;
+    uint64_t at = (uint64_t)(uintptr_t)reserved / align * align + alike;
+    at += at < (uint64_t)(uintptr_t)reserved ? align : 0;
+    /* DONTUNMAP: there is no moment in which another thread's mmap could get the address of guest RAM */
+    void *moved = mremap(addr, n_bytes, n_bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)(uintptr_t)at);
+    if (moved == MAP_FAILED) {
+        munmap(reserved, room);
+        return NULL;
+    }
+    *moved_out = moved;
+    *map_bytes = room;
+    return reserved;
 }
 
 void cc_unmap(void *addr, uint64_t n_bytes)

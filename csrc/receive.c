@@ -90,17 +90,32 @@ static int zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn
     return 0;
 }
 
-static int bring_page(struct colocache *cc, struct cc_block *block, uint64_t pfn, const void *data, enum place place)
+static int bring_pages(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, const void *data,
+                       enum place place)
 {
-    CC_HALF(address(block, pfn, place), data, block->page_size, "receive: half a page");
+    const uint64_t n_bytes = n_pages << block->page_shift;
+    CC_HALF(address(block, first_pfn, place), data, n_bytes, "receive: half a page");
     if (place == TO_STAGING)
-        return cc_staging_write(cc, block, pfn, data);
-    memcpy(address(block, pfn, place), data, block->page_size);
+        return cc_staging_write(cc, block, first_pfn, n_pages, data);
+    memcpy(address(block, first_pfn, place), data, n_bytes);
     return 0;
 }
 
+/* stage_runs -- from memory.  A store through the mapping would be a SIGBUS on a full file system. */
+static int stage_runs(struct colocache *cc, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs, const uint8_t *from)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < n_runs; i++) {
+        if (runs[i].flags & CC_RUN_ZERO)
+            continue;
+        rc = cc_staging_write(cc, block, runs[i].first_pfn, runs[i].n_pages, from);
+        from += (uint64_t)runs[i].n_pages << block->page_shift;
+    }
+    return rc;
+}
+
 int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs,
-                    struct iovec *iov, cc_bring_fn *bring, void *context, uint64_t *n_pages)
+                    struct iovec *iov, cc_bring_fn *bring, void *context, const void *memory, uint64_t *n_pages)
 {
     int rc = knock(cc, block);
     if (rc)
@@ -118,13 +133,13 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
         if (runs[i].flags & CC_RUN_ZERO) {
             rc = zero(cc, block, first_pfn, n, place);
         } else {
-            if (place == TO_STAGING)
+            if (place == TO_STAGING && !memory)
                 rc = cc_staging_expect(cc, block, first_pfn, n);
             iov[n_iov++] = (struct iovec){.iov_base = address(block, first_pfn, place), .iov_len = n << block->page_shift};
         }
     }
     if (rc == 0)
-        rc = bring(context, iov, n_iov);
+        rc = memory && place == TO_STAGING ? stage_runs(cc, block, runs, n_runs, memory) : bring(context, iov, n_iov);
     if (rc == -EFAULT && place == TO_STAGING)
         rc = cc_staging_no_room(block);
     CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
@@ -164,10 +179,12 @@ int colocache_receive_pages(struct colocache *cc, uint64_t epoch, uint32_t block
         return rc;
     const uint8_t *from = data;
     const enum place place = place_of(cc);
-    for (uint64_t i = 0; rc == 0 && i < n_pages; i++) {
-        rc = bring_page(cc, block, pfns[i], from + i * block->page_size, place);
+    for (uint64_t i = 0, n; rc == 0 && i < n_pages; i += n) {
+        for (n = 1; i + n < n_pages && pfns[i + n] == pfns[i] + n;)
+            n++;
+        rc = bring_pages(cc, block, pfns[i], n, from + i * block->page_size, place);
         if (rc == 0)
-            done(cc, block, pfns[i], 1, place);
+            done(cc, block, pfns[i], n, place);
     }
     cc_epoch_leave(cc);
     return rc;

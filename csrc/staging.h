@@ -22,8 +22,8 @@ void cc_staging_close(struct cc_block *block);
 /* Inside the receive gate.  Bytes are about to come: E_NO_MEMORY if they would take more than the limit.  If they come through the mapping
  * it is by a system call: it answers a full file system with EFAULT. */
 int cc_staging_expect(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
-/* 0, E_NO_MEMORY, -errno. */
-int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t pfn, const void *data);
+/* By a system call, whatever another thread does to the same pages meanwhile.  0, E_NO_MEMORY, -errno. */
+int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, const void *data);
 /* Holes, before their bits are set: a page that held data must not show it under a bit. */
 int cc_staging_zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
 int cc_staging_no_room(const struct cc_block *block); /* E_NO_MEMORY with its sentence */
@@ -32,7 +32,7 @@ int cc_staging_no_room(const struct cc_block *block); /* E_NO_MEMORY with its se
 void cc_staging_find(struct cc_block *block);
 /* The cache of one block is a hole, whatever it was. */
 int cc_staging_empty_one(struct cc_block *block);
-/* The cache of every block is one hole again.  Nobody receives and no bit is set for a page of it.  -errno: some may be left. */
+/* The cache of every block is one hole again, and what its flush put aside is freed.  Nobody receives and no bit is set for a page of it.  -errno: some may be left. */
 int cc_staging_empty(struct colocache *cc);
 /* Memory that the cache files take now, as the file system counts it. */
 int cc_staging_bytes(struct colocache *cc, uint64_t *n_bytes_out);

@@ -95,7 +95,14 @@ static int receive_packet(struct colocache *cc, struct reader *reader, struct pa
         rc = check_runs(cc, packet);
     if (rc)
         return rc;
-    return cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, reader, n_pages);
+    const uint64_t left = reader->left - (packet->message.body_len_bytes - packet->message.b * sizeof packet->runs[0]);
+    rc = cc_receive_runs(cc, packet->message.epoch, packet->block, packet->runs, packet->message.b, packet->iov, bring, reader,
+                         reader->memory, n_pages);
+    if (rc == 0 && reader->memory && reader->left != left) { /* they were staged from where they are */
+        reader->memory += reader->left - left;
+        reader->left = left;
+    }
+    return rc;
 }
 
 /* read_header -- COLOCACHE_READY_NOT: of a next message nothing has come, or, from memory, not all of a PAGES packet */

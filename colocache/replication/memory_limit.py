@@ -86,6 +86,7 @@ class MemoryLimit:
         self._stand_was_said = False
         self._looking_failed = False
         self._passed = 0  # bytes by which the machine's part was passed: it wrote faster than ever before
+        self._aside = 0  # private pages of the epoch before, which the flush forgot and nobody has freed yet
         self._begin_epoch()
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="colocache-limit", daemon=True)
@@ -158,6 +159,7 @@ class MemoryLimit:
         )
         self._share = self._next_share(room, staged / seconds)
         self._growth.epoch()
+        self._aside = self._private
         self._begin_epoch()
         return self._share // PAGE
 
@@ -201,15 +203,16 @@ class MemoryLimit:
         self._passed = 0
 
     def _may_run(self) -> bool:
-        """Before the machine runs: is there room? Staged pages that nobody needs any more go first."""
+        """Before the machine runs: is there room? Staged and private pages that nobody needs any more go first."""
         self._cache.limit_staged(self._share)
         self._growth.anew()
         part = self._room() - self._share
         if self._growth.ahead >= part:
             self._stand(f"a part of {part} bytes is less than it may write before it is seen")
             return False
-        if self._cache.status().staged_bytes + self._growth.ahead > self._room():
+        if self._cache.status().staged_bytes + self._aside + self._growth.ahead > self._room():
             self._svm.tidy()
+        self._aside = 0  # else it is freed right after the start
         self._stood, self._standing_since = False, 0.0
         return True
 

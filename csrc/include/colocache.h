@@ -104,7 +104,8 @@
  *     write to a page makes a copy of its own, and the image stays what it is.  The library makes
  *     that mapping (colocache_get_block tells where) and another one for itself; or you give
  *     guest_addr, your own MAP_PRIVATE mapping of guest_fd (what kind it is, the kernel is asked,
- *     it is never tried with a store); or the VM is another process that maps the file by itself.
+ *     it is never tried with a store; at a multiple of 1 GiB the flush is quickest); or the VM is
+ *     another process that maps the file by itself.
  *   - The cache holds only the pages of the open epoch.  Give an empty file of full size
  *     (ftruncate, no posix_fallocate) on 4 KiB pages, and no other block's guest RAM in it: memory
  *     comes with the pages and goes when their epoch is committed or given up; colocache_add_block
@@ -935,8 +936,9 @@ int colocache_loaded(struct colocache *cc, int ok);
 int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
 
 /* Bounded: give back the memory of the pages that were staged for an epoch which is committed or
- * given up.  Call it when the VM runs again; else it is done before the first page of the next
- * epoch is let in.  Any thread.  0, -errno. */
+ * given up, and of the private pages that its flush forgot (where they are many, the flush only
+ * moves them out of the VM's sight).  Call it when the VM runs again; else it is done before the
+ * first page of the next epoch is let in.  Any thread.  0, -errno. */
 int colocache_free_staged(struct colocache *cc);
 
 /* Bounded: the most memory that staged pages may take, in bytes; 0 = no limit, as at the beginning.

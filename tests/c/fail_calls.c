@@ -32,12 +32,12 @@ const char *const call_names[N_CALLS] = {
     "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",  "fcntl",   "fstat",
     "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",  "ioctl",   "pthread_create",
     "calloc",  "posix_memalign", "fopen",     "pread",           "lseek", "syscall", "sched_getaffinity",
-    "madvise", "fallocate",      "pwrite",    "mprotect"};
+    "madvise", "fallocate",      "pwrite",    "mprotect",        "mremap"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
-bool failure_happened, counting, attaching;
-static bool owner_unnamed, counted_otherwise, punched_later;
+bool failure_happened, counting, attaching, tidying;
+static bool owner_unnamed, counted_otherwise, punched_later, only_slower;
 uint64_t kvm_log_words;
 struct kvm_ring_entry kvm_ring[256];
 
@@ -67,6 +67,7 @@ static const int errors[N_CALLS][8] = {
     [FALLOCATE] = {EINTR, EIO, ENOSPC},
     [PWRITE] = {EINTR, EIO, ENOSPC, SHORT},
     [MPROTECT] = {ENOMEM, EACCES},
+    [MREMAP] = {ENOMEM, EINVAL, EFAULT},
 };
 
 const int *errors_of(enum call call)
@@ -81,6 +82,8 @@ bool is_absorbed(enum call call, int error)
     if (call == FALLOCATE && punched_later) /* attach leaves it to the next epoch */
         return true;
     if (call == IOCTL && error == ENOTTY && counted_otherwise) /* private pages, on a kernel without PAGEMAP_SCAN */
+        return true;
+    if (call == MREMAP || only_slower) /* private pages are zapped instead, or by another rule; pages are mapped later */
         return true;
     return error == EINTR || error == SHORT || (error == EAGAIN && (call == RECVMSG || call == SENDMSG || call == MADVISE));
 }
@@ -99,6 +102,7 @@ static bool happens(enum call call)
     if (!counting || ++call_counts[call] != failure.index || failure.call != call)
         return false;
     failure_happened = true;
+    only_slower = tidying && (call == OPEN || call == IOCTL);
     errno = failure.error > 0 ? failure.error : 0;
     return true;
 }
@@ -111,7 +115,6 @@ static bool happens(enum call call)
         return happens(call) ? (failed) : __real_##name arguments; \
     }
 
-WRAP(void *, mmap, (void *addr, size_t n, int prot, int flags, int fd, off_t offset), (addr, n, prot, flags, fd, offset), MMAP, MAP_FAILED)
 WRAP(int, ftruncate, (int fd, off_t n), (fd, n), FTRUNCATE, -1)
 WRAP(int, posix_fallocate, (int fd, off_t offset, off_t n), (fd, offset, n), POSIX_FALLOCATE, failure.error)
 WRAP(int, fstat, (int fd, struct stat *st), (fd, st), FSTAT, -1)
@@ -125,7 +128,35 @@ WRAP(int, posix_memalign, (void **out, size_t alignment, size_t n), (out, alignm
 WRAP(FILE *, fopen, (const char *path, const char *mode), (path, mode), FOPEN, NULL)
 WRAP(off_t, lseek, (int fd, off_t offset, int whence), (fd, offset, whence), LSEEK, -1)
 WRAP(int, mprotect, (void *addr, size_t n, int access), (addr, n, access), MPROTECT, -1)
-WRAP(int, madvise, (void *addr, size_t n, int advice), (addr, n, advice), MADVISE, -1)
+
+/* as the library calls it: with all five */
+void *__real_mremap(void *addr, size_t n, size_t new_n, int flags, void *to);
+void *__wrap_mremap(void *addr, size_t n, size_t new_n, int flags, void *to);
+void *__wrap_mremap(void *addr, size_t n, size_t new_n, int flags, void *to)
+{
+    return happens(MREMAP) ? MAP_FAILED : __real_mremap(addr, n, new_n, flags, to);
+}
+
+int __real_madvise(void *addr, size_t n, int advice);
+int __wrap_madvise(void *addr, size_t n, int advice);
+int __wrap_madvise(void *addr, size_t n, int advice)
+{
+    if (!happens(MADVISE))
+        return __real_madvise(addr, n, advice);
+    only_slower = advice == MADV_POPULATE_READ;
+    return -1;
+}
+
+void *__real_mmap(void *addr, size_t n, int access, int flags, int fd, off_t offset);
+void *__wrap_mmap(void *addr, size_t n, int access, int flags, int fd, off_t offset);
+void *__wrap_mmap(void *addr, size_t n, int access, int flags, int fd, off_t offset)
+{
+    if (!happens(MMAP))
+        return __real_mmap(addr, n, access, flags, fd, offset);
+    only_slower = access == PROT_NONE; /* room for tables that are moved, or a boundary where they move fast */
+    return MAP_FAILED;
+}
+
 WRAP(int, sched_getaffinity, (pid_t pid, size_t n, cpu_set_t *set), (pid, n, set), SCHED_GETAFFINITY, -1)
 
 /* the pid of an owner that can't be read leaves it unnamed; a page that can't be read is an error */

@@ -32,6 +32,7 @@ enum call {
     FALLOCATE,
     PWRITE,
     MPROTECT,
+    MREMAP,
     N_CALLS
 };
 
@@ -50,6 +51,7 @@ extern unsigned call_moves;    /* of bytes over a socket: every fifth would bloc
 extern struct failure failure; /* the one to happen */
 extern bool failure_happened;
 extern bool attaching; /* inside an attach */
+extern bool tidying;   /* inside a call that gives back what an epoch left */
 extern bool bounded;   /* memory mode of the history */
 extern bool counting;  /* only calls made inside the library count */
 

@@ -18,6 +18,7 @@
 #include <unistd.h>
 
 #include "colocache.h"
+#include "message.h"
 
 enum { PAGE = 4096, ROOM = 512 << 10, HUGE_PAGE = 2 << 20 };
 
@@ -99,6 +100,49 @@ static void small_tmpfs(void)
     colocache_close(cc);
 }
 
+/* packet_of -- a page of data for block 0, as it comes from the wire */
+static uint64_t packet_of(uint8_t *out, uint64_t epoch, uint64_t pfn)
+{
+    const struct cc_run run = {pfn, 1, 0};
+    struct cc_message message = {.type = COLOCACHE_MSG_PAGES, .epoch = epoch, .body_len_bytes = sizeof run + PAGE, .b = 1};
+    memcpy(out + COLOCACHE_HEADER_BYTES, &run, sizeof run);
+    memset(out + COLOCACHE_HEADER_BYTES + sizeof run, (int)pfn + 1, PAGE);
+    cc_message_put(out, &message);
+    message.checksum = cc_message_checksum(out, &run, sizeof run);
+    cc_message_put(out, &message);
+    return COLOCACHE_HEADER_BYTES + sizeof run + PAGE;
+}
+
+/* staged_in_a_small_tmpfs -- bounded memory: pages that come in memory, as they do through TLS, until there is no room */
+static void staged_in_a_small_tmpfs(void)
+{
+    struct colocache *cc;
+    struct colocache_options bounded = options;
+    struct colocache_seal_args args = {.struct_size = sizeof args, .epoch = 1, .n_pages = COLOCACHE_ANY_COUNT};
+    static uint8_t packet[2 * PAGE];
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    uint64_t used, n = 0;
+    void *state;
+    bounded.memory_mode = COLOCACHE_MEMORY_BOUNDED;
+    int control = memfd_create("control", MFD_CLOEXEC), guest = memfd_create("guest", MFD_CLOEXEC), cache = file("cache-2", 2 * ROOM);
+    check(ftruncate(guest, 2 * ROOM) == 0 && posix_fallocate(guest, 0, 2 * ROOM) == 0, "a guest image elsewhere");
+    struct colocache_images block = images("ram", guest, cache, 2 * ROOM, 0);
+    check(colocache_create(control, &bounded, &cc) == 0 && colocache_add_block(cc, &block, NULL) == 0, "a bounded region");
+    check(colocache_device_state_begin(cc, 1, 0, &state) == 0 && colocache_seal(cc, &args, NULL) == 0 && colocache_flush(cc, NULL) == 0 &&
+              colocache_loaded(cc, 1) == 0,
+          "epoch 1");
+    int rc = COLOCACHE_READY_NOT;
+    for (; n < 2 * ROOM / PAGE && rc == COLOCACHE_READY_NOT; n++)
+        rc = colocache_receive_packets(cc, packet, packet_of(packet, 2, n), 2, header, &used, NULL);
+    check(n > 10 && no_memory(rc), "packets in memory until the file system is full");
+    check(colocache_abort(cc, 2, "no room") == 0 && colocache_free_staged(cc) == 0, "the epoch is given up");
+    check(colocache_receive_packets(cc, packet, packet_of(packet, 3, n), 3, header, &used, NULL) == COLOCACHE_READY_NOT,
+          "there is room again");
+    colocache_close(cc);
+    close(control), close(guest), close(cache);
+    check(unlink("cache-2") == 0, "removing it");
+}
+
 /* refused -- a region, wherever it has holes, on a file system without a byte of room: a sentence from each call, and no SIGBUS */
 static void refused(int control, const struct colocache_images *images, const char *what)
 {
@@ -160,6 +204,7 @@ static const char *in_small_tmpfs(void)
     }
     check(chdir(directory) == 0, "chdir");
     holes_in_a_region();
+    staged_in_a_small_tmpfs();
     small_tmpfs();
     check(chdir("/") == 0 && umount2(directory, MNT_DETACH) == 0 && rmdir(directory) == 0, "cleaning up");
     return NULL;

@@ -2,6 +2,7 @@
 /* fail_world.c -- the steps, and what must hold when one of them fails. */
 #define _GNU_SOURCE
 #include "fail_world.h"
+#include "forget.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -330,7 +331,9 @@ static int flush_epoch(struct world *world)
     check_whole(world, "after the flush");
     STEP("loaded", colocache_loaded(world->cc, 1));
     world->committed = world->sealed;
+    tidying = true;
     STEP("free_staged", colocache_free_staged(world->cc));
+    tidying = false;
     STEP("validate", colocache_validate(world->cc, 1));
     return 0;
 }
@@ -380,6 +383,15 @@ static int private_pages(struct world *world)
             rc = INSIDE(colocache_private_forget(at, DENSE * PAGE));
         if (rc == 0 && (n_bytes != 2 * PAGE || at[3 * PAGE] != 0))
             breach("%llu bytes were private", (unsigned long long)n_bytes);
+        struct cc_forget aside = {.whole = true};
+        at[0] = at[3 * PAGE] = 2;
+        if (rc == 0)
+            rc = INSIDE(cc_forget(&aside, at, DENSE * PAGE)); /* as a flush does, with more pages than this world has */
+        if (rc == 0 && at[3 * PAGE] != 0)
+            breach("a page that was put aside is still there");
+        tidying = true;
+        (void)INSIDE((cc_forget_rest(&aside), 0));
+        tidying = false;
         if (rc < 0)
             failed(world, "private pages", rc);
         if (rc < 0 && world->give_up)

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "forget.h"
 
 #define PAGE 4096u
 #define PAGES 2048u
@@ -178,6 +179,95 @@ static void locked_memory_is_told(void)
     teardown();
 }
 
+/* ---- forgetting in a pause ------------------------------------------------------------------------------------------- */
+
+static struct cc_forget forget;
+
+static uint64_t aside_pages(void)
+{
+    uint64_t n = 0;
+    if (forget.aside)
+        CHECK_RC(0, colocache_private_bytes(0, forget.used, LEN, &n));
+    return n / PAGE;
+}
+
+/* The guest maps everything if touches_all, writes each step-th page, and stands. */
+static void one_epoch(bool touches_all, uint64_t step)
+{
+    if (touches_all)
+        (void)sum_of(private_at);
+    const uint64_t n = write_some(step);
+    CHECK_EQ(n, private_pages());
+    file_at[0]++; /* what a flush copies */
+    CHECK_RC(0, cc_forget(&forget, private_at, LEN));
+    CHECK_EQ(0, private_pages());
+    CHECK_EQ(sum_of(file_at), sum_of(private_at));
+}
+
+static void what_is_put_aside_is_freed_when_the_guest_runs(void)
+{
+    setup(false);
+    forget = (struct cc_forget){.whole = true};
+    one_epoch(false, 3);
+    CHECK_EQ((PAGES + 2) / 3 - 1, aside_pages()); /* the first is zapped, to see if memory is locked */
+    uint8_t *const used = forget.used;
+    cc_forget_rest(&forget);
+    CHECK(!forget.aside);
+    uint8_t in_core;
+    CHECK(mincore(used, PAGE, &in_core) != 0 && errno == ENOMEM); /* nothing is mapped there any more */
+    one_epoch(false, 2);
+    one_epoch(false, 2); /* nobody freed the rest between them */
+    CHECK(aside_pages() <= PAGES / 2);
+    cc_forget_rest(&forget);
+    cc_forget_rest(&forget); /* nothing is left to do */
+    teardown();
+}
+
+static void a_guest_that_writes_most_of_what_it_touches_is_put_aside(void)
+{
+    setup(false);
+    forget = (struct cc_forget){0};
+    for (int epoch = 0; epoch < 3; epoch++) {
+        CHECK_RC(0, madvise(private_at, LEN, MADV_DONTNEED)); /* the sums have mapped all of it */
+        one_epoch(false, 3);
+        CHECK(aside_pages() > 0);
+        cc_forget_rest(&forget);
+    }
+    teardown();
+}
+
+/* What it only reads would be mapped anew, page by page. */
+static void a_guest_that_reads_much_keeps_what_it_has_mapped(void)
+{
+    setup(false);
+    forget = (struct cc_forget){0};
+    one_epoch(true, 256);
+    if (aside_pages()) {
+        cc_forget_rest(&forget);
+        teardown();
+        SKIP("this kernel has no PAGEMAP_SCAN, and all is put aside always");
+    }
+    for (int epoch = 0; epoch < 20; epoch++) {
+        one_epoch(true, 256);
+        CHECK(!forget.whole && !forget.aside);
+    }
+    teardown();
+}
+
+static void locked_memory_is_told_and_stays_locked(void)
+{
+    setup(false);
+    forget = (struct cc_forget){.whole = true};
+    if (syscall(SYS_mlock, private_at, LEN) != 0) {
+        teardown();
+        SKIP("mlock is not allowed here");
+    }
+    CHECK_RC(-EINVAL, cc_forget(&forget, private_at, LEN));
+    CHECK(!forget.aside);
+    CHECK(madvise(private_at, PAGE, MADV_DONTNEED) != 0); /* still */
+    teardown();
+}
+
 int main(void)
 {
     RUN(few_private_pages_are_forgotten);
@@ -187,5 +277,9 @@ int main(void)
     RUN(another_process_is_counted);
     RUN(wrong_arguments_are_refused);
     RUN(locked_memory_is_told);
+    RUN(what_is_put_aside_is_freed_when_the_guest_runs);
+    RUN(a_guest_that_writes_most_of_what_it_touches_is_put_aside);
+    RUN(a_guest_that_reads_much_keeps_what_it_has_mapped);
+    RUN(locked_memory_is_told_and_stays_locked);
     return DONE();
 }
