@@ -336,3 +336,8 @@ def test_a_late_answer_is_not_taken_for_the_next_command(start: Start, primary_i
         primary.quick.execute_all([("query-name", {})], timeout=0.1)
     os.kill(primary.pid, signal.SIGCONT)
     assert primary.quick.execute_all([("query-status", {})])[0]["running"] is False
+
+
+def test_what_qemu_complains_of_is_told_and_not_the_advice_after_it(start: Start, primary_image: int) -> None:
+    with pytest.raises(QemuError, match="unsupported machine type"):
+        start(guest("-machine", "nosuch"), primary_image, shared=True)

@@ -118,7 +118,8 @@ class Side:
         """Its last error, or what it said on stderr last, for a sentence about its failure."""
         for thread in self._threads:
             thread.join(1.0)
-        return next((line for line in reversed(self._said) if line.strip()), "it said nothing")
+        last = next((line for line in reversed(self._said) if line.strip()), "it said nothing")
+        return last.removeprefix("Error: ")
 
     def wait(self, timeout: float) -> int:
         """Its exit status; it is killed if it does not end in time."""

@@ -33,6 +33,7 @@ from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.process_log import log_of
 from colocache.vmm.qemu.qmp import Event
 from colocache.vmm.qemu.state import SavedState, pack, parse
+from colocache.vmm.qemu.voice import Voice
 from colocache.vmm.workload import PAGE, GuestOptions
 
 if TYPE_CHECKING:
@@ -234,41 +235,26 @@ class QemuMachine:
 
     def _start(self, *, shared: bool, incoming: bool) -> QemuProcess:
         """A new process. What it says counts from when it is this machine's."""
-        made: list[QemuProcess] = []
-
-        def mine() -> bool:
-            return bool(made) and made[0] is self._process
-
-        def on_event(event: Event) -> None:
-            if mine():
-                self._heard(event)
-
-        def on_output(data: bytes) -> None:
-            if mine() and self.on_output is not None:
-                self.on_output(data)
-
-        def on_packet(data: bytes) -> None:
-            if mine() and self.on_packet is not None:
-                self.on_packet(data)
-
-        def output_full() -> bool:
-            return mine() and self.output_full()
-
-        process = QemuProcess(
+        voice = Voice(self)
+        voice.of = QemuProcess(
             self._guest.line,
             self.ram.fd,
             shared=shared,
             incoming=incoming,
-            on_output=on_output,
-            on_packet=on_packet,
-            output_full=output_full,
-            on_event=on_event,
+            on_output=voice.output,
+            on_packet=voice.packet,
+            output_full=voice.full,
+            on_event=voice.event,
         )
-        made.append(process)
-        return process
+        return voice.of
 
-    def _heard(self, event: Event) -> None:
-        """In the thread of driver.py."""
+    @property
+    def process(self) -> QemuProcess | None:
+        """See voice.Listener."""
+        return self._process
+
+    def heard(self, event: Event) -> None:
+        """See voice.Listener."""
         name = event["event"]
         if name == "SHUTDOWN":
             self._powered_off = True

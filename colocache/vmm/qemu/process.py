@@ -13,7 +13,6 @@ import contextlib
 import errno
 import os
 import select
-import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.events import DEATH, Mailbox
+from colocache.vmm.qemu.last_words import LastWords
 from colocache.vmm.qemu.qmp import Event, Qmp
 from colocache.vmm.qemu.quick import Command, Quick
 from colocache.vmm.qemu.readers import OnOutput, Readers
@@ -37,7 +37,6 @@ LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
 CONSOLE_ROOM = 16 << 10  # of a socket, for console input that QEMU has not read
 CONSOLE_BYTES = 1 << 20  # more than that
-WORDS_KEPT = 4096  # bytes of what QEMU writes to standard error
 
 
 class QemuProcess:
@@ -69,7 +68,7 @@ class QemuProcess:
         self._incoming = incoming
         self._len_bytes = line.ram_bytes
         self._events = Mailbox(on_event)
-        self._words = b""
+        self._words = LastWords()
         self._qmp: Qmp | None = None
         self._quick: Quick | None = None
         self._open: list[socket.socket | int] = []  # what close() closes
@@ -125,8 +124,7 @@ class QemuProcess:
         self.pidfd = self._mine(os.pidfd_open(self.pid))
         pidfd = self.pidfd
         self._readers.watch(pidfd, lambda: self._dead(pidfd))
-        self._stream_number = theirs["stream"]
-        self._readers.read(read, self._heard)
+        self._readers.read(read, self._words.add)
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
         self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
         self._console.setblocking(False)
@@ -139,7 +137,8 @@ class QemuProcess:
         except QemuDiedError:
             raise self._death("ended before it came up") from None
         if self._incoming:
-            self._wait_for_state()
+            self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
+            self.qmp.execute("migrate-incoming", uri=f"fd:{theirs['stream']}")
 
     def _pair(self, kind: socket.SocketKind = socket.SOCK_STREAM) -> tuple[socket.socket, socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
@@ -159,10 +158,6 @@ class QemuProcess:
         except EOFError:
             raise self._death("ended before it came up") from None
 
-    def _wait_for_state(self) -> None:
-        self.qmp.execute("migrate-set-capabilities", capabilities=[{"capability": "events", "state": True}])
-        self.qmp.execute("migrate-incoming", uri=f"fd:{self._stream_number}")
-
     # ---- what it says --------------------------------------------------------------------------------------------
 
     def drain(self) -> None:
@@ -178,22 +173,12 @@ class QemuProcess:
             self._quick.forget_events()
         self._events.put(event)
 
-    def _heard(self, data: bytes) -> None:
-        self._words = (self._words + data)[-WORDS_KEPT:]
-
     def _death(self, what: str) -> QemuDiedError:
         """The error that says how it ended; waits a moment for its last words."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1.0)
         self._driver.call(_nothing(), "answer", DEATH_SECONDS)  # what it wrote before it died has been read after this
-        status = self._process.poll()
-        how = f"exit status {status}"
-        if status is None:
-            how = "it still runs"
-        elif status < 0:
-            how = f"killed by {signal.Signals(-status).name}"
-        words = self._words.decode(errors="replace").strip().splitlines()
-        return QemuDiedError(f"QEMU (process {self.pid}) {what}, {how}" + (f": {words[-1]}" if words else ""))
+        return QemuDiedError(f"QEMU (process {self.pid}) {what}, {self._words.of(self._process.poll())}")
 
     @property
     def qmp(self) -> Qmp:
