@@ -341,3 +341,19 @@ def test_a_late_answer_is_not_taken_for_the_next_command(start: Start, primary_i
 def test_what_qemu_complains_of_is_told_and_not_the_advice_after_it(start: Start, primary_image: int) -> None:
     with pytest.raises(QemuError, match="unsupported machine type"):
         start(guest("-machine", "nosuch"), primary_image, shared=True)
+
+
+def test_what_can_be_done_while_qemu_saves_is_done_once_it_stands(start: Start, primary_image: int) -> None:
+    primary, _ = booted(start, primary_image)
+    seen: list[str] = []
+    primary.stop_and_save(STATE_MAX, lambda: seen.append("stood before"))
+    primary.cont()
+
+    def fails() -> None:
+        seen.append("stands")
+        raise QemuError("what is wrong")
+
+    with pytest.raises(QemuError, match="what is wrong"):
+        primary.stop_and_save(STATE_MAX, fails)
+    assert seen == ["stood before", "stands"]
+    assert primary.status() == "paused"

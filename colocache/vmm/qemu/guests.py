@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from colocache.errors import ArgumentError
 from colocache.vmm.machine import Ram, VerifyReport
 from colocache.vmm.qemu import guest_oracle
 from colocache.vmm.qemu.availability import PROGRAM
@@ -20,6 +21,8 @@ from colocache.vmm.qemu.guest_image import GuestImage, guest_image
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.wiring import fd_path
 from colocache.vmm.workload import PAGE, GuestOptions
+
+RAM = "pc.ram"
 
 
 @dataclass
@@ -52,6 +55,14 @@ class QemuGuest:
     def close(self) -> None:
         while self.line.descriptors:
             os.close(self.line.descriptors.pop())
+
+
+def guest_ram(rams: Sequence[Ram]) -> Ram:
+    """The one block of a QEMU's guest memory. ArgumentError: these are others."""
+    if len(rams) != 1 or rams[0].name != RAM or rams[0].page_size != PAGE or rams[0].fd < 0:
+        given = ", ".join(f"{ram.name} (pages of {ram.page_size}, descriptor {ram.fd})" for ram in rams)
+        raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {given}")
+    return rams[0]
 
 
 def guest_of(options: GuestOptions, ram_bytes: int) -> QemuGuest:

@@ -26,20 +26,19 @@ from colocache.vmm.qemu import availability, ram_blocks
 from colocache.vmm.qemu.description import Description, describe
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH, ENDED
-from colocache.vmm.qemu.guests import guest_of
+from colocache.vmm.qemu.guests import RAM, guest_of, guest_ram
 from colocache.vmm.qemu.loading import Loading, compare_others
 from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.process_log import log_of
 from colocache.vmm.qemu.qmp import Event
-from colocache.vmm.qemu.state import SavedState, pack, parse
+from colocache.vmm.qemu.state import CarriedPage, SavedState, pack, parse
 from colocache.vmm.qemu.voice import Voice
 from colocache.vmm.workload import PAGE, GuestOptions
 
 if TYPE_CHECKING:
     from colocache import BlockSpec, Cache, ProcessDirtyLog, Sender
 
-RAM = "pc.ram"
 STATE_MAX = 64 << 20  # bytes of a device state that QEMU may save
 T = TypeVar("T")
 
@@ -50,10 +49,7 @@ class QemuMachine:
     kind = "qemu"
 
     def __init__(self, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> None:
-        if len(rams) != 1 or rams[0].name != RAM or rams[0].page_size != PAGE or rams[0].fd < 0:
-            given = ", ".join(f"{ram.name} (pages of {ram.page_size}, descriptor {ram.fd})" for ram in rams)
-            raise ArgumentError(f"a QEMU takes one block {RAM} with pages of {PAGE} bytes in a file, not {given}")
-        (self.ram,) = rams
+        self.ram = guest_ram(rams)
         self._mark_dirty = mark_dirty
         self.on_output: OnOutput | None = None  # is given what the guest of the machine that runs says
         self.on_packet: OnOutput | None = None  # likewise each packet that its card sends
@@ -63,6 +59,7 @@ class QemuMachine:
         self._promoted = False
         self._announced = False  # where its card is, after it was promoted
         self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
+        self._carried: tuple[CarriedPage, ...] = ()  # and what goes with it
         self._state: SavedState | None = None  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
@@ -144,8 +141,12 @@ class QemuMachine:
     def _stop_and_save(self) -> tuple[bytes | QemuError, int | None]:
         """The device state, or why there is none, and since when it stands; raises what keeps it from standing."""
         process = self._alive()
+
+        def look() -> None:  # nothing changes them while the machine stands, and QEMU is busy with the state
+            self._carried = ram_blocks.changed_pages(process, self.description.others)
+
         try:
-            return process.stop_and_save(STATE_MAX)
+            return process.stop_and_save(STATE_MAX, look)
         except QemuDiedError:
             raise
         except QemuError as error:
@@ -325,12 +326,15 @@ class QemuMachine:
         """See machine.Machine. Saving may write guest RAM: the log is taken again after it."""
         self._standing("save_device_state")
         process = self._alive()
-        stream = process.save(STATE_MAX) if self._saved is None else self._saved
-        if isinstance(stream, QemuError):
-            raise stream
+        if self._saved is None:
+            stream = process.save(STATE_MAX)
+            self._carried = ram_blocks.changed_pages(process, self.description.others)
+        elif isinstance(self._saved, QemuError):
+            raise self._saved
+        else:
+            stream = self._saved
         hashes = np.concatenate([page_hashes(self.ram), ram_blocks.hashes(process)]) if with_hashes else None
-        carried = ram_blocks.changed_pages(process, self.description.others)
-        return pack(self.description.digest, SavedState(stream, hashes, carried))
+        return pack(self.description.digest, SavedState(stream, hashes, self._carried))
 
     def check_device_state(self, state: memoryview | bytes) -> None:
         """Checksum, form, lengths, and whether it is of the same machine. What else may be wrong only a load shows."""

@@ -308,10 +308,10 @@ class QemuProcess:
             raise QemuError("a device state of a running QEMU would be torn: stop it first")
         return self._saved(limit_bytes)
 
-    def stop_and_save(self, limit_bytes: int) -> tuple[bytes, int | None]:
-        """Both, asked for at once: each wait for an answer would be a part of the pause. The state, and since when it
-        stands (CLOCK_MONOTONIC; None: it stood before)."""
-        self.quick.execute_all([("stop", {}), self._save_command()])
+    def stop_and_save(self, limit_bytes: int, meanwhile: Callable[[], None] = lambda: None) -> tuple[bytes, int | None]:
+        """Both, asked for at once: each wait for an answer would be a part of the pause. `meanwhile` is called when it
+        stands. The state, and since when it stands (CLOCK_MONOTONIC; None: it stood before)."""
+        self.quick.execute_all([("stop", {}), self._save_command()], meanwhile=meanwhile)
         return self._saved(limit_bytes), self.quick.when("STOP")
 
     def _save_command(self) -> Command:

@@ -12,6 +12,7 @@ import json
 import socket
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuSlowError
@@ -39,11 +40,14 @@ class Quick:
                 pass
         self.execute_all([("qmp_capabilities", {})], timeout=timeout)
 
-    def execute_all(self, commands: list[Command], *, timeout: float = COMMAND_SECONDS) -> list[Any]:
+    def execute_all(
+        self, commands: list[Command], *, meanwhile: Callable[[], None] | None = None, timeout: float = COMMAND_SECONDS
+    ) -> list[Any]:
         """What each of `commands` returns, given to QEMU at once and done by it in this order: one wait for all.
 
-        A command that fails does not keep those after it from being done. QemuError if QEMU refuses one, QemuSlowError,
-        QemuDiedError.
+        `meanwhile` is called once the machine stands, while QEMU goes on with the commands after that; what it raises
+        is raised when all have been answered. A command that fails does not keep those after it from being done.
+        QemuError if QEMU refuses one, QemuSlowError, QemuDiedError.
         """
         what = f"answer `{commands[0][0]}` within {timeout:g} s"
         deadline = time.monotonic() + timeout
@@ -63,16 +67,27 @@ class Quick:
             except OSError as error:
                 raise QemuDiedError(f"QEMU ended: it did not {what}") from error
             answers: dict[int, dict[str, Any]] = {}
+            failed: QemuError | None = None
             while len(answers) < len(commands):
                 message = self._message(deadline, what)
                 if isinstance(message.get("id"), int) and message["id"] >= first:
                     answers[message["id"]] = message
                 elif message.get("event") in CHANGES:
                     self._when[message["event"]] = _monotonic(message)
+                    if meanwhile is not None and message["event"] == "STOP":
+                        try:
+                            meanwhile()
+                        except QemuError as error:
+                            failed = error
+                        meanwhile = None
         for (name, _), number in zip(commands, sorted(answers), strict=True):
             refusal = answers[number].get("error")
             if refusal is not None:
                 raise QemuError(f"QEMU refused `{name}`: {refusal.get('desc', refusal)}")
+        if failed is not None:
+            raise failed
+        if meanwhile is not None:  # it stood before
+            meanwhile()
         return [answers[number].get("return") for number in sorted(answers)]
 
     def when(self, change: str) -> int | None:
