@@ -79,7 +79,43 @@ echo READY
 n=0
 while read line; do n=$((n+1)); echo "heard $n $line"; done < /dev/ttyS0
 """
-REPORT = re.compile(rb"(one|two) (\d+) bad (\d+)\r")
+# It keeps files on a disk: writes one, syncs, drops its caches, and checks all of them against what it remembers in
+# memory. A disk of another epoch than memory has a file too few, too many, or of another content. What `fsync` has
+# promised is told on the console after it.
+DISK = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sys /sys; mount -t devtmpfs dev /dev; mount -t tmpfs -o size=64m tmp /tmp
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_blk; do
+  [ -e /m/$module.ko ] && insmod /m/$module.ko
+done
+while [ ! -e /dev/vda ]; do usleep 100000; done
+for disk in vda vdb; do
+  [ -e /dev/$disk ] || continue
+  mkdir /tmp/$disk; mke2fs -q /dev/$disk >/tmp/mke2fs 2>&1 || echo NO FILESYSTEM
+  mount -t ext4 -o noatime /dev/$disk /tmp/$disk || echo NO MOUNT
+done
+echo READY
+writer() {
+  cd /tmp/$1; n=0; bad=0; touch /tmp/sums.$1
+  while true; do
+    n=$((n+1)); f=file$((n%40))
+    { echo "$1 $n"; dd if=/dev/urandom bs=1k count=$((n%7*8+1)) 2>/dev/null; } > $f
+    sum=$(sha256sum $f)
+    grep -v " $f\$" /tmp/sums.$1 > /tmp/new.$1; echo "$sum" >> /tmp/new.$1; mv /tmp/new.$1 /tmp/sums.$1
+    sync $f
+    if [ $((n%5)) = 0 ]; then
+      sync; echo 3 > /proc/sys/vm/drop_caches
+      sha256sum -c /tmp/sums.$1 > /tmp/out.$1 2>&1 || bad=$((bad+1))
+      [ $(ls | grep -c file) = $(wc -l < /tmp/sums.$1) ] || bad=$((bad+1))
+    fi
+    echo "$1 $n bad $bad"
+    usleep ${PAUSE:-20000}
+  done
+}
+for disk in vda vdb; do [ -e /dev/$disk ] && writer $disk & done
+while true; do sleep 1; done
+"""
+REPORT = re.compile(rb"(one|two|vd[ab]) (\d+) bad (\d+)\r")
 
 
 def folder() -> Path:
@@ -90,6 +126,12 @@ def folder() -> Path:
     if shutil.which("busybox") is None:
         pytest.skip("no busybox: apt install busybox-static")
     return Path(found)
+
+
+def need_module(name: str) -> None:
+    """Skips where there is none."""
+    if not (folder() / "modules" / f"{name}.ko").is_file():
+        pytest.skip(f"the kernel in COLOCACHE_LINUX came without {name}.ko")
 
 
 def command(where: Path, *, switch_off: bool = False, init: str = INIT) -> tuple[str, ...]:

@@ -149,6 +149,8 @@ LEFT_OUT_MEANINGS = {
     Meaning.SESSION_ENDS,
     Meaning.REFUSED,
     Meaning.ENDED,
+    Meaning.DISK,  # it has no number and no state: tests/test_disks_laws.py has its laws
+    Meaning.DISKS,
 }
 LEFT_OUT = {"S_IDLE_hears_OUTPUT"}  # output that travels while the machines run
 # What the model allows besides: a secondary that gives up an epoch before it was asked for it, which this program's

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from colocache.disks.apart import ApartDisks, Attachment, NoDisks, open_disks
+from colocache import Attachment
+from colocache.disks.apart import ApartDisks, NoDisks, open_disks
 from colocache.disks.mirrored import MirroredDisks
 from colocache.disks.write import Kind, Total, Write, unpack
 from colocache.errors import CorruptError, IncompleteError, PeerLostError
@@ -91,8 +92,7 @@ class World(RuleBasedStateMachine):
         for number, disk in enumerate(self.disk):
             blocks = self.primary.unacked_runs(number) if sealed else [(0, len(disk))]
             for offset, length in blocks:
-                data = bytes(disk[offset : offset + length])
-                self.primary.send_again(Write(number, Kind.WRITE, offset, length, data))
+                self.primary.send_again(number, offset, length, lambda at, n, disk=disk: disk[at : at + n])  # type: ignore[misc]
 
     def carry(self, write: Write) -> None:
         if not self.connected:

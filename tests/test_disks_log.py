@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from colocache import Attachment
 from colocache.disks import image as image_module
-from colocache.disks.apart import ApartDisks, Attachment, NoDisks, open_disks
+from colocache.disks.apart import ApartDisks, NoDisks, open_disks
 from colocache.disks.blocks import BLOCK, RUN_BYTES_MAX, Blocks
 from colocache.disks.epoch_log import HEAD_BYTES, EpochLog
 from colocache.disks.image import Image
-from colocache.disks.write import Kind, Total, Write, unpack
+from colocache.disks.write import RESERVE_BYTES, Kind, Total, Write, unpack
 from colocache.errors import ArgumentError, BusyError, CorruptError, PacketError, SystemCallError, TooLargeError
 
 SIZES = (1 << 20, 1 << 16)
@@ -222,16 +223,19 @@ def test_a_damaged_log_is_refused_before_a_byte_of_the_image_changes(tmp_path: P
 
 
 def test_a_log_has_no_more_than_its_limit(tmp_path: Path) -> None:
-    disks = opened(tmp_path, limit_bytes=10_000)
-    write = Write(0, Kind.WRITE, 0, 4096, bytes(4096)).pack()
-    for _ in range(5):
+    limit = 2 * RESERVE_BYTES
+    with pytest.raises(ArgumentError, match="--disk-log-limit 33M"):
+        opened(tmp_path, limit_bytes=limit - 1)
+    disks = opened(tmp_path, limit_bytes=limit)
+    write = Write(0, Kind.WRITE, 0, 1 << 20, bytes(1 << 20)).pack()
+    for _ in range(40):
         disks.come(write)  # nothing is sealed: to the image
-    disks.told(Total(5, 5 * 4096))
+    disks.told(Total(40, 40 << 20))
     disks.sealing()
     disks.sealed()
-    disks.come(write)
-    disks.come(write)
-    with pytest.raises(TooLargeError, match="10000 bytes"):
+    for _ in range(32):
+        disks.come(write)
+    with pytest.raises(TooLargeError, match=f"{limit} bytes"):
         disks.come(write)
     disks.close()
 

@@ -60,6 +60,8 @@ hellos = st.builds(
     ).map(tuple),
     streams=st.integers(1, 16),
     session=st.none() | st.binary(min_size=16, max_size=16),
+    disks=st.lists(st.integers(0, U64_MAX), max_size=16).map(tuple),
+    disk_log=st.integers(0, U64_MAX),
 )
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
@@ -133,7 +135,7 @@ def test_a_changed_byte_is_refused_or_is_another_valid_hello(position: int, valu
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (raw(wire_version=1), "speaks version 1 of the conversation, this side 5"),
+        (raw(wire_version=1), "speaks version 1 of the conversation, this side 6"),
         (raw(wire_version=True), "wire_version is not a number"),
         (raw(drop=("lost",)), "its fields are not those"),
         (raw(more=1), "its fields are not those"),
@@ -223,13 +225,13 @@ def test_message_numbers_are_qemus_and_ours_from_0x100() -> None:
         "VMSTATE_RECEIVED",
         "VMSTATE_LOADED",
     ]
-    assert [MessageType(0x100 + n).name for n in range(8)] == [
-        "PAGES", "HELLO", "ABORT", "PING", "PONG", "STREAM", "OUTPUT", "INPUT",
+    assert [MessageType(0x100 + n).name for n in range(10)] == [
+        "PAGES", "HELLO", "ABORT", "PING", "PONG", "STREAM", "OUTPUT", "INPUT", "DISK", "DISKS",
     ]  # fmt: skip
     assert name_of(77) == "message 0x4d"
 
 
-def test_only_six_messages_have_a_body_and_each_a_bound() -> None:
+def test_only_eight_messages_have_a_body_and_each_a_bound() -> None:
     with_body = {kind for kind in MessageType if body_bytes_max(kind, 100)}
     assert with_body == {
         MessageType.HELLO,
@@ -238,6 +240,8 @@ def test_only_six_messages_have_a_body_and_each_a_bound() -> None:
         MessageType.STREAM,
         MessageType.OUTPUT,
         MessageType.INPUT,
+        MessageType.DISK,
+        MessageType.DISKS,
     }
     assert body_bytes_max(MessageType.VMSTATE_SIZE, 100) == 100
 

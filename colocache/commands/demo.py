@@ -12,6 +12,7 @@ from colocache.choices import KILL_POINTS, TRANSPORTS
 from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
     background_options,
+    disk_option,
     foreseen,
     guest_options,
     json_option,
@@ -28,6 +29,7 @@ from colocache.commands.options import (
 
 @click.command()
 @guest_options
+@disk_option
 @memory_option
 @memory_limit_option
 @click.option(
@@ -105,6 +107,7 @@ def demo(as_json: bool, **given: Any) -> None:
             accel=given["accel"],
             console=given["console"],
             command=guest.options.command,
+            disks=guest.options.disks,
             trace=given["trace"],
             resume_at=given["resume_at"],
             background=given["background"],

@@ -72,8 +72,12 @@ def chosen_guest(given: dict[str, Any]) -> GuestChoice:
             from colocache.vmm.qemu.command_line import read_command_line
 
             ram_bytes = read_command_line(command).ram_bytes
+        if given.get("disks") and not command:
+            raise click.UsageError("--disk needs a guest that uses it: give QEMU's ARGS after `--`")
         if given.get("net") and not command:
             raise click.UsageError("--net needs a guest with a driver for its card: give QEMU's ARGS after `--`")
+    elif given.get("disks"):
+        raise click.UsageError(f"--disk is for --guest qemu, not for {kind}")
     elif given.get("net"):
         raise click.UsageError(f"--net is for --guest qemu, not for {kind}")
     elif command:
@@ -86,5 +90,7 @@ def chosen_guest(given: dict[str, Any]) -> GuestChoice:
         console=given["console"],
         net=given.get("net", ""),
         card=_card(given),
+        disks=given.get("disks", ()),
+        disk_log=given.get("disk_log", ""),
     )
     return GuestChoice(kind, why, options, blocks_for(ram_bytes, kind), backing, memory_mode or "mirror")

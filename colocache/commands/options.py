@@ -192,6 +192,32 @@ net_options = options(
     ),
 )
 
+disk_option = click.option(
+    "--disk",
+    "disks",
+    multiple=True,
+    metavar="FILE[,format=qcow2]",
+    help="With --guest qemu and QEMU ARGS: a virtio disk; give it again for each further one. On the primary's host "
+    "FILE is the guest's disk, raw or qcow2. On the secondary's it is a raw image of the same size, which becomes a "
+    "copy of it: whatever it holds is overwritten (`truncate -s SIZE FILE` makes one).",
+)
+disk_log_options = options(
+    click.option(
+        "--disk-log",
+        default="",
+        metavar="DIR",
+        show_default="beside the first image",
+        help="Where writes to disks wait for their epoch, and what the secondary's own machine writes.",
+    ),
+    size_option(
+        "--disk-log-limit",
+        default="1G",
+        show_default=True,
+        help="The most that writes of one epoch may take, 32M or more for each disk. Near it a checkpoint is taken, "
+        "and the guest's writes wait.",
+    ),
+)
+
 pair_option = click.option(
     "--pair",
     type=pair_name,

@@ -15,6 +15,7 @@ from colocache.commands.guest_choice import chosen_guest
 from colocache.commands.options import (
     arbiter_option,
     background_options,
+    disk_option,
     foreseen,
     guest_options,
     net_options,
@@ -40,6 +41,13 @@ from colocache.commands.options import (
 @pair_option
 @guest_options
 @net_options
+@disk_option
+@size_option(
+    "--disk-speed",
+    default="0",
+    show_default="as fast as it goes",
+    help="The most bytes a second that the first copy of the disks may take.",
+)
 @seconds_option("--interval", default=0.5, help="Time between two checkpoints.")
 @click.option(
     "--checkpoints",
@@ -102,6 +110,7 @@ def primary(**given: Any) -> None:
     from colocache import RamImage, Sender
     from colocache.children import die_with_parent
     from colocache.demo.checks import Checks
+    from colocache.disks.mirrored import MirroredDisks
     from colocache.outputs.connect import connect
     from colocache.outputs.fronts import make_front
     from colocache.outputs.held import HeldOutput
@@ -110,12 +119,13 @@ def primary(**given: Any) -> None:
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.blocks import rams_of_images
     from colocache.replication.events import Events
+    from colocache.replication.mirrors import Mirrors, NoMirrors
     from colocache.replication.options import PrimaryOptions, Timing
     from colocache.replication.primary import Primary
     from colocache.replication.security import make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.replication.trace import Trace, begin_trace, end_trace
-    from colocache.vmm.guests import make_machine
+    from colocache.vmm.guests import disks_of_machine, make_machine
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -181,6 +191,12 @@ def primary(**given: Any) -> None:
         stack.callback(typed.close)
         if guest.options.console or guest.options.net:
             connect(machine, output, front, typed)
+        disks = disks_of_machine(machine)
+        mirrors = (
+            Mirrors(disks, MirroredDisks(disks.sizes, on_full=request_checkpoint), events, speed=given["disk_speed"])
+            if disks
+            else NoMirrors()
+        )
         made.append(
             Primary(
                 address=address,
@@ -201,6 +217,7 @@ def primary(**given: Any) -> None:
                 ),
                 output=output,
                 typed=typed,
+                mirrors=mirrors,
                 wrap=wrap,
                 trace=trace,
             )

@@ -18,6 +18,8 @@ from colocache.choices import COPIES, DEVICE_STATE_MAX
 from colocache.commands.guest_choice import GuestChoice, chosen_guest
 from colocache.commands.options import (
     arbiter_option,
+    disk_log_options,
+    disk_option,
     foreseen,
     guest_options,
     memory_limit_option,
@@ -51,6 +53,8 @@ if TYPE_CHECKING:
 @click.option("--attach", is_flag=True, help="Go on with the region NAME that a killed secondary left.")
 @guest_options
 @net_options
+@disk_option
+@disk_log_options
 @memory_option
 @memory_limit_option
 @click.option(
@@ -110,6 +114,7 @@ def secondary(**given: Any) -> None:
     TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
     from colocache.children import die_with_parent
+    from colocache.disks.apart import remove_logs
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.events import Events
@@ -118,6 +123,7 @@ def secondary(**given: Any) -> None:
     from colocache.replication.security import check_plain, make_wrap
     from colocache.replication.signals import end_as_by, stop_on_signals
     from colocache.replication.trace import begin_trace, end_trace
+    from colocache.vmm.qemu.disk import disks_of
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
@@ -153,6 +159,8 @@ def secondary(**given: Any) -> None:
         if not (security.certificates or security.insecure):
             check_plain(listener.family, listener.getsockname())
         memory = _memory(given, guest, stack)
+        images = [disk.path for disk in disks_of(guest.options.disks)]
+        stack.callback(remove_logs, images, guest.options.disk_log, memory.name)
         check_limit(given["memory_limit"], [image.spec for image in memory.images], memory.memory_mode)
         events.emit(
             "start",
@@ -238,6 +246,7 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
             as_json=given["as_json"],
             trace=given["trace"],
             stdin_fd=stdin,
+            disk_log_limit=given["disk_log_limit"],
         )
 
     return make

@@ -15,7 +15,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from colocache import list_regions
 from colocache.children import python_command
 from colocache.demo.console import ConsoleTail
+from colocache.demo.images import images_for
 from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
 from colocache.demo.tally import Tally
@@ -66,11 +67,16 @@ class DemoOptions:
     accel: str = "auto"
     console: str = ""
     command: tuple[str, ...] = ()
+    disks: tuple[str, ...] = ()  # as --disk has them; the primary's
     resume_at: str = "received"
     background: bool = True
     round_delay: float = 0.0
     round_pages: int = 0
     trace: str = ""  # a file for the stages of both sides; "" = none
+
+
+def _disk_args(disks: Iterable[str]) -> list[str]:
+    return [word for disk in disks for word in ("--disk", disk)]
 
 
 class Side:
@@ -165,6 +171,7 @@ class DemoRun:
         self._shows_console = False
         self._taken_over_at = 0  # bytes of the console that came before the takeover
         self.guest_report: GuestReport | None = None
+        self._images: list[str] = []  # of the secondary's disks
         self._traces = ""  # a folder for those of both sides
         self._name = f"demo-{os.getpid()}-{secrets.token_hex(3)}"  # of the region, the pair and the socket's folder
         # At a random moment: after one of the checkpoints, chosen here, and a part of an interval.
@@ -183,6 +190,7 @@ class DemoRun:
         with contextlib.ExitStack() as stack:
             self._shows_console = kind == "qemu" or bool(self.options.console)
             self._console = stack.enter_context(ConsoleTail(self.options.console))
+            self._images = stack.enter_context(images_for(self.options.disks))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             if self.options.trace:
                 begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
@@ -253,7 +261,7 @@ class DemoRun:
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
         memory = ["--memory", self.options.memory_mode, "--memory-limit", str(self.options.memory_limit)]
         args = [*self._common_args(), *self._trace_args("secondary"), "--listen", address, "--name", self._name]
-        return self._with_command([*args, *memory, *limits])
+        return self._with_command([*args, *memory, *limits, *_disk_args(self._images)])
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
@@ -261,6 +269,7 @@ class DemoRun:
         args += ["--interval", str(o.interval), "--verify", o.verify, "--resume-at", o.resume_at]
         args += ["--background" if o.background else "--no-background"]
         args += ["--round-delay", str(o.round_delay), "--round-pages", str(o.round_pages)]
+        args += _disk_args(o.disks)
         if o.kill_at in ("receiving", "sealed"):
             number = o.checkpoints + 1
             last = o.checkpoints if o.kill_at == "receiving" else number

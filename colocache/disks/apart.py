@@ -24,28 +24,20 @@ attach     empty                   as the commit record names it, applied   beco
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from colocache import Attachment
 from colocache.disks.epoch_log import EpochLog, Extent
 from colocache.disks.image import Image
-from colocache.disks.write import Total, unpack
+from colocache.disks.write import RESERVE_BYTES, Total, unpack
 from colocache.errors import ArgumentError, CorruptError, IncompleteError, OrderError, TooLargeError, reason_of
 
 LOG_LIMIT_DEFAULT = 1 << 30
-
-
-@dataclass(frozen=True)
-class Attachment:
-    """What a commit record says of something that lies outside shared memory: which of two, how long, its checksum."""
-
-    slot: int = 0
-    n_bytes: int = 0
-    checksum: int = 0
 
 
 class Disks(Protocol):
@@ -90,6 +82,12 @@ class NoDisks:
     def come(self, body: bytes) -> None:
         """See Disks."""
         unpack(body, self.sizes)
+
+    def attach(self, sealed_epoch: int, found: Attachment) -> None:
+        """See ApartDisks."""
+
+    def close(self) -> None:
+        """See ApartDisks."""
 
     def told(self, total: Total) -> None:
         """See Disks."""
@@ -220,6 +218,19 @@ class ApartDisks:
             log.close()
 
 
+def log_paths(images: Sequence[str], folder: str, name: str) -> tuple[str, str]:
+    """Where the two logs of region `name` are: in `folder`, or beside the first image."""
+    where = Path(folder) if folder else Path(images[0]).absolute().parent
+    return str(where / f"{name}.disk-log.0"), str(where / f"{name}.disk-log.1")
+
+
+def remove_logs(images: Sequence[str], folder: str, name: str) -> None:
+    """The region is gone: nobody attaches to it."""
+    for path in log_paths(images, folder, name) if images else ():
+        with contextlib.suppress(OSError):
+            Path(path).unlink()
+
+
 def open_disks(
     paths: Sequence[str], folder: str, name: str, *, limit_bytes: int = LOG_LIMIT_DEFAULT
 ) -> ApartDisks | NoDisks:
@@ -229,13 +240,18 @@ def open_disks(
     """
     if not paths:
         return NoDisks()
+    least = 2 * RESERVE_BYTES * len(paths)
+    if limit_bytes < least:
+        raise ArgumentError(
+            f"a log of {limit_bytes} bytes is too small for {len(paths)} disks, whose machine may have "
+            f"{least // 2} under way when it stops",
+            hint=f"give --disk-log-limit {-(-least >> 20)}M or more",
+        )
     images: list[Image] = []
     logs: list[EpochLog] = []
     try:
         images += [Image(path) for path in paths]
-        where = Path(folder) if folder else Path(paths[0]).absolute().parent
-        for slot in (0, 1):
-            path = str(where / f"{name}.disk-log.{slot}")
+        for path in log_paths(paths, folder, name):
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
             except OSError as error:

@@ -9,6 +9,7 @@ What stands behind the records (`n_bytes`) is nothing: a write that was torn by 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 import zlib
@@ -63,14 +64,10 @@ class EpochLog:
         self.n_writes += 1
 
     def empty(self) -> None:
-        """Nothing is in it."""
+        """Nothing is in it. Its room is given back if that works; what stands behind the records is nothing anyway."""
         self.extent, self.n_writes = Extent(), 0
-        try:
+        with contextlib.suppress(OSError):
             os.ftruncate(self._fd, 0)
-        except OSError as error:
-            raise SystemCallError(
-                f"{self.name} can't be emptied: {reason_of(error)}", errno=error.errno or 0
-            ) from error
 
     def read(self, extent: Extent, sizes: tuple[int, ...]) -> Iterator[Write]:
         """The writes of `extent`, in order, each inside a disk of `sizes`. CorruptError: it holds something else."""

@@ -29,11 +29,9 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from colocache.disks.blocks import Blocks
-from colocache.disks.write import DATA_BYTES_MAX, Kind, Total, Write
+from colocache.disks.write import COST_BYTES, RESERVE_BYTES, Kind, Total, Write
 from colocache.errors import PeerLostError, TimedOutError
 
-QUEUE = 16  # requests that a client has under way at most
-HEAD_BYTES = 64  # of room that a write takes in a log besides its data
 LOOK_SECONDS = 0.05
 
 Send = Callable[[Write], None]
@@ -115,6 +113,12 @@ class MirroredDisks:
         with self._change:
             return sum(len(one) for one in (*self._unacked, *self._flight))
 
+    @property
+    def unacked_bytes(self) -> int:
+        """Bytes of these blocks."""
+        with self._change:
+            return sum(length for one in (*self._unacked, *self._flight) for _, length in one.runs())
+
     def exported(self, disk: int) -> MirroredDisk:
         """One of them, for an export."""
         return MirroredDisk(self, disk, self.sizes[disk])
@@ -139,7 +143,7 @@ class MirroredDisks:
             self._change.notify_all()
             return
         self._total = self._total.plus(write)
-        self._bytes += len(write.data) + HEAD_BYTES
+        self._bytes += len(write.data) + COST_BYTES
 
     # ---- what a pair that meets again still needs ----
 
@@ -148,10 +152,15 @@ class MirroredDisks:
         with self._change:
             return list(self._unacked[disk].runs())
 
-    def send_again(self, write: Write) -> None:
-        """What the disk holds where blocks are unacked, read from it. It is no new write."""
+    def send_again(self, disk: int, offset: int, length: int, read: Callable[[int, int], bytearray]) -> None:
+        """What `read` finds where blocks are unacked. It is no new write.
+
+        Under the lock, and so before or after every write of the machine: one that was sent before is done on the disk
+        already, and is read; one that is not read yet is sent after this.
+        """
         with self._change:
-            self._carry(write)
+            if self._send is not None:
+                self._carry(Write(disk, Kind.WRITE, offset, length, read(offset, length)))
 
     def _wait_for_room(self) -> None:
         if not self._full():
@@ -177,7 +186,7 @@ class MirroredDisks:
     @property
     def reserve(self) -> int:
         """Bytes of the secondary's log that are kept for what a machine that is stopped has under way."""
-        return len(self.sizes) * QUEUE * (DATA_BYTES_MAX + HEAD_BYTES)
+        return len(self.sizes) * RESERVE_BYTES
 
     def disconnect(self) -> None:
         """See Disks. The connection is broken: whoever sends on it has been told."""

@@ -14,6 +14,9 @@ from colocache.errors import PacketError
 
 DISKS_MAX = 16
 DATA_BYTES_MAX = 1 << 20  # of one write; whoever writes more at once is told to do it in parts
+QUEUE = 16  # requests that a client of an export has under way at most
+COST_BYTES = 64  # of room that a write takes in a log besides its data, at most
+RESERVE_BYTES = QUEUE * (DATA_BYTES_MAX + COST_BYTES)  # of a log, for each disk: for a machine that stops
 SECTOR = 512  # disks have a multiple of it
 HEAD = struct.Struct("<HHIQ")
 BODY_BYTES_MAX = HEAD.size + DATA_BYTES_MAX
@@ -36,11 +39,15 @@ class Write:
     kind: Kind
     offset: int
     length: int
-    data: bytes | memoryview = b""
+    data: bytes | bytearray | memoryview = b""
+
+    def head(self) -> bytes:
+        """The beginning of a body, which its data follows."""
+        return HEAD.pack(self.disk, self.kind, self.length, self.offset)
 
     def pack(self) -> bytes:
         """As a body."""
-        return HEAD.pack(self.disk, self.kind, self.length, self.offset) + bytes(self.data)
+        return self.head() + bytes(self.data)
 
 
 def unpack(body: bytes | memoryview, sizes: tuple[int, ...]) -> Write:

@@ -17,6 +17,7 @@ from dataclasses import astuple, replace
 from types import TracebackType
 
 from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
+from colocache.disks.write import Write
 from colocache.errors import (
     BlockError,
     EpochError,
@@ -88,6 +89,13 @@ class Channel:
         header = message_header(int(message), epoch, len(body), a, b)
         with self._send_lock:
             self._send_all([memoryview(header), memoryview(body)] if body else [memoryview(header)])
+
+    def send_write(self, write: Write, timeout: float) -> None:
+        """Send a DISK message; `timeout` is the longest wait without a byte taken by the peer."""
+        head = write.head()
+        header = message_header(int(MessageType.DISK), 0, len(head) + len(write.data))
+        with self._send_lock:
+            self._send_all([memoryview(header + head), *([memoryview(write.data)] if write.data else [])], timeout)
 
     def send_pages(
         self, sender: Sender, *, epoch: int, timeout: float, max_pages: int = 0, stripe: int = 0, n_stripes: int = 1

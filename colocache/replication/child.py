@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TextIO
 
 from colocache import Cache, Memory
 from colocache.children import die_with_parent
+from colocache.disks.apart import ApartDisks, NoDisks, open_disks
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.connect import connect
@@ -34,7 +35,8 @@ from colocache.replication.secondary import Secondary
 from colocache.replication.security import Security, make_wrap
 from colocache.replication.signals import Wakeup, end_as_by, stop_on_signals
 from colocache.replication.trace import Trace
-from colocache.vmm.guests import make_machine
+from colocache.vmm.guests import disks_of_machine, make_machine
+from colocache.vmm.qemu.disk import disks_of
 from colocache.vmm.workload import GuestOptions
 
 EXIT_OK, EXIT_FAILED, EXIT_LOAD_FAILED = 0, 1, 4
@@ -63,6 +65,7 @@ class ChildConfig:
     as_json: bool
     stdin_fd: int = -1  # of the keeper's standard input, for a console that is that
     trace: str = ""  # a file that was begun; "" = none
+    disk_log_limit: int = 0
 
     def as_file(self) -> BinaryIO:
         """A file without a name, at its beginning, for subprocess's stdin; the caller closes it."""
@@ -136,9 +139,11 @@ def _run(
         closing(TypedInput()) as typed,
         trace,
         _open_cache(config, memory) as cache,
+        closing(_open_disks(config, guest_options, memory, cache)) as disks,
     ):
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, guest_options, cache.mark_dirty)
+        machine_disks = disks_of_machine(machine)
         try:
             output = ApartOutput(front.emit, seen=front.seen, show=lambda: _show(front, events))
             if guest_options.console or guest_options.net:
@@ -154,6 +159,8 @@ def _run(
                 arbiter=make_arbiter(config.arbiter),
                 output=output,
                 typed=typed,
+                disks=disks,
+                fold_disks=machine_disks.fold if machine_disks else lambda: True,
                 wrap=wrap,
                 trace=trace,
                 control_fd=memory.control_fd,
@@ -192,6 +199,19 @@ def _open_cache(config: ChildConfig, memory: Memory) -> Cache:
             # The child before died while it made the region: nothing was ever received, so the images are still zero.
             os.ftruncate(memory.control_fd, 0)
     return Cache.create(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max)
+
+
+def _open_disks(config: ChildConfig, options: GuestOptions, memory: Memory, cache: Cache) -> ApartDisks | NoDisks:
+    """The images, which are of the newest sealed epoch afterwards: what an earlier child left is finished."""
+    paths = [disk.path for disk in disks_of(options.disks)] if options.disks else []
+    disks = open_disks(paths, options.disk_log, memory.name, limit_bytes=config.disk_log_limit)
+    try:
+        status = cache.status()
+        disks.attach(status.sealed_epoch, status.attachment)
+    except BaseException:
+        disks.close()
+        raise
+    return disks
 
 
 def _obey_operator(secondary: Secondary, wanted: Wakeup) -> None:

@@ -9,11 +9,11 @@ How it goes when nothing is wrong, N being the epoch:
     P GREETING   HELLO ->             S AT_THE_DOOR
                  <- HELLO             S STREAMS, if there are further streams: STREAM -> on each
     P ACCEPTED   <- CHECKPOINT_READY  S READY
-    P BETWEEN    PAGES(N), OUTPUT(N), INPUT -> S BETWEEN, both machines running
+    P BETWEEN    PAGES(N), OUTPUT(N), INPUT -> S BETWEEN, both machines running; DISK -> at any time until both stand
                  CHECKPOINT_REQUEST(N) ->
     P REQUESTED  <- CHECKPOINT_REPLY(N)   S PAUSED
                  VMSTATE_SEND(N) ->       S COMPLETING
-                 PAGES(N), OUTPUT(N), INPUT(N), VMSTATE_SIZE(N) ->
+                 PAGES(N), OUTPUT(N), INPUT(N), DISKS(N), VMSTATE_SIZE(N) ->
     P SENT       <- VMSTATE_RECEIVED(N)   after the seal; the secondary reads nothing until it runs again
     P SEALED     <- VMSTATE_LOADED(N)     S BETWEEN
 """
@@ -41,6 +41,8 @@ class Meaning(Enum):
     OUTPUT = "what the primary's machine sent, kept for a takeover"
     TYPED = "what the world typed at the primary, kept for a takeover"
     TAKEN_IN = "how much of it the state of this epoch has taken in"
+    DISK = "what the primary's machine wrote to a disk, kept for the epoch's seal"
+    DISKS = "how many of these writes there were"
     CHECKPOINT = "a checkpoint begins"
     CHECKPOINT_WANTED = "the secondary asks for a checkpoint"
     EPOCH_GIVEN_UP = "the epoch is over and the session goes on: what it carried comes again with the next"
@@ -86,6 +88,7 @@ _TOOK_OVER = Hears(M.ABORT, Meaning.TOOK_OVER, kind=A.TOOK_OVER)
 _WANTED = Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT_WANTED, Of.NONE)
 _OUTPUT = Hears(M.OUTPUT, Meaning.OUTPUT, Of.OPEN)
 _TYPED = Hears(M.INPUT, Meaning.TYPED, Of.NONE)
+_DISK = Hears(M.DISK, Meaning.DISK, Of.NONE)
 _PING, _PONG = Hears(M.PING, Meaning.ALIVE), Hears(M.PONG, Meaning.ALIVE)
 _GIVEN_UP = Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.THIS, A.CHECKPOINT)
 
@@ -116,6 +119,7 @@ class State(Enum):
             Hears(M.PAGES, Meaning.PAGES),
             _OUTPUT,
             _TYPED,
+            _DISK,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -132,6 +136,7 @@ class State(Enum):
             Hears(M.PAGES, Meaning.PAGES),
             _OUTPUT,
             _TYPED,
+            _DISK,
             _PING,
             Hears(M.CHECKPOINT_REQUEST, Meaning.CHECKPOINT, Of.OPEN),
             Hears(M.ABORT, Meaning.EPOCH_GIVEN_UP, Of.OPEN, A.CHECKPOINT),
@@ -143,7 +148,7 @@ class State(Enum):
         "the secondary's machine stands, the primary's must",
         "primary",
         "VMSTATE_SEND",
-        (Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS), _TYPED, _PING, _GIVEN_UP, _ENDS),
+        (Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS), _TYPED, _DISK, _PING, _GIVEN_UP, _ENDS),
     )
     COMPLETING = Place(
         "both machines stand, the last pages come",
@@ -154,6 +159,8 @@ class State(Enum):
             Hears(M.OUTPUT, Meaning.OUTPUT, Of.THIS),
             Hears(M.INPUT, Meaning.TAKEN_IN, Of.THIS),
             _TYPED,
+            _DISK,
+            Hears(M.DISKS, Meaning.DISKS, Of.THIS),
             Hears(M.VMSTATE_SIZE, Meaning.ANSWER, Of.THIS),
             _PING,
             _GIVEN_UP,
@@ -338,6 +345,12 @@ def _difference(own: Hello, peer: Hello) -> str | None:
         return f"both sides are a {own.role}: connect a primary to a secondary"
     if own.pair != peer.pair:
         return f"the peer belongs to pair {peer.pair!r}, this side to {own.pair!r}: give both the same --pair"
+    for index, (here, there) in enumerate(zip_longest(own.disks, peer.disks)):
+        if here != there:
+            return (
+                f"disk {index} has {there or 'no'} bytes at the peer and {here or 'no'} here: give both sides the same "
+                f"number of --disk, and the secondary raw images of the sizes of the primary's disks"
+            )
     if own.machine != peer.machine:
         return f"the peer's machine is {peer.machine!r}, this side's {own.machine!r}: start both with the same options"
     if own.streams != peer.streams:

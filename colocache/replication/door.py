@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 
 from colocache import Cache
+from colocache.disks.apart import Disks, NoDisks
 from colocache.errors import PeerLostError, TimedOutError
 from colocache.replication.blocks import next_blocks
 from colocache.replication.channel import Channel
@@ -42,7 +43,9 @@ class Door:
         events: Events,
         wrap: Wrap = PlainTransport,
         ready: Callable[[], int] = lambda: 0,
+        disks: Disks | None = None,
     ) -> None:
+        self._disks: Disks = disks or NoDisks()
         self._cache = cache
         self._machine_name = machine_name
         self._options = options
@@ -120,6 +123,8 @@ class Door:
             blocks=next_blocks(self._cache),
             streams=self._options.streams,
             session=secrets.token_bytes(16),
+            disks=self._disks.sizes,
+            disk_log=self._disks.limit_bytes,
         )
 
     def _greet(self, channel: Channel, first: Message | ProtocolError) -> bool:

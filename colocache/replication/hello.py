@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from colocache.choices import PAIR_BYTES_MAX, STREAMS_MAX
+from colocache.disks.write import DISKS_MAX
 from colocache.replication.errors import ProtocolError
 from colocache.replication.messages import CONVERSATION_VERSION, EPOCH_LIMIT, U64_MAX
 from colocache.spec import BLOCKS_MAX
@@ -42,7 +43,8 @@ class Hello:
     up its history for a fresh secondary. `machine` says what kind of machine it is; the two must be equal, and so must
     `streams`, the number of connections that carry pages. `session` (16 bytes) is made by the secondary for each
     connection and names it to its further streams. `blocks` are those of the next epoch by their index, which pages on
-    the wire name; None for one that was removed, whose index is not used again.
+    the wire name; None for one that was removed, whose index is not used again. `disks` are their sizes in bytes,
+    `disk_log` is how many bytes of writes to them the secondary keeps for an epoch (0: any number, or a primary's).
     """
 
     role: str
@@ -58,6 +60,8 @@ class Hello:
     session: bytes | None = None
     in_flight: int = 0
     rejoin: bool = False
+    disks: tuple[int, ...] = ()
+    disk_log: int = 0
 
     def stream_token(self) -> bytes:
         """Of a secondary's HELLO: what a further stream must show to belong to this session."""
@@ -80,6 +84,8 @@ class Hello:
                 "session": self.session.hex() if self.session is not None else None,
                 "in_flight": self.in_flight,
                 "rejoin": self.rejoin,
+                "disks": list(self.disks),
+                "disk_log": self.disk_log,
             },
             separators=(",", ":"),
         ).encode()
@@ -116,6 +122,8 @@ class Hello:
                 session=_id(fields, "session"),
                 in_flight=_epoch_number(fields, "in_flight"),
                 rejoin=_boolean(fields, "rejoin"),
+                disks=_disks(fields["disks"]),
+                disk_log=_number(fields, "disk_log"),
             )
         except (ValueError, RecursionError) as error:
             raise ProtocolError(f"the peer's HELLO can't be read: {_one_line(error)}") from error
@@ -123,7 +131,7 @@ class Hello:
 
 _FIELDS = {
     "wire_version", "role", "pair", "history", "sealed_epoch", "used_epoch", "lost", "machine", "blocks", "streams",
-    "session", "in_flight", "rejoin",
+    "session", "in_flight", "rejoin", "disks", "disk_log",
 }  # fmt: skip
 
 
@@ -203,6 +211,12 @@ def _id(fields: dict[str, Any], name: str) -> bytes | None:
     if not isinstance(value, str) or len(value) != 32 or not set(value) <= set("0123456789abcdef"):
         raise ValueError(f"{name} is not 32 hexadecimal digits")
     return bytes.fromhex(value)
+
+
+def _disks(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list) or len(value) > DISKS_MAX:
+        raise ValueError(f"disks is not a list of at most {DISKS_MAX}")
+    return tuple(_number({"the size of a disk": size}, "the size of a disk") for size in value)
 
 
 def _blocks(value: object) -> tuple[HelloBlock | None, ...]:

@@ -21,6 +21,8 @@ VMSTATE_LOADED        S→P        epoch N runs
 INPUT                 P→S        epoch 0: console input, kept for a takeover; body: offset of its first byte (64 bits),
                                  then the bytes. Epoch N: so much of it the state of N has taken in; body: 64 bits
 PAGES                 P→S        made and taken apart by the C library, never here
+DISK                  P→S        a write to a disk (disks/write.py); it belongs to the epoch before whose SIZE it comes
+DISKS                 P→S        epoch N, before SIZE: the number of writes that this connection has carried, and bytes
 HELLO                 both       body: JSON, see hello.py
 ABORT                 both       epoch or 0; a = `AbortKind`; body: the reason as UTF-8; from P for an epoch: b = pages
                                  sent for it (at most 2^32-1); with several streams S answers it with the same
@@ -29,9 +31,9 @@ STREAM                P→S        the first message on a further connection: a 
                                  body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 
-This is version 5 of it, which HELLO tells; version 4 had no INPUT, in version 3 nobody said how many pages an epoch may
-have, and version 2 had no OUTPUT. The framing has a version of its own, in every header, which the C library looks at.
-Epoch numbers are below 2^48.
+This is version 6 of it, which HELLO tells; version 5 had no disks, version 4 had no INPUT, in version 3 nobody said how
+many pages an epoch may have, and version 2 had no OUTPUT. The framing has a version of its own, in every header, which
+the C library looks at. Epoch numbers are below 2^48.
 """
 
 from __future__ import annotations
@@ -42,12 +44,14 @@ from enum import IntEnum
 
 from colocache import MSG_PAGES, parse_header
 from colocache.choices import PAIR_BYTES_MAX
+from colocache.disks.write import BODY_BYTES_MAX as DISK_BYTES_MAX
+from colocache.disks.write import TOTAL
 from colocache.errors import PacketError
 from colocache.outputs.travel import BODY_BYTES_MAX as OUTPUT_BYTES_MAX
 from colocache.outputs.typed import KEPT_BYTES_MAX
 from colocache.replication.errors import ProtocolError
 
-CONVERSATION_VERSION = 5
+CONVERSATION_VERSION = 6
 EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
@@ -74,6 +78,8 @@ class MessageType(IntEnum):
     STREAM = 0x105
     OUTPUT = 0x106
     INPUT = 0x107
+    DISK = 0x108
+    DISKS = 0x109
 
 
 class AbortKind(IntEnum):
@@ -109,6 +115,10 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
         return OUTPUT_BYTES_MAX
     if message is MessageType.INPUT:
         return OFFSET.size + KEPT_BYTES_MAX
+    if message is MessageType.DISK:
+        return DISK_BYTES_MAX
+    if message is MessageType.DISKS:
+        return TOTAL.size
     return 0
 
 

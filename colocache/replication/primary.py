@@ -31,6 +31,7 @@ from colocache.replication.events import Events
 from colocache.replication.hello import Hello
 from colocache.replication.inbox import answer
 from colocache.replication.messages import AbortKind, MessageType, join_u64
+from colocache.replication.mirrors import Mirrors, NoMirrors
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.primary_session import PrimarySession
@@ -89,10 +90,12 @@ class Primary:
         observer: Observer | None = None,
         output: Output | None = None,
         typed: TypedInput | None = None,
+        mirrors: Mirrors | NoMirrors | None = None,
         wrap: Wrap = PlainTransport,
         trace: Trace | None = None,
     ) -> None:
-        self.pvm = Pvm(machine, sender, output=output, typed=typed)
+        self._mirrors = mirrors or NoMirrors()
+        self.pvm = Pvm(machine, sender, output=output, typed=typed, disks=self._mirrors.disks)
         self.options = options
         self.timing = options.timing
         self.events = events
@@ -132,6 +135,7 @@ class Primary:
             self.events.emit("stands", f"this machine stands still: {error}", reason=str(error))
             raise
         finally:
+            self._mirrors.end()
             self._leave.give_back()
 
     def _live(self) -> PrimarySummary:
@@ -157,6 +161,7 @@ class Primary:
         if self._alone is not None:
             if self.pvm.pair.history is not None:  # a fresh secondary that was lost before it was in step
                 self.pvm.declare_alone()
+                self._mirrors.end()
                 self.events.emit("lost", f"the fresh secondary is lost: {error}", cause=str(error))
             return None
         if self.pvm.pair.history is None:
@@ -199,6 +204,7 @@ class Primary:
             stop=self.stop,
             checkpoint_wanted=self._checkpoint_wanted,
             observer=self._observer,
+            mirrors=self._mirrors,
             done=self._checkpoint_done,
             tick=self._leave.check,
             trace=self._trace,
@@ -265,6 +271,7 @@ class Primary:
         while not answer(State.ACCEPTED, ready := channel.receive()):
             pass
         self.pvm.allowance = join_u64(ready.a, ready.b)
+        self.pvm.disk_log = peer.disk_log
         fresh = meeting is Meeting.FRESH
         sealed = self.pvm.pair.sealed_epoch
         self.events.emit(
@@ -291,6 +298,7 @@ class Primary:
             streams=self.options.streams,
             in_flight=pair.in_flight,
             rejoin=self.options.rejoin,
+            disks=self.pvm.disks.sizes,
         )
 
     def _judge(self, channel: Channel, own: Hello, peer: Hello) -> Meeting:
@@ -333,6 +341,7 @@ class Primary:
     def _declare_alone(self, cause: str, verdict: str) -> None:
         self._leave.check()
         self.pvm.declare_alone()
+        self._mirrors.end()
         self._alone = _Alone(cause, time.monotonic() + self.timing.run_on if self.timing.run_on else None)
         self.events.emit("alone", f"going on alone: {cause}; {verdict}", cause=cause, verdict=verdict)
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from colocache.disks.write import Write
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
 from colocache.outputs.travel import HEAD, pack
 from colocache.replication.apart import Apart
@@ -16,6 +17,7 @@ from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
 from colocache.replication.messages import AbortKind, MessageType, encode_input, join_u64, split_u64
+from colocache.replication.mirrors import Mirrors, NoMirrors
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
 from colocache.replication.primary_room import PrimaryRoom
@@ -33,6 +35,7 @@ BACKGROUND_ROUNDS = 4  # per interval
 BACKGROUND_SECONDS_MIN = 0.05
 SLICE_SECONDS = 0.1  # a wait in Python that must notice a signal
 OUTPUT_LOOK_SECONDS = 0.001  # at least, between two looks whether output waits
+DISK_LOOK_SECONDS = 0.05  # while disks are copied for the first time
 SAVE_FAILURES_MAX = 3  # in a row
 
 
@@ -49,6 +52,7 @@ class PrimarySession:
         stop: threading.Event,
         checkpoint_wanted: Flag,
         observer: Observer,
+        mirrors: Mirrors | NoMirrors,
         done: Callable[[SentCheckpoint], None],
         tick: Callable[[], None] = lambda: None,
         trace: Trace | None = None,
@@ -61,6 +65,7 @@ class PrimarySession:
         self._stop = stop
         self._checkpoint_wanted = checkpoint_wanted
         self._observer = observer
+        self._mirrors = mirrors
         self._done = done
         self._channel = channel
         self._streams = OutStreams(channel)
@@ -82,7 +87,9 @@ class PrimarySession:
         self._pvm.open_epoch()
         self._pvm.typed.again(self._pass_on)
         try:
+            self._mirrors.connected(self._send_write, fresh=fresh, limit_bytes=self._pvm.disk_log)
             if fresh:
+                self._initial_disks()
                 self._initial_copy()
             wanted = self._options.checkpoints
             now = True  # a pair that has just met is not in step yet
@@ -120,7 +127,8 @@ class PrimarySession:
 
     def close(self) -> None:
         """End the reading thread and the connection."""
-        self._inbox.stop()
+        self._inbox.stop()  # breaks the connection: a write that waits on it is told
+        self._mirrors.disconnected()
         self._pvm.typed.again(None)
         self._streams.close()
         self._channel.close()
@@ -148,6 +156,17 @@ class PrimarySession:
     def _pass_on(self, offset: int, data: bytes) -> None:
         """What the world typed, before this side's machine is given it. In whatever thread has it."""
         self._channel.send(MessageType.INPUT, body=encode_input(offset, data))
+
+    def _send_write(self, write: Write) -> None:
+        """In the thread of a disk."""
+        self._channel.send_write(write, self._timing.checkpoint_timeout)
+
+    def _initial_disks(self) -> None:
+        """All of every disk, before memory: the guest writes both meanwhile, and disks take longer."""
+        while not self._mirrors.ready() and not self._stop.is_set():
+            self._inbox.check_idle()
+            self._check_machine()
+            self._inbox.arrived.wait(DISK_LOOK_SECONDS)
 
     def _sync(self) -> None:
         begin = time.monotonic_ns()
@@ -292,7 +311,10 @@ class PrimarySession:
         self._send_output()
         if pvm.typed.mark:
             channel.send(MessageType.INPUT, epoch=epoch, body=encode_input(pvm.typed.mark))
-        pvm.in_flight()
+        self._check_disks(epoch)
+        total = pvm.in_flight()
+        if pvm.disks.sizes:
+            channel.send(MessageType.DISKS, epoch=epoch, body=total.pack())
         channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
         answer = self._inbox.expect(State.SENT, epoch, timeout)
         stages.done("answer")
@@ -353,6 +375,15 @@ class PrimarySession:
         self._abort_epoch(epoch, reason)
         self._end(f"the primary goes on alone: {reason}")  # else that secondary would take over from its old epoch
         raise SecondaryLostError(reason)
+
+    def _check_disks(self, epoch: int) -> None:
+        """The machine stands. A mirror that failed can't be mended without all of its disk: SecondaryLostError."""
+        try:
+            self._mirrors.check()
+        except SecondaryLostError as error:
+            self._abort_epoch(epoch, str(error))
+            self._end(f"the primary goes on alone: {error}")
+            raise
 
     def _take_back(self, epoch: int, error: ColocacheError) -> None:
         """The device state can't be saved: the secondary is told to forget the epoch."""

@@ -11,6 +11,8 @@ What always holds, and which verbs see to it:
 * A number is used from its first page on and never again: `open_epoch`.
 * The machine runs unless it stands for a checkpoint, or another may be the one that the world sees.
 * Console input is kept until an epoch that has taken it in is known to be sealed (outputs/typed.py).
+* A write to a disk that a secondary may not have is among its unacked blocks (disks/mirrored.py): they follow the
+  sender's unacked, verb by verb.
 * Output of an epoch leaves when that epoch is known to be sealed, and all of it while no secondary could take over:
   before the first epoch is in flight, and once this machine is declared alone.
 
@@ -38,6 +40,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from colocache import Sender, SendResult
+from colocache.disks.mirrored import Disks, NoDisks
+from colocache.disks.write import Total
 from colocache.errors import LogLostError, OrderError
 from colocache.outputs.held import NoOutput, Output
 from colocache.outputs.typed import TypedInput
@@ -79,12 +83,20 @@ class Pvm:
     """The machine whose pages `sender` sends. One thread, but mark_dirty."""
 
     def __init__(
-        self, machine: Machine, sender: Sender, *, output: Output | None = None, typed: TypedInput | None = None
+        self,
+        machine: Machine,
+        sender: Sender,
+        *,
+        output: Output | None = None,
+        typed: TypedInput | None = None,
+        disks: Disks | None = None,
     ) -> None:
         self.machine = machine
         self.sender = sender
         self.output = output or NoOutput()
         self.typed = typed or TypedInput(live=True)
+        self.disks = disks or NoDisks()
+        self.disk_log = 0  # bytes of writes to disks that the secondary keeps for an epoch; 0 = any number
         self._pair = PairState()
         self._sent = Sent()
         self._epoch = 0
@@ -141,6 +153,7 @@ class Pvm:
 
         From now on it is given no console input: what it has taken in is its state's."""
         self.typed.stand()
+        self.disks.stopping(True)
         since = self.machine.pause()
         self._running = False
         return since
@@ -149,6 +162,7 @@ class Pvm:
         """Let the machine run, if it does not: since when it runs, as Machine.resume says."""
         since = None
         if not self._running:
+            self.disks.stopping(False)
             since = self.machine.resume()
             self._running = True
             self.typed.run()
@@ -196,12 +210,14 @@ class Pvm:
         self._sent = Sent()
         return self._epoch
 
-    def in_flight(self) -> None:
-        """The open epoch is about to be sent whole: from now on it may be sealed without our ever hearing of it."""
+    def in_flight(self) -> Total:
+        """The open epoch is about to be sent whole: from now on it may be sealed without our ever hearing of it. What
+        the connection has carried of its disks."""
         self._pair = replace(self._pair, in_flight=self._epoch)
         # The secondary could take over from it: what comes after is withheld, also by a machine that was alone.
         self.output.move(self._epoch + 1)
         self.typed.in_flight(self._epoch)
+        return self.disks.in_flight()
 
     def received(self) -> None:
         """The epoch in flight is sealed: its pages are acknowledged, and its output may leave."""
@@ -209,6 +225,7 @@ class Pvm:
         if not epoch:
             raise OrderError("no epoch is in flight that could have been received")
         self.sender.received()
+        self.disks.received()
         self._pair = replace(self._pair, in_flight=0, sealed_epoch=epoch)
         self.output.received(epoch)
         self.typed.received(epoch)
@@ -217,6 +234,7 @@ class Pvm:
         """The open epoch will not be sealed: what it carried goes out again, under the next number."""
         self._pair = replace(self._pair, in_flight=0)
         self.sender.resend()
+        self.disks.give_up()
         self.open_epoch()
 
     def loaded(self) -> None:
@@ -229,6 +247,7 @@ class Pvm:
         """Agree with a secondary on the newest sealed epoch; after this the sender knows what to send."""
         if meeting is Meeting.FRESH:
             self.send_all()
+            self.disks.give_up()
             self._pair = replace(self._pair, history=peer.history, lost_history=None, sealed_epoch=0)
         elif meeting is Meeting.HEARD_LATE:
             # Nothing was taken from the log since: unacked is that epoch and what was marked meanwhile, which is
@@ -236,6 +255,7 @@ class Pvm:
             self.received()
         elif meeting is Meeting.GO_ON:
             self.sender.resend()
+            self.disks.give_up()
         else:
             raise OrderError(f"these two are no pair: {meeting.value}")
         self.output.again()

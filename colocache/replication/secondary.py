@@ -10,9 +10,11 @@ import contextlib
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from colocache import Cache, Phase
+from colocache.disks.apart import Disks
 from colocache.errors import (
     ColocacheError,
     FailedOverError,
@@ -88,11 +90,14 @@ class Secondary:
         arbiter: Arbiter | None = None,
         output: ApartOutput | None = None,
         typed: TypedInput | None = None,
+        disks: Disks | None = None,
+        fold_disks: Callable[[], bool] = lambda: True,
         wrap: Wrap = PlainTransport,
         control_fd: int = -1,
         trace: Trace | None = None,
     ) -> None:
-        self.svm = Svm(cache, machine, events, output, typed)
+        self.svm = Svm(cache, machine, events, output, typed, disks)
+        self._fold_disks = fold_disks
         self.cache = cache
         self.options = options
         self.timing = options.timing
@@ -111,6 +116,7 @@ class Secondary:
             events=events,
             wrap=wrap,
             ready=self._limit.ready if self._limit else lambda: 0,
+            disks=self.svm.disks,
         )
         self._leave = Leave(arbiter or SoloArbiter())
         self._arbiter_said_no = False
@@ -319,7 +325,13 @@ class Secondary:
         if self._limit:
             self._limit.lift()  # it must never stop the only machine
         takeover = Takeover(
-            self.svm, self.timing, self.events, self.stop, leave=self._leave, turn_away=self._door.turn_away
+            self.svm,
+            self.timing,
+            self.events,
+            self.stop,
+            leave=self._leave,
+            turn_away=self._door.turn_away,
+            fold_disks=self._fold_disks,
         )
         try:
             takeover.promote(cause, detect_ns=round((absence.noticed - absence.heard) * 1e9))

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 
 from colocache import SealResult
+from colocache.disks.write import Total
 from colocache.errors import (
     ColocacheError,
     EpochError,
@@ -130,6 +131,7 @@ class SecondarySession:
 
     def _listen(self) -> str:
         self._svm.output.lost(self._cache.status().sealed_epoch)  # it sends again what it did not hear to be sealed
+        self._svm.disks.lost()
         while True:
             message, n_pages = self._channel.receive_past_pages(self._cache)
             self._n_pages += n_pages
@@ -145,6 +147,8 @@ class SecondarySession:
                 self._output_came(message)
             elif meaning is Meaning.TYPED:
                 self._input_came(message)
+            elif meaning is Meaning.DISK:
+                self._disk_came(message)
             elif meaning is Meaning.CHECKPOINT:
                 # It speaks of another only after it heard RECEIVED, and let out its output.
                 self._svm.output.released(self._cache.status().sealed_epoch)
@@ -182,6 +186,16 @@ class SecondarySession:
             for message in self._channel.rest(self._cache):
                 if message.type is MessageType.INPUT:
                     self._input_came(message)
+
+    def _disk_came(self, message: Message) -> None:
+        """A write to a disk, or how many of them came. SystemCallError: there is no room for it."""
+        try:
+            if message.type is MessageType.DISK:
+                self._svm.disks.come(message.body)
+            else:
+                self._svm.disks.told(Total.unpack(message.body))
+        except (PacketError, TooLargeError) as error:
+            raise ProtocolError(f"the primary sent {message} that can't be kept: {error}") from error
 
     def _look_round(self) -> None:
         """Between messages: stop if asked to, notice a machine that died, ask for a checkpoint."""
@@ -267,6 +281,8 @@ class SecondarySession:
                 self._output_came(message)
             elif meaning in (Meaning.TYPED, Meaning.TAKEN_IN):
                 self._input_came(message)
+            elif meaning in (Meaning.DISK, Meaning.DISKS):
+                self._disk_came(message)
             elif meaning is not Meaning.ALIVE:
                 self._over(meaning, message)
 

@@ -16,7 +16,7 @@ pause        stands
 resume       runs, if it can; first its log goes
 sync         its log is taken and cleared            SVM bits; all of them if the log is lost
 seal         looks at the device state               the epoch is sealed, or given up and nothing else changed
-flush                                                guest RAM becomes the sealed epoch
+flush        its disks become the sealed epoch's     guest RAM becomes the sealed epoch
 load         becomes the epoch's, or never runs      loaded: the next epoch may come
 finish       flush, load and resume
 abort_open                                           the epoch that is arriving is given up
@@ -34,6 +34,7 @@ import threading
 from collections.abc import Callable
 
 from colocache import Cache, FlushResult, Phase, SealResult
+from colocache.disks.apart import Disks, NoDisks
 from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.typed import TypedInput
@@ -57,8 +58,10 @@ class Svm:
         events: Events,
         output: ApartOutput | None = None,
         typed: TypedInput | None = None,
+        disks: Disks | None = None,
     ) -> None:
         self.cache = cache
+        self.disks: Disks = disks or NoDisks()
         self.output = output or ApartOutput(lambda *_: None)
         self.typed = typed or TypedInput()
         self.machine = machine
@@ -167,7 +170,10 @@ class Svm:
 
         VetoError, IncompleteError, FailedOverError: nothing was sealed.
         """
-        return self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state)
+        log = self.disks.sealing()
+        sealed = self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state, attachment=log)
+        self.disks.sealed()
+        return sealed
 
     def finish(self, seal: SealResult, stages: Stages) -> tuple[CheckpointResult, bool]:
         """Flush, load, run. `stages` began at CHECKPOINT_REQUEST; `state` ended with the last byte.
@@ -212,9 +218,11 @@ class Svm:
         )
 
     def flush(self) -> FlushResult:
-        """Guest RAM becomes the sealed epoch; repeated after an error."""
+        """Guest RAM and disks become the sealed epoch; repeated after an error. Disks first: the flush says that the
+        epoch is committed."""
         for left in reversed(range(FLUSH_TRIES)):
             try:
+                self.disks.apply()
                 return self.cache.flush()
             except ColocacheError as error:
                 if not left:

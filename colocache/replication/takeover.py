@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from colocache.errors import NoStateError
+from colocache.errors import ColocacheError, NoStateError
 from colocache.replication.arbiter import LeaseLostError, Leave
 from colocache.replication.events import Events
 from colocache.replication.fold import Fold
@@ -24,7 +24,7 @@ def _soonest(rest: float | None) -> float:
 
 class Takeover:
     """Promotes `svm`, and runs it as long as `leave` allows. `turn_away` is called now and then while it runs on, for a
-    primary that comes too late."""
+    primary that comes too late, and `fold_disks` until it says that it is done."""
 
     def __init__(
         self,
@@ -35,7 +35,9 @@ class Takeover:
         *,
         leave: Leave,
         turn_away: Callable[[], None],
+        fold_disks: Callable[[], bool] = lambda: True,
     ) -> None:
+        self._fold_disks: Callable[[], bool] | None = fold_disks
         self._svm = svm
         self._timing = timing
         self._events = events
@@ -57,6 +59,7 @@ class Takeover:
             raise NoStateError(f"epoch {status.sealed_epoch} is sealed, but no machine was restarted from it")
         self._check_leave()
         self._svm.machine.promoted()
+        self._svm.disks.take_over()
         self._svm.output.take_over(status.sealed_epoch)
         self._svm.resume()
         self._svm.typed.take_over(status.sealed_epoch)
@@ -86,6 +89,7 @@ class Takeover:
             self._check_leave()
             self._turn_away()
             fold.step()
+            self._step_of_disks()
             if seconds and time.monotonic() - begin >= seconds:
                 break
         n_pages, wrong = self._svm.verify()
@@ -98,6 +102,19 @@ class Takeover:
             verified_pages=n_pages,
             wrong_pages=wrong,
         )
+
+    def _step_of_disks(self) -> None:
+        """The overlays of its disks go into their images, while it runs."""
+        if self._fold_disks is None:
+            return
+        try:
+            if self._fold_disks():
+                self._fold_disks = None
+                if self._svm.disks.sizes:
+                    self._events.emit("disks_folded", "what it wrote to its disks went into their images")
+        except ColocacheError as error:
+            self._fold_disks = None
+            self._events.emit("fold_error", f"overlays stay beside the images of disks: {error}", error=str(error))
 
     def _check_leave(self) -> None:
         """A machine that may not go on any more stands still before anything else happens."""

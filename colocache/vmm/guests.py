@@ -15,6 +15,7 @@ from colocache.vmm.workload import GuestOptions
 
 if TYPE_CHECKING:
     from colocache import BlockSpec
+    from colocache.vmm.qemu.guest_disks import GuestDisks
 
 
 def guest_class(kind: str) -> type[Machine]:
@@ -47,6 +48,12 @@ def blocks_for(ram_bytes: int, kind: str = "auto") -> tuple[BlockSpec, ...]:
     """The RAM blocks of a machine of this kind with ram_bytes bytes in all. ArgumentError: it has no such size."""
     found, _ = guest_kind_available(kind)
     return guest_class(found).blocks_for(ram_bytes)
+
+
+def disks_of_machine(machine: Machine) -> GuestDisks | None:
+    """Its disks, as orders about them are given; None: it has none."""
+    found: GuestDisks | None = getattr(machine, "disks", None)
+    return found if found is not None and found.sizes else None
 
 
 def make_machine(kind: str, rams: Sequence[Ram], options: GuestOptions, mark_dirty: MarkDirty) -> SpeakingMachine:

@@ -27,6 +27,8 @@ class GuestOptions:
     accel               of that small guest: auto, kvm or tcg
     card                of a QEMU guest: the MAC address of its network card; none = it has no card
     net                 what that card is connected to: tap:NAME
+    disks               of a QEMU guest: FILE[,format=qcow2] each; on a secondary's host the raw images
+    disk_log            a secondary's folder for logs of disk writes and overlays; none = beside the first image
     console             where it is: a file, unix:PATH, or - for standard output and input; none = nowhere
     """
 
@@ -41,8 +43,11 @@ class GuestOptions:
     console: str = ""
     card: str = ""
     net: str = ""
+    disks: tuple[str, ...] = ()
+    disk_log: str = ""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "disks", tuple(self.disks))
         object.__setattr__(self, "command", tuple(self.command))  # JSON has lists
         if self.working_set_bytes < 0:
             raise ArgumentError(f"a working set of {self.working_set_bytes} bytes: give 0 (an eighth of RAM) or more")

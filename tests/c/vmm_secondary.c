@@ -47,7 +47,7 @@ enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
 #define PEER_TIMEOUT_MS 10000
 #define HELLO_BYTES_MAX 65536u
-#define CONVERSATION_VERSION 5 /* of colocache/replication/messages.py */
+#define CONVERSATION_VERSION 6 /* of colocache/replication/messages.py */
 #define CHECKPOINT_GIVEN_UP 1  /* the primary gave up this epoch; the session goes on */
 
 struct header {
@@ -388,7 +388,7 @@ static int greet(struct vmm *vmm)
     int n = snprintf(answer, sizeof answer,
                      "{\"wire_version\":%d,\"role\":\"secondary\",\"pair\":\"%s\",\"history\":\"%s\",\"sealed_epoch\":0,"
                      "\"used_epoch\":0,\"lost\":false,\"machine\":\"%s\",\"blocks\":[[\"boot\",%llu,4096],[\"pc.ram\",%llu,4096]],"
-                     "\"streams\":1,\"session\":null,\"in_flight\":0,\"rejoin\":false}",
+                     "\"streams\":1,\"session\":null,\"in_flight\":0,\"rejoin\":false,\"disks\":[],\"disk_log\":0}",
                      CONVERSATION_VERSION, pair, history, machine, n_bytes[0], n_bytes[1]);
     rc = send_message(vmm, HELLO, 0, 0, answer, (uint64_t)n);
     return rc ? rc : send_message(vmm, CHECKPOINT_READY, 0, 0, NULL, 0);

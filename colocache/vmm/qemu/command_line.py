@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from colocache.errors import ArgumentError
 from colocache.vmm.errors import MachineError
 from colocache.vmm.qemu import refusals
+from colocache.vmm.qemu.disk import DiskSpec
 from colocache.vmm.qemu.option_strings import is_on, parse, size_bytes
 from colocache.vmm.qemu.refusals import DISK, NETWORK, OURS, TWICE, VIDEO
 from colocache.vmm.workload import PAGE
@@ -41,6 +42,8 @@ class CommandLine:
     files       files it names that both hosts need alike: kernel, initrd, firmware (option, path)
     card        MAC address of the network card that colocache adds; "" for none
     descriptors what the process must inherit besides our own: files that are named by /proc/self/fd/N
+    disks       those that colocache adds
+    disk_folder where a secondary's overlays lie; "" = beside the first image
     """
 
     program: str
@@ -50,6 +53,8 @@ class CommandLine:
     card: str = ""
     files: list[tuple[str, str]] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
+    disks: tuple[DiskSpec, ...] = ()
+    disk_folder: str = ""
 
     @property
     def n_pages(self) -> int:

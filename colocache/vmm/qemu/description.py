@@ -17,6 +17,7 @@ from typing import Any
 
 from colocache.vmm.qemu.availability import OLDEST
 from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.disk import Nodes
 from colocache.vmm.qemu.errors import QemuError
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.ram_blocks import Content, all_blocks, contents
@@ -35,6 +36,7 @@ class Description:
     files       (option, hash) of kernel, initrd, firmware
     others      its RAM blocks beside guest memory, as a fresh process has them
     card        MAC address of its network card
+    disks       bytes of each disk
     """
 
     version: str
@@ -45,6 +47,7 @@ class Description:
     files: tuple[tuple[str, str], ...]
     others: tuple[Content, ...] = field(repr=False)
     card: str = ""
+    disks: tuple[int, ...] = ()
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -57,6 +60,7 @@ class Description:
             "RAM blocks": ", ".join(f"{name} {n_bytes}" for name, n_bytes in self.blocks),
             "files": ", ".join(f"-{option} {digest}" for option, digest in self.files),
             "card": self.card,
+            "disks": ", ".join(map(str, self.disks)),
             "firmware": ", ".join(f"{one.name} {hashlib.sha256(one.data).hexdigest()[:16]}" for one in self.others),
         }
 
@@ -65,7 +69,7 @@ class Description:
         head = (
             f"{self.version.split()[0]} {self.facts['accelerator']} {self.machine.removesuffix('-machine')} {self.cpu}"
         )
-        rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "card", "firmware")}
+        rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "card", "disks", "firmware")}
         return head[:120] + "".join(
             f", {name} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}" for name, value in rest.items()
         )
@@ -85,7 +89,7 @@ def describe(line: CommandLine) -> Description:
     image = os.memfd_create("colocache-probe", os.MFD_CLOEXEC)
     try:
         os.ftruncate(image, line.ram_bytes)  # sparse: it runs no guest
-        process = QemuProcess(line, image, shared=True)
+        process = QemuProcess(line, image, shared=True, nodes=Nodes.of_probe(line.disks))
         try:
             return _look(process, line)
         finally:
@@ -111,6 +115,7 @@ def _look(process: QemuProcess, line: CommandLine) -> Description:
         files=tuple((option, _file_digest(path)) for option, path in line.files),
         others=contents(process),
         card=line.card,
+        disks=tuple(disk.size for disk in line.disks),
     )
 
 

@@ -16,6 +16,7 @@ from colocache.vmm.qemu import guest_oracle
 from colocache.vmm.qemu.availability import PROGRAM
 from colocache.vmm.qemu.command_line import CommandLine, read_command_line
 from colocache.vmm.qemu.cpu_time import cpu_microseconds
+from colocache.vmm.qemu.disk import disks_of
 from colocache.vmm.qemu.errors import QemuError
 from colocache.vmm.qemu.guest_image import GuestImage, guest_image
 from colocache.vmm.qemu.process import QemuProcess
@@ -70,6 +71,8 @@ def guest_of(options: GuestOptions, ram_bytes: int) -> QemuGuest:
     if options.command:
         line = read_command_line(options.command)
         line.card = options.card
+        line.disks = disks_of(options.disks)
+        line.disk_folder = options.disk_log
         return QemuGuest(line)
     accel = options.accel if options.accel != "auto" else best_accelerator()
     image = guest_image(ram_bytes, options, kvm=accel == "kvm")

@@ -26,6 +26,7 @@ from colocache.vmm.qemu import availability, ram_blocks
 from colocache.vmm.qemu.description import Description, describe
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.events import DEATH, ENDED
+from colocache.vmm.qemu.guest_disks import GuestDisks
 from colocache.vmm.qemu.guests import RAM, guest_of, guest_ram
 from colocache.vmm.qemu.loading import Loading, compare_others
 from colocache.vmm.qemu.page_hashes import compare_pages, page_hashes
@@ -76,6 +77,7 @@ class QemuMachine:
                 )
             self.description: Description = describe(self._guest.line)
             self._loading = Loading(lambda: self._start(shared=False, incoming=True), self.description.others)
+            self.disks = GuestDisks(self._guest.line, self._alive)
             self._shape = self.description.shape(self.ram.n_pages)
         except BaseException:
             self._guest.close()
@@ -242,6 +244,7 @@ class QemuMachine:
             self.ram.fd,
             shared=shared,
             incoming=incoming,
+            nodes=self.disks.nodes(incoming=incoming),
             on_output=voice.output,
             on_packet=voice.packet,
             output_full=voice.full,

@@ -22,6 +22,7 @@ from colocache.errors import SystemCallError
 from colocache.private import private_bytes, private_write_back
 from colocache.vmm.qemu import inside, mapping, memory_access
 from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.disk import Nodes
 from colocache.vmm.qemu.driver import driver
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.events import DEATH, Mailbox
@@ -46,6 +47,7 @@ class QemuProcess:
     image        descriptor of the file of guest memory; stays the caller's
     shared       True: it writes the image; False: private copies
     incoming     True: it waits for load()
+    nodes        the guest's disks, forgotten when it has come up
     on_output    is called with what the guest writes to its console, in the thread of driver.py; None: nobody listens
     on_packet    likewise with each packet that its network card sends
     output_full  whether to read no more of it now, which holds the guest up
@@ -58,6 +60,7 @@ class QemuProcess:
         *,
         shared: bool,
         incoming: bool = False,
+        nodes: Nodes | None = None,
         on_output: OnOutput | None = None,
         on_packet: OnOutput | None = None,
         output_full: Callable[[], bool] = lambda: False,
@@ -66,6 +69,7 @@ class QemuProcess:
         self._driver = driver()
         self._file = os.fstat(image)
         self._incoming = incoming
+        self._nodes = nodes or Nodes()
         self._len_bytes = line.ram_bytes
         self._events = Mailbox(on_event)
         self._words = LastWords()
@@ -100,7 +104,14 @@ class QemuProcess:
         self._unread = self._mine(ends["console"][1])
         ends["console"][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONSOLE_ROOM)
         wiring = Wiring(
-            image, shared, theirs["qmp"], theirs["quick"], theirs["console"], theirs["card"], self._incoming
+            image,
+            shared,
+            theirs["qmp"],
+            theirs["quick"],
+            theirs["console"],
+            theirs["card"],
+            self._incoming,
+            tuple(self._nodes.words),
         )
         environment, needed = inside.environment(theirs["handoff"], self._file)
         needed = [self._mine(one) for one in needed]
@@ -109,7 +120,7 @@ class QemuProcess:
         try:
             self._process = self._driver.start(
                 arguments(line, wiring),
-                [image, self._state, *theirs.values(), *line.descriptors, *needed],
+                [image, self._state, *theirs.values(), *line.descriptors, *self._nodes.descriptors, *needed],
                 environment,
                 write,
             )
@@ -120,6 +131,7 @@ class QemuProcess:
             for name, (_, end) in ends.items():
                 if name != "console":
                     end.close()
+            self._nodes.close()
         self.pid = self._process.pid
         self.pidfd = self._mine(os.pidfd_open(self.pid))
         pidfd = self.pidfd

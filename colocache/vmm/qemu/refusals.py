@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 OURS = "colocache gives this option itself"
 TWICE = "every process of the pair would open it, and several run on one host"
 NETWORK = "what a guest sends must be held until its epoch is sealed; `--net tap:NAME` adds a card and connects it"
-DISK = "a writable disk would not be of the same epoch as memory; only read-only ones work yet"
+DISK = "a writable disk must be of the same epoch as memory; `--disk FILE` adds one that is"
 VIDEO = "the display's memory is not replicated yet"
 LOCKS = "it would make a private copy of every page of a secondary"
 HIDES = "what stands in it can't be checked"

@@ -29,6 +29,7 @@ class Wiring:
     console   likewise, or -1 for none
     card      a connected datagram socket, a packet in each datagram; used if the guest has a card
     incoming  whether this QEMU waits for a device state
+    disks     options for the guest's disks
     """
 
     image: int
@@ -38,6 +39,7 @@ class Wiring:
     console: int
     card: int
     incoming: bool
+    disks: tuple[str, ...] = ()
 
 
 def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
@@ -65,6 +67,7 @@ def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
         # The guest is offered no offloads there: a packet is no longer than the MTU, and goes whole or not at all.
         words += ["-netdev", f"dgram,id={CARD_ID},local.type=fd,local.str={wiring.card}"]
         words += ["-device", f"virtio-net-pci,netdev={CARD_ID},mac={line.card},romfile="]
+    words += wiring.disks
     if wiring.incoming:
         words += ["-incoming", "defer"]
     return words

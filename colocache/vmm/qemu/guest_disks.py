@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A machine's disks, as replication gives orders about them: mirror them, read one, fold an overlay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from colocache.vmm.qemu import mirror
+from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.disk import Nodes, node_of
+from colocache.vmm.qemu.mirror import MirrorState
+from colocache.vmm.qemu.process import QemuProcess
+
+
+class GuestDisks:
+    """Of the machine that `alive` tells the process of. The machine's thread."""
+
+    def __init__(self, line: CommandLine, alive: Callable[[], QemuProcess]) -> None:
+        self._disks = line.disks
+        self._folder = line.disk_folder
+        self._alive = alive
+        self.sizes = tuple(disk.size for disk in line.disks)
+        self._folding = False
+
+    def nodes(self, *, incoming: bool) -> Nodes:
+        """For a new process: of a secondary's, or of a primary's."""
+        return Nodes.of_secondary(self._disks, self._folder) if incoming else Nodes.of_primary(self._disks)
+
+    @property
+    def pid(self) -> int:
+        """The process that an export is for."""
+        return self._alive().pid
+
+    # ---- a primary's ----
+
+    def begin_mirror(self, paths: Sequence[str], *, speed: int = 0) -> None:
+        """Copy each disk to the export at its path, and every write from now on before the guest hears that it is
+        done."""
+        for disk, path in enumerate(paths):
+            mirror.begin(self._alive(), disk, path, speed)
+
+    def mirrors(self) -> list[MirrorState]:
+        """How the mirror of each disk is."""
+        return mirror.states(self._alive(), len(self._disks)) if self._disks else []
+
+    def end_mirror(self) -> None:
+        """No more of it; what is under way is given up."""
+        if self._disks:
+            mirror.end(self._alive(), len(self._disks))
+
+    def serve(self, path: str) -> None:
+        """QEMU serves each disk, read-only, at `path`, under the name of its node, to one reader; or no longer ("")."""
+        if self._disks:
+            mirror.serve(self._alive(), len(self._disks), path)
+
+    def name(self, disk: int) -> str:
+        """Of a disk that is served."""
+        return node_of(disk)
+
+    # ---- a secondary's, after a takeover ----
+
+    def fold(self) -> bool:
+        """What the overlays hold goes into the images, while the guest runs: call it now and then. True: it is done."""
+        process = self._alive()
+        if not self._folding:
+            self._folding = True
+            for disk in range(len(self._disks)):
+                mirror.begin_fold(process, disk)
+        return all(mirror.fold_step(process, disk) for disk in range(len(self._disks)))
