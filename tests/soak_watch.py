@@ -8,6 +8,7 @@ it is seen that they did, and that none was wrong.
 from __future__ import annotations
 
 import contextlib
+import functools
 import queue
 import shutil
 import time
@@ -34,6 +35,19 @@ def own_pages_of_the_small_guest() -> tuple[int, int]:
     begin = image.WORK_ADDR // 4096
     unborn = (QEMU_RAM_BYTES - image.TOP_FREE) // 4096 - begin
     return len(image.CONSTANT_PAGES) + image.RING_PAGES + first + n - begin, unborn
+
+
+@functools.cache
+def pages_beside_guest_memory() -> int:
+    """Of a QEMU with the small guest: firmware and tables, which are compared at each checkpoint too."""
+    from colocache.vmm.qemu.description import describe
+    from colocache.vmm.qemu.guests import guest_of
+
+    guest = guest_of(GuestOptions(working_set_bytes=WORKING_SET_BYTES), QEMU_RAM_BYTES)
+    try:
+        return sum(one.n_pages for one in describe(guest.line).others)
+    finally:
+        guest.close()
 
 
 class Counts(dict[str, int]):
@@ -77,7 +91,8 @@ class Watched:
         self._dirty_pages_max = WORKING_SET_BYTES // 4096 + specs[0].n_pages
         if guest == "qemu":
             self._ram_bytes = QEMU_RAM_BYTES
-            self._n_pages = self._dirty_pages_max = QEMU_RAM_BYTES // 4096
+            self._dirty_pages_max = QEMU_RAM_BYTES // 4096
+            self._n_pages = self._dirty_pages_max + pages_beside_guest_memory()
             self._own_pages = own_pages_of_the_small_guest()
         self._stack = contextlib.ExitStack()
         self._certificates = Path()
