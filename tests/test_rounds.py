@@ -135,3 +135,29 @@ def test_a_look_starts_a_round_only_where_so_much_is_dirty_as_the_operator_said(
     while pair.link.pages() == sent:
         pass
     assert taken[0] >= 150
+
+
+@pytest.mark.parametrize(("wait", "expected"), [(0.0002, False), (0.010, True), (0.100, True)])
+def test_a_far_secondary_is_sent_what_the_guest_wrote_while_it_answered(
+    clock: list[World], wait: float, expected: bool
+) -> None:
+    clock.append(world := World(rate=50_000))
+    made = world.run(0.1)
+    made.last()
+    n_before = len(world.sent)
+    world.now += wait  # CHECKPOINT_REQUEST to REPLY
+    left = world.dirty()
+    assert (made.after_waiting() > 0) is expected
+    assert (len(world.sent) > n_before) is expected
+    assert world.dirty() < max(left / 4, 50) if expected else world.dirty() == left
+    assert not pays(world.dirty(), world.rate, world.fixed, world.per_page)
+
+
+def test_a_guest_that_is_faster_than_the_link_is_not_sent_after_for_ever(clock: list[World]) -> None:
+    clock.append(world := World(rate=1e6))
+    made = world.run(0.1)
+    made.last()
+    n_before = len(world.sent)
+    world.now += 0.010
+    made.after_waiting()
+    assert len(world.sent) - n_before <= LAST_MAX

@@ -12,7 +12,7 @@ How it goes when nothing is wrong, N being the epoch:
     P BETWEEN    PAGES(N), OUTPUT(N), INPUT -> S BETWEEN, both machines running; DISK -> at any time until both stand
                  CHECKPOINT_REQUEST(N) ->
     P REQUESTED  <- CHECKPOINT_REPLY(N)   S PAUSED
-                 VMSTATE_SEND(N) ->       S COMPLETING
+                 PAGES(N), VMSTATE_SEND(N) ->  S COMPLETING
                  PAGES(N), OUTPUT(N), INPUT(N), DISKS(N), VMSTATE_SIZE(N) ->
     P SENT       <- VMSTATE_RECEIVED(N)   after the seal; the secondary reads nothing until it runs again
     P SEALED     <- VMSTATE_LOADED(N)     S BETWEEN
@@ -148,7 +148,15 @@ class State(Enum):
         "the secondary's machine stands, the primary's must",
         "primary",
         "VMSTATE_SEND",
-        (Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS), _TYPED, _DISK, _PING, _GIVEN_UP, _ENDS),
+        (
+            Hears(M.PAGES, Meaning.PAGES, Of.THIS),  # of a far primary, which wrote much before it heard of this
+            Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS),
+            _TYPED,
+            _DISK,
+            _PING,
+            _GIVEN_UP,
+            _ENDS,
+        ),
     )
     COMPLETING = Place(
         "both machines stand, the last pages come",

@@ -276,7 +276,6 @@ class PrimarySession:
     def _converse(self, epoch: int) -> SentCheckpoint:
         pvm, channel, timeout = self._pvm, self._channel, self._timing.checkpoint_timeout
         number = pvm.pair.checkpoints + 1
-        background = pvm.sent.n_pages
         stages = Stages()
         said = pvm.dirty_pages()
         low, high = split_u64(said)
@@ -284,9 +283,12 @@ class PrimarySession:
         reply = self._inbox.expect(State.REQUESTED, epoch, timeout)
         room = join_u64(reply.a, reply.b)
         self._see_room(epoch, room, said)
+        channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
+        if self._options.background and not room:
+            self._rounds.after_waiting()
+        background = pvm.sent.n_pages
         stages.done("ask")
 
-        channel.limit(timeout, f"the secondary did not let epoch {epoch} be sealed within {timeout:g} s")
         stopped = stages.done("stop", pvm.pause())
         stood_ns = self._room.stood_ns(stopped)
         channel.send(MessageType.VMSTATE_SEND, epoch=epoch)

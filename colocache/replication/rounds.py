@@ -40,6 +40,7 @@ class Rounds:
         self._take, self._send, self._hint = take, send, hint
         self.fixed, self.per_page = FIXED_SECONDS, PAGE_SECONDS
         self._taken = time.monotonic()  # when the log was taken last
+        self._rate = 0.0  # pages a second that the guest dirtied then
 
     def running(self) -> None:
         """The machine runs again, its log having been taken while it stood."""
@@ -60,6 +61,15 @@ class Rounds:
             before = left
         return LAST_MAX
 
+    def after_waiting(self) -> int:
+        """The secondary stands and the guest ran on until that was heard, on a far link for long: those that pay."""
+        for number in range(LAST_MAX):
+            n_dirty = max(self._rate * (time.monotonic() - self._taken), float(self._hint()))
+            if not pays(n_dirty, self._rate, self.fixed, self.per_page):
+                return number
+            self._one()
+        return LAST_MAX
+
     def _one(self) -> tuple[float, float]:
         """Pages that the guest dirties in a second, and how many are dirty now."""
         begin = time.monotonic()
@@ -68,8 +78,8 @@ class Rounds:
         n_pages = self._send()
         took = time.monotonic() - begin
         self._learn(n_pages, took)
-        rate = n_pages / max(since, 1e-6)
-        return rate, max(rate * took, float(self._hint()))
+        self._rate = n_pages / max(since, 1e-6)
+        return self._rate, max(self._rate * took, float(self._hint()))
 
     def _learn(self, n_pages: int, took: float) -> None:
         if n_pages < FEW_PAGES:
