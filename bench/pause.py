@@ -6,29 +6,37 @@
 Each round runs, in an order that turns, every working set over a Unix socket and over TCP on loopback, once as it is,
 once with `--no-background` (all pages in the pause) and once with `--resume-at loaded` (the primary waits for the
 secondary's flush). Told are medians of the rounds' p50, p99 and max in milliseconds, of both machines with their
-stages, and the steps a second that the primary's guest did. Both sides share this machine, so on two cores four threads
+stages, and the steps a second that the primary's guest did, beside those of two guests that nobody replicates and whose
+log is taken and cleared at the same interval. Both sides share this machine, so on two cores four threads
 want to run: other work shows in every figure, and the load before each round is told beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 import click
 from rich.console import Console
 from rich.progress import Progress
 
+from colocache import RamImage, Sender
 from colocache.children import python_command
 from colocache.choices import TRANSPORTS
 from colocache.commands.options import parse_size, print_json
 from colocache.fitted_table import Column, print_fitted
+from colocache.replication.blocks import rams_of_images
+from colocache.vmm import GuestOptions
+from colocache.vmm.guests import blocks_for, guest_kind_available, make_machine
 
 STEPS_PER_SECOND = 125_000
+ALONE_MAX = 50  # intervals that a guest is watched which nobody replicates
 NOTHING_STEPS = 200  # a second: a page or a few in each epoch, so that the takeover can be seen to run on
 WAYS: dict[str, tuple[str, ...]] = {
     "as it is": (),
@@ -38,7 +46,8 @@ WAYS: dict[str, tuple[str, ...]] = {
 SHOWN = ("pvm_pause_ms", "pause_ms")
 COLUMNS = (
     Column("set", justify="left"), Column("over", justify="left"), Column("way", justify="left"),
-    Column("PVM ms\np50/p99/max"), Column("SVM ms\np50/p99/max"), Column("of it\ncopy"), Column("guest's\nsteps/s"),
+    Column("PVM ms\np50/p99/max"), Column("SVM ms\np50/p99/max"), Column("of it\ncopy"),
+    Column("guest's\nsteps/s"), Column("of one\nalone"),
 )  # fmt: skip
 
 
@@ -58,7 +67,44 @@ def one(given: dict[str, Any], size: str, transport: str, way: str) -> dict[str,
     return report
 
 
-def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
+def one_alone(given: dict[str, Any], size: str) -> float:
+    """Steps a second of a guest that nobody replicates; its log is taken and cleared at each interval."""
+    rate, working_set = (NOTHING_STEPS, "1M") if size == "nothing" else (STEPS_PER_SECOND, size)
+    kind, _ = guest_kind_available(given["guest"])
+    options = GuestOptions(steps_per_second=rate, working_set_bytes=parse_size(working_set))
+    with contextlib.ExitStack() as stack:
+        images = [
+            stack.enter_context(RamImage.create(spec, given["backing"]))
+            for spec in blocks_for(parse_size(given["ram"]), kind)
+        ]
+        sender = stack.enter_context(Sender())
+        for image in images:
+            sender.add_block(image.spec.name, image.addr, image.spec.len_bytes, image.spec.page_size)
+        machine = make_machine(kind, rams_of_images(images), options, sender.mark_dirty)
+        stack.callback(machine.close)
+        machine.boot()
+        machine.resume()
+        time.sleep(given["interval"])
+        begin, steps = time.perf_counter(), machine.steps
+        for _ in range(min(given["checkpoints"], ALONE_MAX)):
+            time.sleep(given["interval"])
+            machine.sync_dirty_log(sender)
+        return (machine.steps - steps) / (time.perf_counter() - begin)
+
+
+def two_alone(given: dict[str, Any], size: str) -> float:
+    """The slower of two at the same time, as the two sides of a pair are."""
+    line = [sys.executable, __file__, "--alone", size]
+    for name in ("ram", "checkpoints", "interval", "guest", "backing"):
+        line += [f"--{name}", str(given[name])]
+    both = [subprocess.Popen(line, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [process.communicate()[0] for process in both]
+    if any(process.returncode for process in both):
+        raise click.ClickException(f"{size}, two guests that nobody replicates: one of them ended")
+    return min(float(text) for text in told)
+
+
+def medians(reports: list[dict[str, Any]], alone: list[float]) -> dict[str, Any]:
     """Of all rounds, figure by figure."""
 
     def of(*path: str) -> float:
@@ -74,14 +120,21 @@ def medians(reports: list[dict[str, Any]]) -> dict[str, Any]:
     made: dict[str, Any] = {name: {share: of(name, share) for share in first[name]} for name in SHOWN}
     for name in ("pvm_stages_ms", "stages_ms"):
         made[name] = {stage: {share: of(name, stage, share) for share in one} for stage, one in first[name].items()}
-    return {**made, "pvm_steps_per_s": of("pvm_steps_per_s"), "flush_gb_per_s": of("flush_gb_per_s")}
+    return {
+        **made,
+        "pvm_steps_per_s": of("pvm_steps_per_s"),
+        "alone_steps_per_s": statistics.median(alone),
+        "flush_gb_per_s": of("flush_gb_per_s"),
+    }
 
 
 def row(result: dict[str, Any]) -> list[str]:
     """The texts of one result, one per column."""
     pauses = ["/".join(f"{value:.2f}" for value in result[name].values()) for name in SHOWN]
     copy = f"{result['stages_ms']['copy']['p50']:.2f}"
-    return [result["set"], result["over"], result["way"], *pauses, copy, f"{result['pvm_steps_per_s']:,.0f}"]
+    share = result["pvm_steps_per_s"] / result["alone_steps_per_s"]
+    steps = f"{result['pvm_steps_per_s']:,.0f}"
+    return [result["set"], result["over"], result["way"], *pauses, copy, steps, f"{share:.2f}"]
 
 
 @click.command(help=__doc__)
@@ -93,25 +146,37 @@ def row(result: dict[str, Any]) -> list[str]:
 @click.option("--guest", default="auto", show_default=True)
 @click.option("--backing", default="auto", show_default=True)
 @click.option("--json", "as_json", is_flag=True)
-def main(sets: tuple[str, ...], rounds: int, as_json: bool, **given: Any) -> None:
+@click.option("--alone", hidden=True, help="One guest of this set that nobody replicates, here.")
+@click.option("--way", "ways", multiple=True, type=click.Choice(tuple(WAYS)), default=tuple(WAYS), show_default=True)
+def main(
+    sets: tuple[str, ...], ways: tuple[str, ...], rounds: int, as_json: bool, alone: str | None, **given: Any
+) -> None:
+    if alone:
+        print(one_alone(given, alone))
+        return
     for size in sets:
         if size != "nothing":
             parse_size(size)
     console = Console(stderr=True)
-    cases = [(size, transport, way) for size in sets for transport in TRANSPORTS for way in WAYS]
+    cases = [(size, transport, way) for size in sets for transport in TRANSPORTS for way in ways]
     reports: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    unreplicated: dict[str, list[float]] = {size: [] for size in sets}
     loads = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("pairs", total=rounds * len(cases))
+        task = progress.add_task("pairs", total=rounds * (len(cases) + len(sets)))
         for number in range(rounds):
             loads.append(round(os.getloadavg()[0], 2))
+            for size in sets:
+                progress.update(task, description=f"{size}, two guests that nobody replicates")
+                unreplicated[size].append(two_alone(given, size))
+                progress.advance(task)
             at = number % len(cases)
             for case in (*cases[at:], *cases[:at]):
                 progress.update(task, description=", ".join(case))
                 reports[case].append(one(given, *case))
                 progress.advance(task)
     results = [
-        {"set": size, "over": transport, "way": way, **medians(reports[size, transport, way])}
+        {"set": size, "over": transport, "way": way, **medians(reports[size, transport, way], unreplicated[size])}
         for size, transport, way in cases
     ]
     if as_json:

@@ -326,3 +326,4 @@ def test_the_bench_of_pauses_sets_three_ways_beside_each_other() -> None:
         assert result["pvm_pause_ms"]["p50"] <= result["pvm_pause_ms"]["max"]
         assert result["pvm_stages_ms"]["answer"]["p50"] > 0
         assert result["pvm_steps_per_s"] > 0
+        assert result["alone_steps_per_s"] > 0
