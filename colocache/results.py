@@ -134,6 +134,7 @@ class Status:
             f"{self.phase.name.lower()}: epoch {self.sealed_epoch} sealed, {self.committed_epoch} committed, "
             f"{self.receiving_epoch} receiving ({self.received_pages} pages), owner {self.owner_pid}"
             + (", bounded memory" if self.memory_mode == "bounded" else "")
+            + (f", {self.attachment_bytes} bytes in disk log {self.attachment_slot}" if self.attachment_bytes else "")
         )
 
 

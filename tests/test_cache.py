@@ -86,6 +86,7 @@ def test_what_of_an_epoch_lies_elsewhere_is_told_until_the_next_is_sealed(cache:
         assert again.recovery is not None
         assert again.recovery.action is Action.REPLAYED
         assert again.status().attachment == log
+        assert f"{1 << 63} bytes in disk log 1" in str(again.status())
         again.receive(2, "pc.ram", 0, page(2))
         for wrong in (Attachment(2, 0, 0), Attachment(-1, 0, 0), Attachment(0, 1 << 64, 0), Attachment(0, 0, -1)):
             with pytest.raises(ArgumentError):

@@ -19,12 +19,14 @@ import numpy.typing as npt
 
 from colocache import BlockSpec, Cache, ColocacheError, Memory, RamImage, Sender, private_bytes, private_forget
 from colocache.demo.checks import Checks
+from colocache.disks.apart import Disks
 from colocache.outputs.held import NoOutput
 from colocache.replication.address import Address
 from colocache.replication.arbiter import Arbiter
 from colocache.replication.blocks import hello_blocks, rams_of_blocks, rams_of_images
 from colocache.replication.events import Events
 from colocache.replication.messages import MessageType
+from colocache.replication.mirrors import NoMirrors
 from colocache.replication.options import PrimaryOptions, SecondaryOptions, Timing
 from colocache.replication.primary import Primary
 from colocache.replication.secondary import Secondary
@@ -343,13 +345,21 @@ class Pair:
         self._running: list[Running] = []
 
     def make_secondary(
-        self, *, attach: bool = False, pair: str = "toy", ask_at: int = 0, memory_limit: int = 0
+        self,
+        *,
+        attach: bool = False,
+        pair: str = "toy",
+        ask_at: int = 0,
+        memory_limit: int = 0,
+        disks: Disks | None = None,
+        fold_disks: Callable[[], bool] = lambda: True,
+        machine: type[ToyMachine] = ToyMachine,
     ) -> Secondary:
         """A secondary on fresh memory, or on what the one before left."""
         self.cache = Cache.attach(self.memory, threads=1) if attach else Cache.create(self.memory, threads=1)
         self._stack.callback(self.cache.close)
         rams = rams_of_blocks(self.cache.blocks.values(), private=self.memory.memory_mode == "bounded")
-        self.svm = ToyMachine(rams, self.cache.mark_dirty, own=100)
+        self.svm = machine(rams, self.cache.mark_dirty, own=100)
         self.secondary = Secondary(
             cache=self.cache,
             machine=self.svm,  # type: ignore[arg-type]
@@ -366,12 +376,20 @@ class Pair:
             events=self.events_s,
             stop=self.stop_s,
             arbiter=self.arbiter,
+            disks=disks,
+            fold_disks=fold_disks,
             wrap=self.wraps.get("secondary", PlainTransport),
         )
         return self.secondary
 
-    def make_primary(self, **options: Any) -> Primary:
-        """A primary with a sender of its own."""
+    def make_primary(
+        self,
+        *,
+        machine: type[ToyMachine] = ToyMachine,
+        mirrors: Callable[[Any], NoMirrors] | None = None,
+        **options: Any,
+    ) -> Primary:
+        """A primary with a sender of its own; `mirrors` are made for its machine."""
         images = [self._stack.enter_context(RamImage.create(image.spec, "shm")) for image in self.memory.images]
         self.sender = self._stack.enter_context(Sender())
         for image in images:
@@ -380,7 +398,7 @@ class Pair:
         def mark_dirty(block: int, first_pfn: int, n_pages: int) -> None:
             self.primary.mark_dirty(block, first_pfn, n_pages)
 
-        self.pvm = ToyMachine(rams_of_images(images), mark_dirty, own=1)
+        self.pvm = machine(rams_of_images(images), mark_dirty, own=1)
         checks = {name: options.pop(name) for name in ("verify", "hold", "die_at") if name in options}
         given = {"pair": "toy", "timing": self.timing, "interval": 0.05, "streams": self.streams, **options}
         self.primary = Primary(
@@ -394,6 +412,7 @@ class Pair:
             arbiter=self.arbiter,
             observer=Checks(self.events_p, **checks),
             output=Released(self.released),
+            mirrors=mirrors(self.pvm) if mirrors else None,
             wrap=self.wraps.get("primary", PlainTransport),
         )
         return self.primary

@@ -35,10 +35,10 @@ from collections.abc import Callable
 
 from colocache import Cache, FlushResult, Phase, SealResult
 from colocache.disks.apart import Disks, NoDisks
-from colocache.errors import ColocacheError, EpochError, FailedOverError, LogLostError, SealedError
+from colocache.errors import ColocacheError, EpochError, FailedOverError, IncompleteError, LogLostError, SealedError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.typed import TypedInput
-from colocache.replication.errors import SecondaryLostError
+from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
 from colocache.replication.stages import Stages
@@ -170,7 +170,10 @@ class Svm:
 
         VetoError, IncompleteError, FailedOverError: nothing was sealed.
         """
-        log = self.disks.sealing()
+        try:
+            log = self.disks.sealing()
+        except IncompleteError as error:  # what is lost of a connection does not come on it again
+            raise ProtocolError(str(error)) from error
         sealed = self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state, attachment=log)
         self.disks.sealed()
         return sealed

@@ -16,6 +16,7 @@ from colocache.replication.results import ms
 from colocache.replication.svm import Svm
 
 SLICE_SECONDS = 0.1
+FOLD_SECONDS = 60.0  # at the end, for overlays of disks that are not folded yet
 
 
 def _soonest(rest: float | None) -> float:
@@ -92,6 +93,7 @@ class Takeover:
             self._step_of_disks()
             if seconds and time.monotonic() - begin >= seconds:
                 break
+        self._finish_disks()
         n_pages, wrong = self._svm.verify()
         ran = self._svm.machine.steps - steps
         self._events.emit(
@@ -115,6 +117,18 @@ class Takeover:
         except ColocacheError as error:
             self._fold_disks = None
             self._events.emit("fold_error", f"overlays stay beside the images of disks: {error}", error=str(error))
+
+    def _finish_disks(self) -> None:
+        """Until it is folded, what the guest was told to be on its disk is in an overlay that ends with its machine."""
+        until = time.monotonic() + FOLD_SECONDS
+        while self._fold_disks is not None and self._svm.machine.failure is None:
+            self._step_of_disks()
+            if self._fold_disks is not None and time.monotonic() > until:
+                self._events.emit(
+                    "fold_error", f"what it wrote to its disks is not in their images after {FOLD_SECONDS:g} s: lost"
+                )
+                return
+            time.sleep(SLICE_SECONDS / 10)
 
     def _check_leave(self) -> None:
         """A machine that may not go on any more stands still before anything else happens."""
