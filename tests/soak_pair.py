@@ -27,6 +27,10 @@ from colocache.children import python_command
 AIM_SECONDS_MAX = 20.0
 MOMENTS = ("any", "event", "receiving", "sealed", "committed")
 ENDS = ("primary", "primary, operator", "both", "both and keeper", "keeper for good", "primary, too early")
+LIMITS = (
+    36 << 20,
+    44 << 20,
+)  # bytes: all that the primary may have written while its secondary was away, and hardly more
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Plan:
     end: str
     interval: float
     tls: bool
+    limit_bytes: int  # what the secondary may take beside its image; 0 = any
 
     @classmethod
     def draw(cls, rng: random.Random, guest: str, backing: str, memory: str = "mirror", *, tls: bool = False) -> Plan:
@@ -48,7 +53,9 @@ class Plan:
         middle = 0 if end in ("primary, too early", "keeper for good") else rng.randint(1, 8)
         if end == "primary" and rng.random() < 0.5:
             middle = 0  # these have a short reconnect limit, and so the arbiter is asked
-        return cls(guest, backing, memory, middle, end, rng.choice((0.02, 0.02, 0.04, 0.12)), tls)
+        interval = rng.choice((0.02, 0.02, 0.04, 0.12))
+        limited = memory == "bounded" and guest != "qemu" and rng.random() < 0.5
+        return cls(guest, backing, memory, middle, end, interval, tls, rng.choice(LIMITS) if limited else 0)
 
     @property
     def asks_arbiter(self) -> bool:
@@ -63,8 +70,9 @@ class Pair(Watched):
         self, name: str, plan: Plan, rng: random.Random, folder: Path, counts: Counts, claim: Callable[[], bool]
     ) -> None:
         super().__init__(
-            name, folder, plan.guest, plan.backing, plan.interval, counts, memory=plan.memory, tls=plan.tls
-        )
+            name, folder, plan.guest, plan.backing, plan.interval, counts,
+            memory=plan.memory, tls=plan.tls, limit_bytes=plan.limit_bytes,
+        )  # fmt: skip
         self.plan, self.rng = plan, rng
         self.moment = "start"  # for the report of a failure
         self._claim = claim

@@ -22,6 +22,7 @@ from colocache.vmm import GuestOptions, blocks_for
 LATE_SECONDS_MAX = 90.0  # an event that must come did not: something hangs
 PATIENT = 300.0  # a reconnect limit that no busy machine reaches
 RAM_BYTES = 64 << 20
+LIMIT_EVENTS = {"at_limit": "stood at its memory limit", "private_given_up": "gave up private pages for its limit"}
 WORKING_SET_BYTES = RAM_BYTES // 2  # so much that many pages are written by one side only
 QEMU_RAM_BYTES = 24 << 20  # of the small guest that needs only a QEMU
 
@@ -72,11 +73,12 @@ class Watched:
         *,
         memory: str = "mirror",
         tls: bool = False,
+        limit_bytes: int = 0,
     ) -> None:
         self.name, self.counts = name, counts
         self.persistent = False  # the memory outlives its keeper
         self._ways = ["--guest", guest, "--backing", backing]
-        self._memory = memory
+        self._memory = ["--memory", memory, *(("--memory-limit", str(limit_bytes)) if limit_bytes else ())]
         self._interval = interval
         self._folder = folder
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -130,7 +132,7 @@ class Watched:
     def _start_secondary(self, *args: str, limit: float = PATIENT) -> None:
         after = time.monotonic_ns()
         self._secondary = self._start(
-            "secondary", "--listen", self._address, "--name", self.name, "--memory", self._memory,
+            "secondary", "--listen", self._address, "--name", self.name, *self._memory,
             "--reconnect-limit", str(limit), *args,
         )  # fmt: skip
         self.persistent = self._wait("secondary", "start", after)["persistent"]
@@ -167,6 +169,8 @@ class Watched:
         ):
             raise BrokenError(f"{pages} of {self._n_pages} pages were verified: {event}")
         self.counts.add("pages verified", pages)
+        if name in LIMIT_EVENTS:
+            self.counts.add(LIMIT_EVENTS[name])
         if name in ("error", "refused", "flush_error", "alone", "takeover", "aborted") and name not in self._allowed:
             raise BrokenError(f"the {side} must not say this now: {event}")
 
