@@ -86,7 +86,8 @@ run)
     "$dir/crash_blocks" bounded
     "$dir/crash_threads"
     "$dir/crash_failover"
-    "$dir/fail"
+    "$dir/fail" mirror
+    "$dir/fail" bounded
     "$dir/fail_memory"
     ;;
 *)
