@@ -83,6 +83,26 @@ def test_a_guest_that_its_firmware_still_loads_has_no_wrong_page(accel: str) -> 
             guest.close()
 
 
+@every_accel
+def test_it_tells_each_line_that_is_typed_once_with_its_number(accel: str) -> None:
+    guest = guest_of(GuestOptions(working_set_bytes=2 << 20, accel=accel), SMALL_RAM)
+    said: list[bytes] = []
+    with image_file(SMALL_RAM) as fd:
+        process = QemuProcess(guest.line, fd, shared=True, on_output=said.append)
+        try:
+            process.cont()
+            wait_until(lambda: b"#0 " in b"".join(said))
+            typed = b"one\ntwo\r\n\n" + b"x" * 300 + b"\nthe end\n"
+            while typed:
+                typed = typed[process.write_console(typed) :]
+            wait_until(lambda: b"the end\r\n" in b"".join(said))
+        finally:
+            process.kill()
+            guest.close()
+    told = [line for line in b"".join(said).split(b"\r\n") if line.startswith(b">")]
+    assert told == [b">0 one", b">1 two", b">2 " + b"x" * 32, b">3 the end"]
+
+
 @pytest.mark.parametrize("ram_bytes", [0, RAM_MIN - 4096, RAM_MAX + 4096, RAM_MIN + 1])
 def test_memory_that_the_guest_can_not_have_is_refused(ram_bytes: int) -> None:
     with pytest.raises(ArgumentError, match="the small guest takes"):

@@ -15,6 +15,7 @@ from colocache.commands.options import (
     disk_option,
     foreseen,
     guest_options,
+    interval_option,
     json_option,
     memory_limit_option,
     memory_option,
@@ -39,7 +40,7 @@ from colocache.commands.options import (
     show_default=True,
     help="How many checkpoints are taken before the primary is killed.",
 )
-@seconds_option("--interval", default=0.2, help="Time between two checkpoints.")
+@interval_option(0.2)
 @click.option(
     "--kill-primary-at",
     type=click.Choice(KILL_POINTS),
@@ -66,6 +67,21 @@ from colocache.commands.options import (
 @click.option("--kernel", default="", metavar="FILE", help="With --guest qemu: a Linux kernel to boot in both QEMUs.")
 @click.option("--initrd", default="", metavar="FILE", help="Its initial file system.")
 @click.option("--append", default="", metavar="WORDS", help="Its command line.")
+@click.option(
+    "--net",
+    default="",
+    metavar="ADDRESS/BITS",
+    help="With --guest qemu and a kernel or QEMU ARGS: a network of the demo's own, in a namespace that goes with it, "
+    "in which it has this address and each side a TAP device for the guest's card. Without root it is made in a user "
+    "namespace, where the kernel allows that and /dev/net/tun is everybody's.",
+)
+@click.option(
+    "--talk",
+    default="",
+    metavar="HOST:PORT",
+    help="With --net: a server in the guest that answers each line with one that ends in it. A client of the demo's "
+    "talks to it over the kill.",
+)
 @click.option("--seed", type=int, default=None, help="With --kill-primary-at random: the same moment again.")
 @trace_option
 @json_option
@@ -83,10 +99,17 @@ def demo(as_json: bool, **given: Any) -> None:
     guest_wrong = ""
     with stop_on_signals() as stop:
         # Imported here: from now on Ctrl-C is heard in order.
+        from colocache.demo import network
         from colocache.demo.run import DemoError, DemoOptions, DemoRun
         from colocache.demo.table import DemoTable
 
-        guest = chosen_guest({**given, "command": _command(given)})
+        net, talk = given["net"], given["talk"]
+        guest = chosen_guest({**given, "command": _command(given), "net": net, "mac": "", "pair": "demo"})
+        if talk and not net:
+            raise click.UsageError("--talk needs --net: how would the guest be reached?")
+        if net:
+            network.check(net, talk)
+            network.enter()
         options = DemoOptions(
             guest=guest.kind,
             ram_bytes=sum(block.len_bytes for block in guest.blocks),
@@ -108,6 +131,8 @@ def demo(as_json: bool, **given: Any) -> None:
             console=given["console"],
             command=guest.options.command,
             disks=guest.options.disks,
+            net=net,
+            talk=talk,
             trace=given["trace"],
             resume_at=given["resume_at"],
             background=given["background"],
@@ -168,6 +193,22 @@ def _guest_report(report: dict[str, Any]) -> str:
     )
 
 
+def _client(report: dict[str, Any]) -> str:
+    """What a client of the guest's saw, and what it waited for."""
+    client = report.get("client")
+    if not client:
+        return ""
+    held, alone = client["latency_ms"], client["latency_alone_ms"]
+    again = f", {client['told_again']} told again" if client["told_again"] else ""
+    return (
+        f"a client talked to the guest over the kill ({client['over']}): {client['replies']:,} answers, "
+        f"{client['after_takeover']} of them after the takeover, {client['wrong']} wrong, {client['missing']} missing"
+        f"{again}; the longest gap was {client['longest_gap_ms']:.0f} ms\n"
+        f"it waited {held['p50']:.1f} ms (p50), {held['p99']:.1f} (p99) for an answer that was held until its epoch "
+        f"was sealed, and {alone['p50']:.1f}, {alone['p99']:.1f} when the machine ran alone\n"
+    )
+
+
 def _in_words(report: dict[str, Any], guest_wrong: str) -> str:
     """The report for people."""
     failover, pause, primary = report["failover"], report["pause_ms"], report["pvm_pause_ms"]
@@ -207,6 +248,7 @@ def _in_words(report: dict[str, Any], guest_wrong: str) -> str:
         f"ran on for {failover['steps_run_on']:,} steps\n"
         f"{_folded(failover)}"
         f"{_world(report)}"
+        f"{_client(report)}"
         f"{_guest_report(report)}"
         f"{report['verified_pages']:,} pages verified, {report['wrong_pages']} wrong\n"
         f"{verdict}"

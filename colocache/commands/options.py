@@ -176,6 +176,18 @@ guest_options = options(
     click.argument("command", nargs=-1, type=click.UNPROCESSED, metavar="[-- QEMU ARGS...]"),
 )
 
+
+def interval_option(default: float) -> Callable[[F], F]:
+    """The trade of a pair, with what it was where it was measured."""
+    return seconds_option(
+        "--interval",
+        default=default,
+        help="Time between two checkpoints. What the guest sends is held until its epoch is sealed: a client that "
+        "waits for each answer waited 540 ms with 0.5, 205 ms with 0.2 and 150 ms with 0.05, where the same guest "
+        "alone answered in 2 (Linux on two busy cores). The shorter it is, the more of its time a guest stands.",
+    )
+
+
 net_options = options(
     click.option(
         "--net",

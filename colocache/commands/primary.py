@@ -18,6 +18,7 @@ from colocache.commands.options import (
     disk_option,
     foreseen,
     guest_options,
+    interval_option,
     net_options,
     pair_option,
     print_json,
@@ -48,7 +49,7 @@ from colocache.commands.options import (
     show_default="as fast as it goes",
     help="The most bytes a second that the first copy of the disks may take.",
 )
-@seconds_option("--interval", default=0.5, help="Time between two checkpoints.")
+@interval_option(0.5)
 @click.option(
     "--checkpoints",
     type=click.IntRange(min=0),

@@ -22,10 +22,12 @@ from typing import Any
 
 from colocache import list_regions
 from colocache.children import python_command
+from colocache.demo import network
 from colocache.demo.console import ConsoleTail
 from colocache.demo.images import images_for
 from colocache.demo.meeting import meeting_place
 from colocache.demo.room import check_pair_fits
+from colocache.demo.talk import Client, ConsoleClient, TcpClient
 from colocache.demo.tally import Tally
 from colocache.demo.world import GuestReport, guest_report, told_steps
 from colocache.errors import ColocacheError
@@ -37,6 +39,7 @@ from colocache.vmm.guests import blocks_for, guest_kind_available
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
 END_SECONDS = 20.0  # for a process that was told to end
 SLICE_SECONDS = 0.1
+ANSWER_SECONDS = 2.0  # a machine that ran on for so long has answered what was asked before
 
 
 class DemoError(ColocacheError):
@@ -72,6 +75,8 @@ class DemoOptions:
     background: bool = True
     round_delay: float = 0.0
     round_pages: int = 0
+    net: str = ""  # this host's address on the guest's network, with its length: 10.9.0.1/24; "" = none
+    talk: str = ""  # HOST:PORT of a server in the guest that answers each line with one that ends in it
     trace: str = ""  # a file for the stages of both sides; "" = none
 
 
@@ -167,7 +172,9 @@ class DemoRun:
         self._random = random.Random(options.seed)  # noqa: S311 -- when to kill is no secret
         self._seen: dict[tuple[str, str], dict[str, Any]] = {}
         self._killed_ns: int | None = None
-        self._console: ConsoleTail | None = None
+        self._console: ConsoleTail | ConsoleClient | None = None
+        self._client: Client | None = None
+        self._in_step_ns = 0  # when the first checkpoint was through
         self._shows_console = False
         self._taken_over_at = 0  # bytes of the console that came before the takeover
         self.guest_report: GuestReport | None = None
@@ -189,8 +196,12 @@ class DemoRun:
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
             self._shows_console = kind == "qemu" or bool(self.options.console)
-            self._console = stack.enter_context(ConsoleTail(self.options.console))
             self._images = stack.enter_context(images_for(self.options.disks))
+            self._console = stack.enter_context(self._make_console(kind))
+            if self.options.net:
+                network.make(self.options.net)
+            if self.options.talk:
+                self._client = stack.enter_context(TcpClient(*network.server(self.options.talk)))
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             if self.options.trace:
                 begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
@@ -208,6 +219,7 @@ class DemoRun:
                 raise DemoError(f"the secondary ended with status {status}: {secondary.last_words()}")
             world = told_steps(self._console.whole()) if kind != "qemu" and self._console.is_file else None
             self.guest_report = guest_report(self._console.whole(), self._taken_over_at)
+        client = self._client.answers.report(*self._moments()) if self._client else None
         start = self._seen["secondary", "start"]
         report = {
             "guest": start["guest"],
@@ -222,6 +234,7 @@ class DemoRun:
                 else {}
             ),
             **({"world": world} if world else {}),
+            **({"client": {"over": self._client.over, **client}} if self._client and client else {}),
             **({"guest_report": self.guest_report.as_json()} if self.guest_report else {}),
             "kill_primary_at": self.options.kill_at,
             "verify": self.options.verify,
@@ -232,6 +245,18 @@ class DemoRun:
             report["memory_limit"] = self.tally.memory.report(self.options.memory_limit)
         self._check(report)
         return report
+
+    def _make_console(self, kind: str) -> ConsoleTail | ConsoleClient:
+        """The small QEMU guest's is talked at, unless its user wants it elsewhere."""
+        if kind == "qemu" and not (self.options.command or self.options.console):
+            self._client = ConsoleClient()
+            return self._client
+        return ConsoleTail(self.options.console)
+
+    def _moments(self) -> tuple[int, int, int]:
+        """When the pair was in step, its primary was killed, its secondary ran; CLOCK_MONOTONIC in ns."""
+        promoted = self._seen.get(("secondary", "promoted"), {"t": 0})
+        return self._in_step_ns, self._killed_ns or 0, int(promoted["t"])
 
     # ---- the two sides ----
 
@@ -261,12 +286,14 @@ class DemoRun:
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
         memory = ["--memory", self.options.memory_mode, "--memory-limit", str(self.options.memory_limit)]
         args = [*self._common_args(), *self._trace_args("secondary"), "--listen", address, "--name", self._name]
-        return self._with_command([*args, *memory, *limits, *_disk_args(self._images)])
+        more = [*_disk_args(self._images), *self._net_args("secondary")]
+        return self._with_command([*args, *memory, *limits, *more])
 
     def _primary_args(self, address: str) -> list[str]:
         o = self.options
         args = [*self._common_args(), *self._trace_args("primary"), "--connect", address]
         args += ["--interval", str(o.interval), "--verify", o.verify, "--resume-at", o.resume_at]
+        args += self._net_args("primary")
         args += ["--background" if o.background else "--no-background"]
         args += ["--round-delay", str(o.round_delay), "--round-pages", str(o.round_pages)]
         args += _disk_args(o.disks)
@@ -279,6 +306,9 @@ class DemoRun:
         else:
             args += ["--checkpoints", str(o.checkpoints), "--hold"]
         return self._with_command(args)
+
+    def _net_args(self, side: str) -> list[str]:
+        return ["--net", f"tap:{network.TAPS[side]}"] if self.options.net else []
 
     def _with_command(self, args: list[str]) -> list[str]:
         return [*args, "--", *self.options.command] if self.options.command else args
@@ -304,6 +334,8 @@ class DemoRun:
         self._seen[event["side"], event["event"]] = event
         if event["event"] == "takeover" and self._console is not None:
             self._taken_over_at = self._console.n_bytes()
+        if event["event"] == "checkpoint" and not self._in_step_ns:
+            self._in_step_ns = int(event["t"])
         self.tally.add(event)
         self._on_event(event)
         if event["event"] == "held":  # its operator would have to come, and there is none
@@ -352,6 +384,12 @@ class DemoRun:
             raise DemoError(
                 f"the world saw {world['lines']} lines of the guest, with {world['steps_missing']} steps missing and "
                 f"{world['steps_again']} told again"
+            )
+        client = report.get("client")
+        if client and (client["wrong"] or client["error"] or (client["missing"] and o.run_on >= ANSWER_SECONDS)):
+            raise DemoError(
+                f"the client had {client['replies']} answers, {client['wrong']} wrong and {client['missing']} missing"
+                + (f": {client['error']}" if client["error"] else "")
             )
         wanted = self._kill_after
         if report["checkpoints"] < wanted:

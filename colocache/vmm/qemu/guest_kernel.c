@@ -10,6 +10,9 @@
 #define SERIAL 0x3f8
 #define SERIAL_TRIES 10000 /* a console that takes nothing must not stop the guest */
 
+#define HEARD_BYTES 32    /* of a line that is told again; the rest is forgotten */
+#define HEARD_AT_ONCE 256 /* bytes: whoever types must not keep it from its steps */
+
 GUEST_INLINE uint64_t ticks(void)
 {
     uint32_t low, high;
@@ -56,6 +59,9 @@ __attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN vo
         for (uint64_t at = control->area; at < control->area_end; at += 8)
             *(volatile uint64_t *)(uintptr_t)at = 0;
     *started = 1;
+    uint8_t heard[HEARD_BYTES];
+    uint64_t n_heard = 0, n_told = 0;
+    out(SERIAL + 2, 1); /* room for more than one byte */
     uint64_t due = ticks(), line = due;
     for (;;) {
         /* Volatile, so in this order: entry, count, salt.  Steps under a salt come after its entry is counted. */
@@ -76,6 +82,22 @@ __attribute__((section(GUEST_TEXT), noinline, used, aligned(16))) GUEST_PLAIN vo
         while (due - now <= pace && due != now) {
             __asm__ volatile("pause");
             now = ticks();
+        }
+        /* What was typed: ">N LINE", N in hexadecimal from 0. */
+        for (int n = 0; n < HEARD_AT_ONCE && in(SERIAL + 5) & 1; n++) {
+            uint8_t byte = in(SERIAL);
+            if (byte != '\r' && byte != '\n') {
+                if (n_heard < HEARD_BYTES)
+                    heard[n_heard++] = byte;
+            } else if (n_heard) {
+                say_number('>', n_told++);
+                say(' ');
+                for (uint64_t i = 0; i < n_heard; i++)
+                    say(heard[i]);
+                say('\r');
+                say('\n');
+                n_heard = 0;
+            }
         }
         if (control->line_ticks && now - line >= control->line_ticks) {
             line = now;

@@ -22,6 +22,8 @@
  *
  * At a reboot the loader makes all but the last two anew; the guest then clears what it wrote before, so that its history is the whole truth.
  *
+ * Now and then it writes a line on its serial port: "#N STEP", in hexadecimal; and it tells each line that is typed there again: ">N LINE".
+ *
  * Stopped anywhere, not only between two steps: the pages of the step that is under way may be new up to one word and old after it.
  */
 #ifndef COLOCACHE_GUEST_KERNEL_H
