@@ -25,6 +25,7 @@ SWITCHES = {
     *("h", "help", "version", "audio-help", "mem-prealloc", "snapshot", "usb", "nographic", "portrait", "full-screen"),
     *("win2k-hack", "no-fd-bootchk", "no-acpi", "no-hpet", "singlestep", "preconfig", "S", "s", "enable-kvm"),
     *("xen-attach", "xen-domid-restrict", "no-reboot", "no-shutdown", "daemonize", "only-migratable", "nodefaults"),
+    "semihosting",
     *("no-user-config", "async-teardown", "enable-sync-profile", "nouserconfig", "enable-fips", "no-quit"),
 }
 
@@ -158,7 +159,7 @@ def _device(line: CommandLine, name: str, value: str) -> None:
     driver = pairs.get("driver", "")
     _refuse(f"-device {driver}", refusals.match(refusals.DEVICES, driver))
     if is_on(pairs.get("vhost", "off").strip('"')):
-        _refuse(f"-device {driver},vhost=on", refusals.DEVICES["vhost-*"])
+        _refuse(f"-device {driver},vhost=on", refusals.VHOST)
     _keep(line, name, value)
 
 
@@ -177,6 +178,8 @@ def _drive(line: CommandLine, name: str, value: str) -> None:
 
 
 def _network(_line: CommandLine, name: str, value: str) -> None:
+    if any(is_on(_pairs(value, "type").get(key, "off")) for key in ("vhost", "vhostforce")):
+        _refuse(f"-{name} {value}", refusals.VHOST)
     if value != "none":
         _refuse(f"-{name} {value}", NETWORK)
 
@@ -193,6 +196,12 @@ def _serial(line: CommandLine, name: str, value: str) -> None:
         line.console = False
     else:
         _refuse(f"-{name} {value}", f"{TWICE}; colocache shows the console and writes it to a file itself")
+
+
+def _audio(line: CommandLine, name: str, value: str) -> None:
+    if _pairs(value, "driver").get("driver") != "none":
+        _refuse(f"-{name} {value}", refusals.SOUND)
+    _keep(line, name, value)
 
 
 def _monitor(_line: CommandLine, name: str, value: str) -> None:
@@ -257,6 +266,7 @@ READERS: dict[str, Callable[[CommandLine, str, str], None]] = {
     "object": _object,
     "drive": _drive,
     "blockdev": _drive,
+    "audiodev": _audio,
     "netdev": _network,
     "nic": _network,
     "net": _network,

@@ -12,6 +12,10 @@ from fnmatch import fnmatchcase
 OURS = "colocache gives this option itself"
 TWICE = "every process of the pair would open it, and several run on one host"
 NETWORK = "what a guest sends must be held until its epoch is sealed; `--net tap:NAME` adds a card and connects it"
+CARD = "it would be connected to nothing that is held; `--net tap:NAME` adds the one card that works, virtio-net-pci"
+VHOST = "the host's kernel would write guest memory unseen, and send at once what must be held till its epoch is sealed"
+SOUND = "what is heard is not held until its epoch is sealed"
+OUTSIDE = "what it writes outside is not held until its epoch is sealed"
 DISK = "a writable disk must be of the same epoch as memory; `--disk FILE` adds one that is"
 VIDEO = "the display's memory is not replicated yet"
 LOCKS = "it would make a private copy of every page of a secondary"
@@ -46,6 +50,10 @@ OPTIONS = {
     "virtfs": "a folder of the host is no part of an epoch",
     "tpmdev": "its state lies outside QEMU",
     "spice": VIDEO,
+    "audio": SOUND,
+    "soundhw": SOUND,
+    "semihosting": OUTSIDE,
+    "semihosting-config": OUTSIDE,
     "gdb": TWICE,
     "s": TWICE,
     "qmp-pretty": TWICE,
@@ -73,6 +81,25 @@ DEVICES = {
     "usb-host": "a device of the host can't be moved",
     "usb-redir": "a device elsewhere can't be moved",
     "u2f-passthru": "a device of the host can't be moved",
+    "virtio-input-host*": "a device of the host can't be moved",
+    "ccid-card-passthru": "a device elsewhere can't be moved",
+    "scsi-generic": "a device of the host can't be moved",
+    "scsi-block": "a device of the host can't be moved",
+    "usb-mtp": "a folder of the host is no part of an epoch",
+    **dict.fromkeys(
+        (
+            *("virtio-net*", "e1000*", "rtl8139", "ne2k_*", "pcnet", "vmxnet3", "i82[58]*", "igb", "tulip"),
+            *("usb-net", "rocker", "sungem", "sunhme", "xen-net-device", "pvrdma", "lan9118", "dp8393x"),
+        ),
+        CARD,
+    ),
+    **dict.fromkeys(
+        (
+            *("AC97", "ES1370", "sb16", "adlib", "cs4231a", "gus", "intel-hda", "ich9-intel-hda", "hda-*"),
+            *("usb-audio", "virtio-sound*"),
+        ),
+        SOUND,
+    ),
     "tpm-*": "its state lies outside QEMU",
     "loader": HIDES,
     "VGA": VIDEO,
@@ -93,6 +120,9 @@ OBJECTS = {
     "sev*-guest": "memory that is encrypted for one host can't be read",
     "tdx-guest": "memory that is encrypted for one host can't be read",
     "*-pv-guest": "memory that is encrypted for one host can't be read",
+    "can-host-*": NETWORK,
+    "input-linux": "a device of the host can't be moved",
+    "dbus-vmstate": "its state lies outside QEMU",
     "filter-*": NETWORK,
     "colo-compare": NETWORK,
     "x-remote-object": "another process would be part of the machine",
