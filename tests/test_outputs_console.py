@@ -23,6 +23,7 @@ import linux_guest
 import pytest
 from cli_sides import Process, Sides
 from qemu_support import needs_qemu, wait_until
+from toy import Link
 
 from colocache.errors import ArgumentError
 from colocache.outputs import unix_front
@@ -30,6 +31,7 @@ from colocache.outputs.keyboard import Keyboard
 from colocache.outputs.piece import CARD, CONSOLE
 from colocache.outputs.typed import TypedInput
 from colocache.outputs.unix_front import UnixFront
+from colocache.replication.address import Address
 
 HEARD = re.compile(rb"heard (\d+) (\w+)\r\n")
 DIES_AT = 40  # this checkpoint, if the primary kills itself
@@ -75,6 +77,13 @@ class Machine:
     def _give(self, data: bytes) -> int:
         self.got += data
         return len(data)
+
+
+@pytest.fixture
+def sides(tmp_path: Path, region_name: str) -> Iterator[Sides]:
+    made = Sides(tmp_path, region_name)
+    yield made
+    made.close()
 
 
 # ---- the front ----
@@ -208,6 +217,54 @@ def test_a_name_that_can_be_no_socket_is_one_sentence(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text() == "mine"
 
 
+# ---- both alive ----
+
+
+def everything(client: socket.socket, seconds: float) -> bytes:
+    """What the client is told in that time."""
+    data, until = b"", time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0 and select.select([client], [], [], left)[0]:
+        more = client.recv(1 << 16)
+        if not more:
+            break
+        data += more
+    return data
+
+
+@pytest.mark.parametrize("never", ["primary", "secondary"])
+def test_with_the_link_cut_and_both_alive_one_machine_has_the_console(sides: Sides, tmp_path: Path, never: str) -> None:
+    """On one host, with one PATH for both: it leads to whoever may be seen, and a client of the other hears nothing."""
+    console = tmp_path / "console"
+    args = {
+        role: ("--console", f"unix:{console}", "--run-on", "0", "--arbiter", "never" if role == never else "solo",
+               "--reconnect-limit", "4" if role == never else "0.3")
+        for role in ("primary", "secondary")
+    }  # fmt: skip
+    secondary = sides.secondary(*args["secondary"])
+    link = Link(tmp_path, Address.parse(f"unix:{tmp_path}/s"))
+    try:
+        primary = sides.primary("--connect", str(link.address), *args["primary"])
+        secondary.until("checkpoint", 4)
+        with client_of(console) as first:
+            assert everything(first, 0.3)
+            link.close()
+            if never == "primary":
+                secondary.until("takeover")
+                time.sleep(0.2)
+                everything(first, 0.1)  # what was on its way
+                assert everything(first, 1.5) == b""
+                with client_of(console) as second:
+                    assert everything(second, 0.5)
+            else:
+                primary.until("alone")
+                everything(first, 0.1)
+                assert everything(first, 0.5)
+            assert not any(event["event"] in ("takeover", "alone") for event in {
+                "primary": primary, "secondary": secondary}[never].events)  # fmt: skip
+    finally:
+        link.close()
+
+
 # ---- standard input ----
 
 
@@ -321,13 +378,6 @@ class Typist:
         self._thread.join(20)
         if self.problem is not None:
             raise self.problem
-
-
-@pytest.fixture
-def sides(tmp_path: Path, region_name: str) -> Iterator[Sides]:
-    made = Sides(tmp_path, region_name)
-    yield made
-    made.close()
 
 
 def dies(primary: Process, point: str, run: int) -> None:

@@ -18,10 +18,12 @@ from pathlib import Path
 import linux_guest
 import pytest
 from qemu_support import needs_qemu
+from toy import Link
 
 from colocache.children import python_command
 from colocache.errors import ArgumentError
 from colocache.outputs.tap import TapFront, tap_name
+from colocache.replication.address import Address
 
 CLIENT = Path(__file__).with_name("tcp_client.py")
 COUNT = re.compile(rb"count (\d+)\r\n")
@@ -134,6 +136,70 @@ def test_tcp_connection_survives_the_takeover(
     assert told["replies"] > 20
     counted = [int(n) for n in COUNT.findall(console.read_bytes())]
     assert counted == list(range(1, len(counted) + 1))
+
+
+def sent(network: list[str], tap: str) -> int:
+    """Packets that this side's world was shown."""
+    read = ["cat", f"/sys/class/net/{tap}/statistics/rx_packets"]
+    return int(subprocess.run([*network, *read], check=True, capture_output=True, text=True).stdout)
+
+
+@needs_qemu
+@pytest.mark.parametrize("never", ["primary", "secondary"])
+def test_with_the_link_cut_and_both_alive_the_world_sees_one_machine(
+    tmp_path: Path, network: list[str], region_name: str, never: str
+) -> None:
+    """The one whose arbiter says no sends nothing from the cut on, though it runs on for seconds, and the client's
+    connection is the other's."""
+    if not (linux_guest.folder() / "modules" / "virtio_net.ko").is_file():
+        pytest.skip("the folder COLOCACHE_LINUX has no modules/virtio_net.ko")
+    console = {role: tmp_path / role for role in ("primary", "secondary")}
+    guest = linux_guest.command(tmp_path, init=linux_guest.SERVER)
+    arbiter = {role: "never" if role == never else "solo" for role in console}
+    limit = {role: "6" if role == never else "0.3" for role in console}
+    link = None
+    secondary = side(
+        network, "secondary", "--listen", f"unix:{tmp_path}/s", "--name", region_name, "--net", "tap:two",
+        "--run-on", "0", "--arbiter", arbiter["secondary"], "--reconnect-limit", limit["secondary"],
+        "--console", str(console["secondary"]), "--", *guest,
+    )  # fmt: skip
+    primary = client = None
+    try:
+        until(secondary, "listening")
+        link = Link(tmp_path, Address.parse(f"unix:{tmp_path}/s"))
+        primary = side(
+            network, "primary", "--connect", str(link.address), "--net", "tap:one", "--interval", "0.2", "--verify",
+            "none", "--run-on", "0", "--arbiter", arbiter["primary"], "--reconnect-limit", limit["primary"],
+            "--console", str(console["primary"]), "--", *guest,
+        )  # fmt: skip
+        client = subprocess.Popen(
+            [*network, sys.executable, CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert client.stdout is not None
+        assert client.stdout.readline() == "connected\n"
+        until(primary, "checkpoint", time.monotonic_ns() + TALK_NS)
+        link.close()
+        if never == "primary":
+            until(secondary, "takeover")
+        else:
+            until(primary, "alone")
+        silent, other = ("one", "two") if never == "primary" else ("two", "one")
+        before, others, told = sent(network, silent), sent(network, other), console[never].read_bytes()
+        time.sleep(4)
+        assert (sent(network, silent), console[never].read_bytes()) == (before, told)
+        assert sent(network, other) > others + 20
+        out, _ = client.communicate("enough\n", timeout=90)
+    finally:
+        if link is not None:
+            link.close()
+        for one in (client, primary, secondary):
+            if one is not None and one.poll() is None:
+                one.terminate()
+                one.wait(30)
+            if one is not None and one.stdout is not None:
+                one.stdout.close()
+    told_by_client = json.loads(out)
+    assert (told_by_client["wrong"], told_by_client["error"]) == (0, "")
 
 
 def test_what_is_no_device_is_one_sentence() -> None:
