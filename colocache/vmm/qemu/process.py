@@ -38,6 +38,8 @@ LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
 CONSOLE_ROOM = 16 << 10  # of a socket, for console input that QEMU has not read
 CONSOLE_BYTES = 1 << 20  # more than that
+SETTLE_ROUNDS_MAX = 1000  # a ring of a card has 256 packets, and a socket takes ten
+PACKET_SECONDS = 0.2  # to wait for room for a packet
 
 
 class QemuProcess:
@@ -281,11 +283,16 @@ class QemuProcess:
             return b""
 
     def give_packet(self, packet: bytes) -> None:
-        """Its network card receives this, if there is room: packets may be lost."""
+        """Its network card receives this, if there is room soon: packets may be lost. A socket takes ten, and a QEMU
+        that stands none: without a wait most of a burst would be."""
         card = self._card
         if card is not None:
-            with contextlib.suppress(OSError):
-                card.send(packet)
+            with contextlib.suppress(OSError, ValueError):  # the socket may be closed just now
+                try:
+                    card.send(packet)
+                except BlockingIOError:
+                    if select.select([], [card], [], PACKET_SECONDS)[1]:
+                        card.send(packet)
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -315,16 +322,39 @@ class QemuProcess:
 
         Saving may write guest RAM. The log is taken again after it.
         """
-        status, _ = self.quick.execute_all([("query-status", {}), self._save_command()])
+        (status,) = self.quick.execute_all([("query-status", {})])
         if status["running"]:
             raise QemuError("a device state of a running QEMU would be torn: stop it first")
+        self._settle()
+        self.quick.execute_all([self._save_command()])
         return self._saved(limit_bytes)
 
     def stop_and_save(self, limit_bytes: int, meanwhile: Callable[[], None] = lambda: None) -> tuple[bytes, int | None]:
-        """Both, asked for at once: each wait for an answer would be a part of the pause. `meanwhile` is called when it
-        stands. The state, and since when it stands (CLOCK_MONOTONIC; None: it stood before)."""
-        self.quick.execute_all([("stop", {}), self._save_command()], meanwhile=meanwhile)
-        return self._saved(limit_bytes), self.quick.when("STOP")
+        """Both. `meanwhile` is called when it stands. The state, and since when it stands (CLOCK_MONOTONIC; None: it
+        stood before)."""
+        self.quick.execute_all([("stop", {}), ("query-status", {})], meanwhile=meanwhile)
+        since = self.quick.when("STOP")
+        self._settle()
+        self.quick.execute_all([self._save_command()])
+        return self._saved(limit_bytes), since
+
+    def _settle(self) -> None:
+        """It stands: back when its devices have sent all that they had begun to send.
+
+        What found no room in our socket, QEMU sends when there is some, standing or not: a card then tells the guest,
+        in its memory, that the packet has gone, and takes the next. After the save that would be memory which is ahead
+        of the device state, and no QEMU loads that; and what a console had begun would be said twice. QEMU's main loop
+        has been round for certain when it has answered twice.
+        """
+        self._readers.drain()
+        for _ in range(SETTLE_ROUNDS_MAX):
+            for _ in range(2):
+                self.quick.execute_all([("query-status", {})])
+            if not self._readers.drain():
+                return
+        raise QemuError(
+            f"the guest stands and its devices send on and on, {SETTLE_ROUNDS_MAX} times what there is room for"
+        )
 
     def _save_command(self) -> Command:
         return "xen-save-devices-state", {"filename": fd_path(self._state), "live": False}

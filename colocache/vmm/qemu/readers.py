@@ -62,18 +62,19 @@ class Readers:
         self._takers.append(take)
         self._driver.soon(listen)
 
-    def drain(self) -> None:
-        """Back when all that was written before has been handed on, also if that is more than there is room.
-
-        QemuSlowError.
+    def drain(self) -> bool:
+        """Back when all that was written before has been handed on, also if that is more than there is room. Whether
+        there was any. QemuSlowError.
         """
 
-        async def drain() -> None:
+        async def drain() -> bool:
+            n_taken = 0
             for take in self._takers:
                 while take():
-                    pass
+                    n_taken += 1
+            return n_taken > 0
 
-        self._driver.call(drain(), "hand on what its guest said", DRAIN_SECONDS)
+        return self._driver.call(drain(), "hand on what its guest said", DRAIN_SECONDS)
 
     def let_go(self) -> list[int]:
         """Nothing more is read: the descriptors that the loop still knows, for whoever closes them in its thread."""
