@@ -6,20 +6,23 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import linux_guest
 import pytest
-from qemu_support import guest, image_file, needs_qemu, wait_until
-from test_demo import demo, report_of
+from qemu_support import QEMU, guest, image_file, needs_qemu, wait_until
+from test_demo import command, demo, report_of
 
 from colocache.disks.export import Export
 from colocache.disks.mirrored import MirroredDisks
 from colocache.disks.nbd_client import Reader, ReadError
 from colocache.disks.write import Kind, Write
 from colocache.errors import ArgumentError
+from colocache.replication.conversation import Meeting, meet
+from colocache.replication.hello import Hello, HelloBlock
 from colocache.vmm.qemu import mirror
 from colocache.vmm.qemu.disk import CLUSTER, DiskSpec, Nodes, disks_of, node_of, write_overlay
 from colocache.vmm.qemu.errors import QemuError
@@ -94,6 +97,58 @@ def test_a_disk_twice_and_too_many_are_refused(tmp_path: Path) -> None:
         disks_of([str(path), f"{path},format=raw"])
     with pytest.raises(ArgumentError, match="at most 16"):
         disks_of([str(path)] * 17)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (("secondary", "--guest", "process", "--listen", "127.0.0.1:0", "--disk", "x"), "--disk is for --guest qemu"),
+        (("demo", "--guest", "qemu", "--disk", "x"), "--disk needs a guest that uses it"),
+        (("demo", "--guest", "qemu", "--disk", "/none", "--", QEMU), "the disk /none can't be read"),
+        (("demo", "--guest", "qemu", "--", QEMU, "-hda", "x"), "`--disk FILE` adds one"),
+        (("demo", "--guest", "qemu", "--", QEMU, "-snapshot"), "`--disk FILE` adds one"),
+        (("demo", "--guest", "qemu", "--", QEMU, "-drive", "file=x,if=floppy"), "`--disk FILE` adds one"),
+    ],
+)
+def test_a_disk_that_cannot_be_of_the_epoch_is_refused_by_name(args: tuple[str, ...], words: str) -> None:
+    ran = subprocess.run(command(*args), capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode != 0
+    assert words in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("image", "more", "words"),
+    [
+        (SIZE, ("--disk-log-limit", "16M"), "give --disk-log-limit 33M or more"),
+        (0, (), "has 0 bytes"),
+        (SIZE, ("--disk-log", "/none"), "--disk-log names another folder"),
+    ],
+)
+def test_a_secondary_whose_disk_can_not_be_says_so(
+    tmp_path: Path, image: int, more: tuple[str, ...], words: str
+) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(bytes(image))
+    line = (QEMU, "-m", "32", "-accel", "tcg", "-nodefaults")
+    where = ("secondary", "--guest", "qemu", "--listen", f"unix:{tmp_path}/s", "--disk", str(path))
+    ran = subprocess.run(command(*where, *more, "--", *line), capture_output=True, text=True, timeout=60, check=False)
+    assert ran.returncode != 0
+    assert words in ran.stderr
+    assert "Traceback" not in ran.stderr
+
+
+def test_disks_of_another_size_are_no_pair_and_both_are_told_the_sizes() -> None:
+    blocks = (HelloBlock("pc.ram", 4096, 4096),)
+    own = Hello("primary", "x", None, 0, 0, False, "same", blocks, disks=(SIZE, 4096))
+    for disks, words in [
+        ((SIZE, 8192), "disk 1 has 8192 bytes at the peer and 4096 here"),
+        ((SIZE,), "no bytes at the peer"),
+    ]:
+        peer = Hello("secondary", "x", bytes(16), 0, 0, False, "other", blocks, disks=disks)
+        meeting, sentence = meet(own, peer)
+        assert meeting is Meeting.REFUSED
+        assert words in sentence
 
 
 # ---- on a QEMU ----
@@ -211,20 +266,36 @@ def test_after_a_takeover_an_overlay_becomes_part_of_its_image(made: ExitStack, 
 @pytest.mark.parametrize("point", ["running", "receiving", "sealed", "random"])
 def test_the_files_of_a_linux_are_whole_after_the_takeover(tmp_path: Path, point: str, run: int) -> None:
     """By hand: COLOCACHE_LINUX_RUNS=20."""
-    console = tmp_path / "console"
-    line = linux_guest.command(tmp_path, init=linux_guest.DISK)
-    linux_guest.need_module("virtio_blk")
     path = tmp_path / "disk"
     path.touch()
     os.truncate(path, 64 << 20)
-    args = ("--guest", "qemu", "--disk", str(path), "--checkpoints", "4", "--interval", "0.6", "--run-on", "4")
-    report = report_of(
-        demo(*args, "--console", str(console), "--kill-primary-at", point, "--json", "--", *line, timeout=300)
-    )
+    told = files_over_a_kill(tmp_path, point, str(path))
+    assert set(told) == {"vda"}, run
+    assert {one.name for one in tmp_path.iterdir()} == {"console", "disk", "initrd"}
+
+
+@pytest.mark.slow
+def test_two_disks_of_two_formats_are_of_one_epoch(tmp_path: Path) -> None:
+    raw, other = tmp_path / "raw", tmp_path / "other"
+    raw.touch()
+    os.truncate(raw, 48 << 20)
+    with other.open("wb") as file:
+        write_overlay(file.fileno(), 64 << 20)
+    assert set(files_over_a_kill(tmp_path, "random", str(raw), f"{other},format=qcow2")) == {"vda", "vdb"}
+
+
+def files_over_a_kill(tmp_path: Path, point: str, *disks: str) -> dict[str, tuple[int, int]]:
+    """What the guest told of its files, by disk, over the kill of its primary; none was bad."""
+    console = tmp_path / "console"
+    line = linux_guest.command(tmp_path, init=linux_guest.DISK)
+    linux_guest.need_module("virtio_blk")
+    args = ["--guest", "qemu", "--checkpoints", "12", "--interval", "0.6", "--run-on", "8", "--console", str(console)]
+    for one in disks:
+        args += ["--disk", one]
+    report = report_of(demo(*args, "--kill-primary-at", point, "--json", "--", *line, timeout=300))
     assert report["wrong_pages"] == 0
     told = linux_guest.reports(console.read_bytes())
-    assert set(told) == {"vda"}, run
-    n, bad = told["vda"]
-    assert bad == 0
-    assert n > 10
-    assert {one.name for one in tmp_path.iterdir()} == {"console", "disk", "initrd"}
+    for n, bad in told.values():
+        assert bad == 0
+        assert n >= 5, "it has checked none of its files yet"
+    return told
