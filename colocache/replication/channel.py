@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import astuple, replace
+from dataclasses import replace
 from types import TracebackType
 
 from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
@@ -32,6 +32,7 @@ from colocache.errors import (
 from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, parse_message
+from colocache.replication.page_packets import PagePackets
 from colocache.replication.read_ahead import ReadAhead
 from colocache.replication.transport import Transport
 
@@ -39,9 +40,7 @@ LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so 
 LINGER_BYTES_MAX = 256 << 20
 WORD_SECONDS = 0.1
 DISCARD_BYTES = 1 << 18
-PACK_BYTES = 1 << 18  # of packets at once through memory: small enough for the CPU's cache
 SPIN_SECONDS = 0.001  # that `spin` keeps a core awake: sleeping and waking costs more than most answers take
-PACK_BYTES_MAX = (2 << 20) + 4096  # one page of the largest kind
 
 
 class Channel:
@@ -64,7 +63,7 @@ class Channel:
         self._heartbeat: Heartbeat | None = None
         self._begun = bytearray()  # of a message that is not whole yet, which began to come at _begun_at
         self._begun_at = 0.0
-        self._room = bytearray(PACK_BYTES if transport.plain_fd is None else 0)  # for packets to be sent
+        self._packets = PagePackets() if transport.plain_fd is None else None
         self._closed = False
         self._limit: tuple[float, str] | None = None
         self.over = ""  # the sentence of the limit that was reached
@@ -104,14 +103,11 @@ class Channel:
         with self._send_lock:
             self._check_open()
             try:
-                if self._transport.plain_fd is None:
-                    return self._pack_pages(sender, epoch, timeout, max_pages, stripe, n_stripes)
-                return sender.send(
-                    self._fd, epoch=epoch, timeout=timeout, stripe=stripe, n_stripes=n_stripes, max_pages=max_pages
-                )
-            except (
-                SystemCallError
-            ) as error:  # whatever the network's trouble is called, it ends a connection, not a machine
+                part = {"epoch": epoch, "max_pages": max_pages, "stripe": stripe, "n_stripes": n_stripes}
+                if self._packets is not None:
+                    return self._packets.send(sender, lambda packets: self._send_all([packets], timeout), **part)
+                return sender.send(self._fd, timeout=timeout, **part)
+            except SystemCallError as error:  # whatever the network calls it, it ends a connection and no machine
                 self._broken = True
                 raise PeerLostError(f"the connection broke while pages were sent: {error}") from error
             except BaseException:
@@ -119,26 +115,6 @@ class Channel:
                 raise
             finally:
                 self.last_sent = time.monotonic()
-
-    def _pack_pages(
-        self, sender: Sender, epoch: int, timeout: float, max_pages: int, stripe: int, n_stripes: int
-    ) -> SendResult:
-        """The same where the C library has no socket to write on: packets into memory, and out of it."""
-        total = SendResult(0, 0, 0, 0)
-        while not max_pages or total.n_pages < max_pages:
-            left = max_pages - total.n_pages if max_pages else 0
-            try:
-                made = sender.pack(self._room, epoch=epoch, stripe=stripe, n_stripes=n_stripes, max_pages=left)
-            except LengthError:
-                if len(self._room) >= PACK_BYTES_MAX:
-                    raise
-                self._room = bytearray(PACK_BYTES_MAX)  # a block of larger pages
-                continue
-            if not made.n_bytes:
-                break
-            self._send_all([memoryview(self._room)[: made.n_bytes]], timeout)
-            total = SendResult(*(mine + more for mine, more in zip(astuple(total), astuple(made), strict=True)))
-        return total
 
     def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0, n_pages: int = 0) -> None:
         """Tell the peer what is given up and why. Never raises: a peer that is gone needs no telling."""
