@@ -79,6 +79,21 @@ echo READY
 n=0
 while read line; do n=$((n+1)); echo "heard $n $line"; done < /dev/ttyS0
 """
+# The same at a virtio console.
+VIRTIO_LISTENER = r"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t devtmpfs dev /dev
+for module in virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci virtio_console; do
+  [ -e /m/$module.ko ] && insmod /m/$module.ko
+done
+while [ ! -e /dev/hvc0 ]; do usleep 100000; done
+exec < /dev/hvc0 > /dev/hvc0
+stty -echo
+echo READY
+n=0
+while read line; do n=$((n+1)); echo "heard $n $line"; done
+"""
+VIRTIO_CONSOLE = ("-device", "virtio-serial-pci", "-device", "virtconsole,chardev=colocache.console")
 # It keeps files on a disk: writes one, syncs, drops its caches, and checks all of them against what it remembers in
 # memory. A disk of another epoch than memory has a file too few, too many, or of another content. What `fsync` has
 # promised is told on the console after it.

@@ -393,14 +393,21 @@ def dies(primary: Process, point: str, run: int) -> None:
 
 @needs_qemu
 @pytest.mark.parametrize("run", range(int(os.environ.get("COLOCACHE_LINUX_RUNS", "1"))))
-@pytest.mark.parametrize("point", ["running", "receiving", "sealed", "random"])
+@pytest.mark.parametrize(
+    ("port", "point"),
+    [("serial", "running"), ("serial", "receiving"), ("serial", "sealed"), ("serial", "random"), ("virtio", "random")],
+)
 def test_each_line_that_is_typed_is_heard_once_over_the_takeover(
-    sides: Sides, tmp_path: Path, point: str, run: int
+    sides: Sides, tmp_path: Path, port: str, point: str, run: int
 ) -> None:
     """By hand: COLOCACHE_LINUX_RUNS=10."""
+    if port == "virtio" and not (linux_guest.folder() / "modules" / "virtio_console.ko").is_file():
+        pytest.skip("COLOCACHE_LINUX has no virtio_console.ko")
     console = tmp_path / "console"
     line = ("--guest", "qemu", "--console", f"unix:{console}", "--run-on", "0")
     command = linux_guest.command(tmp_path, init=linux_guest.LISTENER)
+    if port == "virtio":
+        command = (*linux_guest.command(tmp_path, init=linux_guest.VIRTIO_LISTENER), *linux_guest.VIRTIO_CONSOLE)
     die = ("--die-at", point, "--die-at-checkpoint", str(DIES_AT)) if point in ("receiving", "sealed") else ()
     secondary = sides.secondary(*line, "--reconnect-limit", "0.2", "--", *command)
     primary = sides.primary(*line, "--interval", "0.2", "--verify", "none", *die, "--", *command)

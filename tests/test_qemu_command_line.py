@@ -119,6 +119,17 @@ def test_the_console_is_ours_and_the_options_for_it_are_left_out() -> None:
     assert not read_command_line([QEMU, "-serial", "none"]).console
 
 
+def test_the_console_may_be_a_device_of_the_users_that_names_our_end() -> None:
+    words = ["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=colocache.console"]
+    for more in ([], ["-serial", "none"]):
+        line = read_command_line([QEMU, *words, *more])
+        wired = arguments(line, Wiring(image=7, shared=True, qmp=8, quick=12, console=11, card=10, incoming=False))
+        assert "socket,id=colocache.console,fd=11" in wired
+        assert wired[wired.index("-serial") + 1] == "none", "one console, and one device that has it"
+    with pytest.raises(CommandLineError, match="is the console already"):
+        read_command_line([QEMU, *words, "-device", "isa-serial,chardev=colocache.console"])
+
+
 def test_files_that_both_hosts_need_are_listed() -> None:
     line = read_command_line([QEMU, "-kernel", "k", "-initrd", "i", "-bios", "b"])
     assert line.files == [("kernel", "k"), ("initrd", "i"), ("bios", "b")]

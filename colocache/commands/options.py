@@ -165,7 +165,8 @@ guest_options = options(
         default="",
         metavar="FILE|unix:PATH|-",
         show_default="nowhere",
-        help="Where the guest's console is seen, on the side that the world sees. FILE: what it says is added. "
+        help="Where the guest's console is seen, on the side that the world sees: its first serial port, or the device "
+        "of QEMU ARGS that says chardev=colocache.console, as virtconsole can. FILE: what it says is added. "
         "unix:PATH: a Unix socket for one client at a time (`socat -,rawer unix:PATH`, `nc -U PATH`), who sees what is "
         "new and types to a QEMU guest. '-': standard output, and standard input if that is a terminal or a pipe. What "
         "the guest says is held until its epoch is sealed, which makes it late by up to an --interval; what is typed "

@@ -18,6 +18,7 @@ from colocache.vmm.workload import PAGE
 
 DEFAULT_RAM = 128 << 20  # bytes, of QEMU's PC machines
 RAM_UNIT = 8192  # QEMU rounds -m up to it
+CONSOLE_ID = "colocache.console"  # the chardev that is colocache's end of the console
 STDIO = ("stdio", "mon:stdio", "vc", "mon:vc")  # where a console would be seen: colocache shows it instead
 
 # Options without a value; all others have one.
@@ -39,7 +40,8 @@ class CommandLine:
     """A command line that can work. `args` are the user's, without those that colocache gives itself.
 
     ram_bytes   guest memory
-    console     whether the first serial port is colocache's; False: the user wanted none
+    console     whether colocache shows the guest's console; False: the user wanted none
+    serial      whether that is the first serial port; False: the user's own device has our CONSOLE_ID as its chardev
     files       files it names that both hosts need alike: kernel, initrd, firmware (option, path)
     card        MAC address of the network card that colocache adds; "" for none
     descriptors what the process must inherit besides our own: files that are named by /proc/self/fd/N
@@ -51,6 +53,7 @@ class CommandLine:
     args: list[str] = field(default_factory=list)
     ram_bytes: int = DEFAULT_RAM
     console: bool = True
+    serial: bool = True
     card: str = ""
     files: list[tuple[str, str]] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
@@ -160,6 +163,10 @@ def _device(line: CommandLine, name: str, value: str) -> None:
     _refuse(f"-device {driver}", refusals.match(refusals.DEVICES, driver))
     if is_on(pairs.get("vhost", "off").strip('"')):
         _refuse(f"-device {driver},vhost=on", refusals.VHOST)
+    if pairs.get("chardev") == CONSOLE_ID:
+        if not line.serial:
+            _refuse(f"-device {driver},chardev={CONSOLE_ID}", "another device of this line is the console already")
+        line.serial = False
     _keep(line, name, value)
 
 

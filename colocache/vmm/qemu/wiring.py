@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from colocache.vmm.qemu.command_line import CommandLine
+from colocache.vmm.qemu.command_line import CONSOLE_ID, CommandLine
 from colocache.vmm.qemu.option_strings import escape
 
 RAM_ID = "colocache.ram"
 QMP_ID = "colocache.qmp"
 QUICK_ID = "colocache.quick"
-CONSOLE_ID = "colocache.console"
 CARD_ID = "colocache.card"
 
 
@@ -59,10 +58,12 @@ def arguments(line: CommandLine, wiring: Wiring) -> list[str]:
     words += ["-no-user-config", "-display", "none", "-vga", "none", "-nic", "none", "-monitor", "none"]
     for name, fd in (QMP_ID, wiring.qmp), (QUICK_ID, wiring.quick):
         words += ["-chardev", f"socket,id={name},fd={fd}", "-mon", f"chardev={name},mode=control"]
-    if line.console and wiring.console >= 0:
-        words += ["-chardev", f"socket,id={CONSOLE_ID},fd={wiring.console}", "-serial", f"chardev:{CONSOLE_ID}"]
-    else:
-        words += ["-serial", "none"]
+    has_console = wiring.console >= 0 and (line.console or not line.serial)
+    if has_console:
+        words += ["-chardev", f"socket,id={CONSOLE_ID},fd={wiring.console}"]
+    elif not line.serial:
+        words += ["-chardev", f"null,id={CONSOLE_ID}"]
+    words += ["-serial", f"chardev:{CONSOLE_ID}" if has_console and line.serial else "none"]
     if line.card:
         # The guest is offered no offloads there: a packet is no longer than the MTU, and goes whole or not at all.
         words += ["-netdev", f"dgram,id={CARD_ID},local.type=fd,local.str={wiring.card}"]
