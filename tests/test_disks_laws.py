@@ -319,7 +319,7 @@ MUTANTS = (
 @pytest.mark.parametrize("mutation", MUTANTS)
 def test_a_pair_that_breaks_a_law_is_found(mutation: Mutation) -> None:
     with pytest.raises((AssertionError, IncompleteError, CorruptError)):
-        run(mutation, examples=300)
+        run(mutation, examples=3000)
 
 
 def test_a_count_that_does_not_fit_seals_nothing() -> None:
