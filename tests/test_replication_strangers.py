@@ -112,15 +112,28 @@ def test_what_comes_out_of_order_ends_the_session(pair: Pair, what: str) -> None
     assert all(not np.any(view) for view in pair.guest_ram())
 
 
-def test_pages_between_request_and_send_are_out_of_order(pair: Pair) -> None:
+def test_pages_between_request_and_send_are_of_that_epoch(pair: Pair) -> None:
+    """A far primary's guest wrote on until REPLY was heard."""
     pair.make_secondary()
     pair.run_secondary()
     with fake_primary(pair) as peer:
         accepted(peer)
         peer.say(M.CHECKPOINT_REQUEST, 1)
-        peer.socket.sendall(packet(1, [(3, 1, 0)]))
+        assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, 1)
+        peer.socket.sendall(packet(1, [(3, 1, 0)], epoch=1, data=bytes([9]) * PAGE))
         peer.say(M.VMSTATE_SEND, 1)
-        assert "1 pages where VMSTATE_SEND(1) must come" in peer.hear_end()
+        peer.say(M.VMSTATE_SIZE, 1, b'{"steps": 4, "sums": null}', 1)
+        assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, 1)
+
+
+def test_pages_of_another_epoch_between_request_and_send_end_the_session(pair: Pair) -> None:
+    pair.make_secondary()
+    pair.run_secondary()
+    with fake_primary(pair) as peer:
+        accepted(peer)
+        peer.say(M.CHECKPOINT_REQUEST, 1)
+        peer.socket.sendall(packet(1, [(3, 1, 0)], epoch=2, data=bytes([9]) * PAGE))
+        assert "epoch 1 is expected" in peer.hear_end()
 
 
 def test_a_count_that_does_not_agree_aborts_the_epoch_and_the_pair_goes_on(pair: Pair) -> None:
