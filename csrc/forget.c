@@ -143,7 +143,10 @@ static bool worth_it(const struct mapped *mapped, uint64_t begin, uint64_t end)
 /* put_aside -- false: not on this kernel, or no address space, and all is as it was */
 static bool put_aside(struct cc_forget *forget, void *addr, uint64_t len_bytes)
 {
+    if (forget->cannot)
+        return false;
     forget->aside = cc_map_aside(addr, len_bytes, MOVE_ALIGN, &forget->used, &forget->aside_bytes);
+    forget->cannot = forget->aside == NULL;
     forget->used_bytes = forget->aside ? len_bytes : 0;
     return forget->aside != NULL;
 }

@@ -12,6 +12,7 @@ struct cc_forget {
     uint64_t aside_bytes, used_bytes;
     uint8_t *used;     /* where in it they are */
     bool whole;        /* next time everything is put aside, unseen */
+    bool cannot;       /* be put aside: that failed once */
     uint32_t in_a_row; /* forgotten run by run so many times, though that was not cheap */
 };
 

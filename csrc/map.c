@@ -50,17 +50,13 @@ int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out)
         return map(fd, offset, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE, out);
     uint8_t *at = reserved + (align - (uint64_t)(uintptr_t)reserved % align) % align, *end = reserved + n_bytes + align;
     void *addr = mmap(at, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_NORESERVE | MAP_FIXED, fd, (off_t)offset);
-    if (addr == MAP_FAILED) {
-        int rc = cc_fail_errno("mmap");
-        munmap(reserved, n_bytes + align);
-        return rc;
-    }
+    const int rc = addr == MAP_FAILED ? cc_fail_errno("mmap") : 0;
     if (at > reserved)
         munmap(reserved, (uint64_t)(at - reserved));
     if (end > at + n_bytes)
         munmap(at + n_bytes, (uint64_t)(end - at) - n_bytes);
-    *out = addr;
-    return 0;
+    *out = rc ? NULL : addr; /* what lies between after an error may be another thread's by now */
+    return rc;
 }
 
 int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **end_out)
@@ -91,8 +87,9 @@ void *cc_map_aside(void *addr, uint64_t n_bytes, uint64_t align, uint8_t **moved
     at += at < (uint64_t)(uintptr_t)reserved ? align : 0;
     /* DONTUNMAP: there is no moment in which another thread's mmap could get the address of guest RAM */
     void *moved = mremap(addr, n_bytes, n_bytes, MREMAP_MAYMOVE | MREMAP_FIXED | MREMAP_DONTUNMAP, (void *)(uintptr_t)at);
-    if (moved == MAP_FAILED) {
-        munmap(reserved, room);
+    if (moved == MAP_FAILED) { /* the kernel may have freed the place before it failed, and another thread mapped something there */
+        munmap(reserved, at - (uint64_t)(uintptr_t)reserved);
+        munmap((void *)(uintptr_t)(at + n_bytes), (uint64_t)(uintptr_t)reserved + room - at - n_bytes);
         return NULL;
     }
     *moved_out = moved;

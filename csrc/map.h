@@ -15,7 +15,8 @@ int cc_map_private(int fd, uint64_t offset, uint64_t n_bytes, void **out);
  * *end_out is its end; given back by cc_unmap(*out, *map_bytes).  0, E_NO_MEMORY, -errno. */
 int cc_map_guarded(uint64_t n_bytes, void **out, uint64_t *map_bytes, uint8_t **end_out);
 /* Move what a private mapping has in memory to an address that is alike below `align`, and leave the mapping where it is, showing its file.
- * Nobody uses it meanwhile.  *moved_out: the new address, in a reservation of *map_bytes that is returned; NULL: not done. */
+ * Nobody uses it meanwhile.  *moved_out: the new address, in a reservation of *map_bytes that is returned; NULL: not done.  Then
+ * don't ask again: the place was freed perhaps, so it stays reserved. */
 void *cc_map_aside(void *addr, uint64_t n_bytes, uint64_t align, uint8_t **moved_out, uint64_t *map_bytes);
 void cc_unmap(void *addr, uint64_t n_bytes); /* NULL or no bytes: nothing */
 /* Allocate a range of a file now, so that touching it later can't be a SIGBUS.  0, E_NO_MEMORY, -errno. */
