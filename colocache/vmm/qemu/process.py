@@ -344,13 +344,15 @@ class QemuProcess:
         What found no room in our socket, QEMU sends when there is some, standing or not: a card then tells the guest,
         in its memory, that the packet has gone, and takes the next. After the save that would be memory which is ahead
         of the device state, and no QEMU loads that; and what a console had begun would be said twice. QEMU's main loop
-        has been round for certain when it has answered twice.
+        has been round for certain when it has answered twice. If nothing was read from then on, by whichever thread,
+        there was room for all that it had, and it has no more.
         """
-        self._readers.drain()
         for _ in range(SETTLE_ROUNDS_MAX):
+            n_taken = self._readers.n_taken
             for _ in range(2):
                 self.quick.execute_all([("query-status", {})])
-            if not self._readers.drain():
+            self._readers.drain()
+            if self._readers.n_taken == n_taken:
                 return
         raise QemuError(
             f"the guest stands and its devices send on and on, {SETTLE_ROUNDS_MAX} times what there is room for"
