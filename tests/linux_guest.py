@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -149,13 +150,16 @@ def need_module(name: str) -> None:
         pytest.skip(f"the kernel in COLOCACHE_LINUX came without {name}.ko")
 
 
-def command(where: Path, *, switch_off: bool = False, init: str = INIT) -> tuple[str, ...]:
-    """The command line of a Linux guest; its initrd is made in `where`. `switch_off`: by itself, after some seconds."""
+def command(
+    where: Path, *, switch_off: bool = False, init: str = INIT, files: Mapping[str, bytes] | None = None
+) -> tuple[str, ...]:
+    """The command line of a Linux guest; its initrd is made in `where`, with `files` more. `switch_off`: by itself,
+    after some seconds."""
     source = folder()
     initrd = where / "initrd"
     modules = {f"m/{path.name}": path.read_bytes() for path in (source / "modules").glob("*.ko")}
     busybox = Path(shutil.which("busybox") or "").read_bytes()
-    initrd.write_bytes(cpio({"init": init.encode(), "bin/busybox": busybox, **modules}))
+    initrd.write_bytes(cpio({"init": init.encode(), "bin/busybox": busybox, **modules, **(files or {})}))
     append = "console=ttyS0 quiet panic=-1 sysrq_always_enabled" + (" switch_off" if switch_off else "")
     kernel = str(source / "vmlinuz")
     return (QEMU, "-m", "96", "-accel", "tcg", "-nodefaults", "-kernel", kernel, "-initrd", str(initrd),
@@ -167,9 +171,10 @@ def reports(console: bytes) -> dict[str, tuple[int, int]]:
     return {name.decode(): (int(link), int(bad)) for name, link, bad in REPORT.findall(console)}
 
 
-def cpio(files: dict[str, bytes]) -> bytes:
+def cpio(files: Mapping[str, bytes]) -> bytes:
     """An initial file system, as the kernel unpacks it: these files, executable, and the folders of a system."""
-    entries = dict.fromkeys(("bin", "m", "proc", "sys", "dev", "tmp"), (16877, b""))
+    folders = dict.fromkeys(("bin", "m", "proc", "sys", "dev", "tmp", *(str(Path(name).parent) for name in files)))
+    entries = {name: (16877, b"") for name in folders if name != "."}
     entries |= {name: (0o100755, data) for name, data in files.items()}
     entries["TRAILER!!!"] = (0, b"")
     archive = b""

@@ -195,7 +195,8 @@ class Recorder(Events):
 
 class Link:
     """A wire that reads along: `rule(direction, type, epoch)` says "pass", "drop", "cut" (before it), "half-cut"
-    (inside it), "pass-cut" or "stall". In a rule `here.stream` is the index of the connection's stream."""
+    (inside it), "pass-cut", "flip" (the last bit of its body) or "stall". In a rule `here.stream` is the index of the
+    connection's stream."""
 
     def __init__(self, folder: Path, target: Address) -> None:
         self.address = Address.parse(f"unix:{folder}/link")
@@ -248,6 +249,8 @@ class Link:
                     break
                 if verdict == "drop":
                     continue
+                if verdict == "flip":
+                    body = body[:-1] + bytes([body[-1] ^ 1])
                 self.log.append((direction, MessageType(kind), epoch, n_pages))
                 target.sendall(header + body)
                 if verdict == "pass-cut":
