@@ -271,8 +271,12 @@ def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels
         )
         try:
             wait_until(lambda: b'"checkpoint"' in events.read_bytes() or secondary.poll() is not None)
-            before = int(now.read_text())  # the image is whole, and nothing of epoch 2 was let in
-            peak.write_text("0")
+            peak.write_text("0")  # the image is whole, and nothing of epoch 2 was let in
+            # Of the first copy something may still be in use, as what a socket holds: the least of these epochs is the base.
+            used = [int(now.read_text())]
+            while events.read_bytes().count(b'"event": "checkpoint"') < 10 and secondary.poll() is None:
+                used.append(int(now.read_text()))
+                time.sleep(0.002)
             assert primary.wait(120) == 0
         finally:
             primary.kill()
@@ -281,7 +285,7 @@ def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels
         secondary.kill()
         secondary.wait()
     memory = [json.loads(line) for line in events.read_text().splitlines() if '"event": "memory"' in line]
-    extra = int(peak.read_text()) - before
+    extra = int(peak.read_text()) - min(used)
     bookkeeping = memory[0]["bookkeeping_bytes"]  # was in use before
     assert len(memory) == 20
     passed = max(one["passed_bytes"] for one in memory)  # only where this machine let nobody look for long
