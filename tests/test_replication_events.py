@@ -92,13 +92,16 @@ def terminal() -> tuple[int, int]:
 
 
 def read_all(fd: int) -> bytes:
-    """What comes until nothing came for half a second."""
+    """What comes until its writers are gone, or nothing came for half a second."""
     os.set_blocking(fd, False)
     got, until = b"", time.monotonic() + 20
     quiet = time.monotonic() + 0.5
     while time.monotonic() < min(quiet, until):
         try:
-            got += os.read(fd, 1 << 20)
+            came = os.read(fd, 1 << 20)
+            if not came:
+                break
+            got += came
             quiet = time.monotonic() + 0.5
         except BlockingIOError:
             time.sleep(0.005)

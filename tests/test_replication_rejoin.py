@@ -85,7 +85,7 @@ def test_without_consent_a_fresh_secondary_is_told_what_to_do_and_waits(pair: Pa
 
 
 def test_a_primary_that_goes_on_alone_takes_a_fresh_secondary(pair: Pair, make_memory: Make) -> None:
-    pair.timing = replace(pair.timing, reconnect_limit=0.2)
+    pair.timing = replace(pair.timing, reconnect_limit=0.2, run_on=0.5)
     primary, secondary = pair.start(rejoin=True)
     pair.events_s.wait("checkpoint", 2)
     end_secondary(pair, secondary)

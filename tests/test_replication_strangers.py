@@ -25,7 +25,7 @@ M = MessageType
 
 @pytest.fixture
 def pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Pair]:
-    timing = replace(QUICK, reconnect_limit=0.1, connect_limit=5.0)
+    timing = replace(QUICK, reconnect_limit=0.1, connect_limit=1.5)
     with pair_of(make_memory(TOY_BLOCKS), tmp_path, timing=timing) as made:
         yield made
 
@@ -199,6 +199,7 @@ def its_primary_gets_in(pair: Pair, running: Running) -> None:
 
 
 def test_a_port_scanner_and_a_silent_caller_are_ignored(pair: Pair) -> None:
+    pair.timing = replace(pair.timing, connect_limit=20.0)
     pair.make_secondary()
     running = pair.run_secondary()
     with pair.address.connect(1.0):
