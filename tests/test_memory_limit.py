@@ -272,7 +272,7 @@ def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels
         try:
             wait_until(lambda: b'"checkpoint"' in events.read_bytes() or secondary.poll() is not None)
             peak.write_text("0")  # the image is whole, and nothing of epoch 2 was let in
-            # Of the first copy something may still be in use, as what a socket holds: the least of these epochs is the base.
+            # A socket may still hold something of the first copy: the base is the least from here on.
             used = [int(now.read_text())]
             while events.read_bytes().count(b'"event": "checkpoint"') < 10 and secondary.poll() is None:
                 used.append(int(now.read_text()))
