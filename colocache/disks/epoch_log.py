@@ -107,12 +107,15 @@ class EpochLog:
     def _bytes(self, at: int, n_bytes: int, extent: Extent) -> bytes:
         if at + n_bytes > extent.n_bytes:
             raise CorruptError(f"{self.name} is damaged: a record at byte {at} goes beyond its {extent.n_bytes} bytes")
-        try:
-            found = os.pread(self._fd, n_bytes, at)
-        except OSError as error:
-            raise CorruptError(f"{self.name} can't be read at byte {at}: {error}") from error
-        if len(found) < n_bytes:
-            raise CorruptError(f"{self.name} is short: it ends at byte {at + len(found)} of {extent.n_bytes}")
+        found = b""
+        while len(found) < n_bytes:
+            try:
+                more = os.pread(self._fd, n_bytes - len(found), at + len(found))
+            except OSError as error:
+                raise CorruptError(f"{self.name} can't be read at byte {at}: {error}") from error
+            if not more:
+                raise CorruptError(f"{self.name} is short: it ends at byte {at + len(found)} of {extent.n_bytes}")
+            found = found + more if found else more
         return found
 
     def close(self) -> None:

@@ -38,12 +38,12 @@ class Export:
         try:
             self._listener.bind(self.path)
             self._listener.listen(1)
+            self._listener.setblocking(False)
+            self._wake, self._woken = socket.socketpair()
         except BaseException:
             self._listener.close()
             self._folder.cleanup()
             raise
-        self._listener.setblocking(False)
-        self._wake, self._woken = socket.socketpair()
         self._thread = threading.Thread(target=self._run, name="colocache-disk", daemon=True)
         self._thread.start()
 

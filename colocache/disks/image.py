@@ -44,18 +44,21 @@ class Image:
                 hint=f"`truncate -s SIZE {path}` makes one, of the size of the primary's disk",
             ) from error
         try:
-            about = os.fstat(self.fd)
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
-            if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
-                raise ArgumentError(f"the image {path} is neither a file nor a block device")
-            if not self.size or self.size % SECTOR:
-                raise ArgumentError(f"the image {path} has {self.size} bytes: a disk has a multiple of {SECTOR}")
-            self._lock()
-        except BaseException:
+            self.size = self._check()
+        except BaseException as error:
             os.close(self.fd)
+            if isinstance(error, OSError):
+                raise ArgumentError(f"the image {path} can't be used: {reason_of(error)}") from error
             raise
 
-    def _lock(self) -> None:
+    def _check(self) -> int:
+        """How large it is; from now on it is this process's alone."""
+        about = os.fstat(self.fd)
+        size = os.lseek(self.fd, 0, os.SEEK_END)
+        if not (stat.S_ISREG(about.st_mode) or stat.S_ISBLK(about.st_mode)):
+            raise ArgumentError(f"the image {self.path} is neither a file nor a block device")
+        if not size or size % SECTOR:
+            raise ArgumentError(f"the image {self.path} has {size} bytes: a disk has a multiple of {SECTOR}")
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -63,6 +66,7 @@ class Image:
                 f"the image {self.path} is in use by another process",
                 hint="two secondaries can't share one: give this one an image of its own",
             ) from error
+        return size
 
     def apply(self, write: Write) -> None:
         """Do one write. SystemCallError."""

@@ -138,7 +138,7 @@ def _run(
         closing(make_front(guest_options.console, guest_options.net, takes_over=True, stdin=config.stdin_fd)) as front,
         closing(TypedInput()) as typed,
         trace,
-        _open_cache(config, memory) as cache,
+        open_cache(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max) as cache,
         closing(_open_disks(config, guest_options, memory, cache)) as disks,
     ):
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
@@ -189,16 +189,22 @@ def _show(front: Front, events: Events) -> None:
         events.emit("console_error", f"nobody sees the console: {error}", error=str(error))
 
 
-def _open_cache(config: ChildConfig, memory: Memory) -> Cache:
+def open_cache(memory: Memory, *, threads: int, copy: str, device_state_max: int) -> Cache:
     """A fresh region in fresh memory; what an earlier child left, otherwise."""
     fresh = os.fstat(memory.control_fd).st_size == 0
     if not fresh:
         try:
-            return Cache.attach(memory, threads=config.threads, copy=config.copy)
+            found = Cache.attach(memory, threads=threads, copy=copy)
         except NotColocacheError:
-            # The child before died while it made the region: nothing was ever received, so the images are still zero.
-            os.ftruncate(memory.control_fd, 0)
-    return Cache.create(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max)
+            pass
+        else:
+            if found.status().sealed_epoch or len(found.blocks) == len(memory.images):
+                return found
+            found.close()
+        # The child before died while it made the region, or added its blocks: nothing was ever received, so the images
+        # are still zero.
+        os.ftruncate(memory.control_fd, 0)
+    return Cache.create(memory, threads=threads, copy=copy, device_state_max=device_state_max)
 
 
 def _open_disks(config: ChildConfig, options: GuestOptions, memory: Memory, cache: Cache) -> ApartDisks | NoDisks:

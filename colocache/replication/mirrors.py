@@ -72,15 +72,17 @@ class Mirrors:
         self._disks.connect(send, limit_bytes=limit_bytes)
         if not fresh:
             self._check_fits(limit_bytes)
-            self._send_again()
+            try:
+                self._send_again()
+            except (ColocacheError, OSError) as error:
+                raise SecondaryLostError(f"the guest's disks can't be read, to be sent again: {error}") from error
             return
         self.end()
-        self._exports = [
-            Export(self._disks.exported(number), pid=self._machine.pid) for number in range(len(self.disks.sizes))
-        ]
         try:
+            for number in range(len(self.disks.sizes)):
+                self._exports.append(Export(self._disks.exported(number), pid=self._machine.pid))
             self._machine.begin_mirror([one.path for one in self._exports], speed=self._speed)
-        except ColocacheError as error:
+        except (ColocacheError, OSError) as error:
             raise SecondaryLostError(f"the guest's disks can't be mirrored: {error}") from error
         self._events.emit(
             "mirroring", f"{sum(self.disks.sizes) / 1e6:.0f} MB of disks are copied", bytes=sum(self.disks.sizes)

@@ -87,9 +87,8 @@ class PrimarySession:
         self._pvm.open_epoch()
         self._pvm.typed.again(self._pass_on)
         try:
-            self._mirrors.connected(self._send_write, fresh=fresh, limit_bytes=self._pvm.disk_log)
+            self._bring_disks(fresh)
             if fresh:
-                self._initial_disks()
                 self._initial_copy()
             wanted = self._options.checkpoints
             now = True  # a pair that has just met is not in step yet
@@ -161,12 +160,18 @@ class PrimarySession:
         """In the thread of a disk."""
         self._channel.send_write(write, self._timing.checkpoint_timeout)
 
-    def _initial_disks(self) -> None:
-        """All of every disk, before memory: the guest writes both meanwhile, and disks take longer."""
-        while not self._mirrors.ready() and not self._stop.is_set():
-            self._inbox.check_idle()
-            self._check_machine()
-            self._inbox.arrived.wait(DISK_LOOK_SECONDS)
+    def _bring_disks(self, fresh: bool) -> None:
+        """If `fresh`, all of every disk, before memory: the guest writes both meanwhile, and disks take longer.
+        SecondaryLostError: they can't be brought to this secondary, which is told."""
+        try:
+            self._mirrors.connected(self._send_write, fresh=fresh, limit_bytes=self._pvm.disk_log)
+            while fresh and not self._mirrors.ready() and not self._stop.is_set():
+                self._inbox.check_idle()
+                self._check_machine()
+                self._inbox.arrived.wait(DISK_LOOK_SECONDS)
+        except SecondaryLostError as error:
+            self._end(f"the primary goes on alone: {error}")  # as in _check_disks
+            raise
 
     def _sync(self) -> None:
         begin = time.monotonic_ns()
