@@ -3,6 +3,7 @@
 
     python tests/soak.py --kills 10000
     python tests/soak.py --seconds 600 --backing shm --guest process --seed 7
+    python tests/soak.py --seconds 600 --disk
 
 A kill counts when the pair has committed an epoch since the one before: one failure at a time. (Kills of a secondary
 that still attaches come besides and are not in the sum.) Exit status 0: nothing that was expected failed to come true.
@@ -89,7 +90,7 @@ class Soak:
                 number, self._next_pair = self._next_pair, self._next_pair + 1
             rng = random.Random(f"{self.options.seed}/{number}")
             guest, kind, memory = self._ways[number % len(self._ways)]
-            plan = Plan.draw(rng, guest, kind, memory, tls=self.options.tls)
+            plan = Plan.draw(rng, guest, kind, memory, tls=self.options.tls, disk=self.options.disk)
             counts = Counts()
             name = f"soak-{os.getpid()}-{number}"
             pair = Pair(name, plan, rng, self.folder, counts, self.claim)
@@ -172,9 +173,14 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--guest", action="append", choices=("kvm", "process", "qemu"), help="kvm and process")
     parser.add_argument("--memory", action="append", choices=("mirror", "bounded"), help="both")
     parser.add_argument("--tls", action="store_true", help="the two sides speak TLS")
+    parser.add_argument("--disk", action="store_true", help="the guests write a disk too (kvm and process)")
     parser.add_argument("--pairs", type=int, default=3, help="at a time (default: %(default)s)")
     parser.add_argument("--report-every", type=float, default=30, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if options.disk and "qemu" in (options.guest or ()):
+        parser.error(
+            "--disk and --guest qemu: its small guest knows no disks; tests/disk_by_hand.py has a Linux that does"
+        )
     if options.kills <= 0 and options.seconds <= 0:
         options.kills = 200
     if options.seed is None:

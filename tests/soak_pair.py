@@ -45,9 +45,19 @@ class Plan:
     interval: float
     tls: bool
     limit_bytes: int  # what the secondary may take beside its image; 0 = any
+    disk: bool
 
     @classmethod
-    def draw(cls, rng: random.Random, guest: str, backing: str, memory: str = "mirror", *, tls: bool = False) -> Plan:
+    def draw(
+        cls,
+        rng: random.Random,
+        guest: str,
+        backing: str,
+        memory: str = "mirror",
+        *,
+        tls: bool = False,
+        disk: bool = False,
+    ) -> Plan:
         """One at random."""
         end = rng.choices(ENDS, weights=(8, 7, 3, 3, 1, 1))[0]
         middle = 0 if end in ("primary, too early", "keeper for good") else rng.randint(1, 8)
@@ -55,7 +65,7 @@ class Plan:
             middle = 0  # these have a short reconnect limit, and so the arbiter is asked
         interval = rng.choice((0.02, 0.02, 0.04, 0.12))
         limited = memory == "bounded" and guest != "qemu" and rng.random() < 0.5
-        return cls(guest, backing, memory, middle, end, interval, tls, rng.choice(LIMITS) if limited else 0)
+        return cls(guest, backing, memory, middle, end, interval, tls, rng.choice(LIMITS) if limited else 0, disk)
 
     @property
     def asks_arbiter(self) -> bool:
@@ -71,7 +81,7 @@ class Pair(Watched):
     ) -> None:
         super().__init__(
             name, folder, plan.guest, plan.backing, plan.interval, counts,
-            memory=plan.memory, tls=plan.tls, limit_bytes=plan.limit_bytes,
+            memory=plan.memory, tls=plan.tls, limit_bytes=plan.limit_bytes, disk=plan.disk,
         )  # fmt: skip
         self.plan, self.rng = plan, rng
         self.moment = "start"  # for the report of a failure

@@ -30,17 +30,23 @@ class BrokenError(Exception):
 
 
 class Process:
-    """One `colocache` command with --events. Its events go to `inbox` and, with its stderr, to `log`."""
+    """One `colocache` command with --events. Its events go to `inbox` and, with its stderr, to `log`. `image`: of the
+    disk that its guest has, if it has one."""
 
-    def __init__(self, side: str, args: list[str], log: Path, inbox: queue.SimpleQueue[Event]) -> None:
+    def __init__(
+        self, side: str, args: list[str], log: Path, inbox: queue.SimpleQueue[Event], image: Path | None = None
+    ) -> None:
         self.side = side
         self.log = log
         self._inbox = inbox
-        command = python_command("colocache.cli", "main", side, *args, "--die-with-parent", str(os.getpid()))
+        main = ("soak_disk", "main") if image else ("colocache.cli", "main")
+        command = python_command(*main, side, *args, "--die-with-parent", str(os.getpid()))
+        environment = {**os.environ, "COLOCACHE_SOAK_DISK": str(image)} if image else None
         with log.open("ab") as errors:
             self.popen = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True
-            )
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, start_new_session=True,
+                env=environment,
+            )  # fmt: skip
         self.pid = self.popen.pid
         self.ended = threading.Event()  # and all it said is in the inbox
         self._reader = threading.Thread(target=self._read, name=f"soak-{side}", daemon=True)

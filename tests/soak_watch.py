@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import queue
 import shutil
 import time
 from pathlib import Path
 
+import soak_disk
 from certificates import make_certificates
 from soak_process import BROKEN_LINE, BrokenError, Event, Process
 
@@ -74,6 +76,7 @@ class Watched:
         memory: str = "mirror",
         tls: bool = False,
         limit_bytes: int = 0,
+        disk: bool = False,
     ) -> None:
         self.name, self.counts = name, counts
         self.persistent = False  # the memory outlives its keeper
@@ -97,6 +100,11 @@ class Watched:
             self._n_pages = self._dirty_pages_max + pages_beside_guest_memory()
             self._own_pages = own_pages_of_the_small_guest()
         self._stack = contextlib.ExitStack()
+        self._image: Path | None = None
+        if disk:
+            self._image = folder / f"{name}.image"
+            self._image.touch()
+            os.truncate(self._image, soak_disk.SIZE)
         self._certificates = Path()
         if tls:
             self._certificates = folder / f"{name}.tls"
@@ -125,7 +133,7 @@ class Watched:
         if self._certificates.name:
             for option, file in (("cert", f"{side}.pem"), ("key", f"{side}.key"), ("ca", "ca.pem")):
                 common += [f"--tls-{option}", str(self._certificates / file)]
-        process = Process(side, [*common, *args], self._folder / f"{self.name}.{side}.log", self._inbox)
+        process = Process(side, [*common, *args], self._folder / f"{self.name}.{side}.log", self._inbox, self._image)
         self._stack.callback(process.close)
         return process
 

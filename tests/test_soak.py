@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 
 import pytest
+import soak_disk
 import soak_watch
 from soak_process import BROKEN_LINE, BrokenError
 
 from colocache.choices import MEMORY_MODES
+from colocache.disks.mirrored import MirroredDisks
 
 SOAK = Path(__file__).with_name("soak.py")
 KILLS = int(os.environ.get("COLOCACHE_SOAK_KILLS", "100"))
@@ -36,9 +38,11 @@ def soak(*args: str, timeout: float) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_no_kill_of_either_side_ever_costs_a_page(memory: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Wrong pages, recoveries that do not fit, takeovers that do not come and leftovers all end it with status 1."""
+    """Wrong pages, recoveries that do not fit, takeovers that do not come and leftovers all end it with status 1; so
+    does a disk that is not of memory's epoch."""
     wanted = ("--seconds", str(SECONDS)) if SECONDS else ("--kills", str(KILLS))
-    ran = soak(*wanted, "--memory", memory, timeout=SECONDS + 300 + 2 * KILLS)
+    disk = ("--disk",) if memory == "bounded" else ()
+    ran = soak(*wanted, "--memory", memory, *disk, timeout=SECONDS + 300 + 2 * KILLS)
     with capsys.disabled():
         print("\n" + ran.stdout.strip())
     assert ran.returncode == 0, ran.stdout + ran.stderr
@@ -111,3 +115,16 @@ def test_a_line_that_is_no_event_ends_the_soak(tmp_path: Path) -> None:
     )
     with pytest.raises(BrokenError, match="no event"):
         pair._wait("secondary", "restarted", 0)
+
+
+def test_a_disk_of_another_moment_than_memory_is_seen() -> None:
+    disk = soak_disk.Disk()
+    assert soak_disk.is_of(disk.data, 0)
+    copies = []
+    disk.mirrored = MirroredDisks(disk.sizes)
+    for steps in (5, 9):
+        disk.stepped(steps)
+        copies.append(bytes(disk.data))
+        assert soak_disk.is_of(copies[-1], steps)
+    assert not soak_disk.is_of(copies[0], 9)
+    assert not soak_disk.is_of(copies[1][: soak_disk.BLOCK] + copies[0][soak_disk.BLOCK :], 9), "half of an epoch"
