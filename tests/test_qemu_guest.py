@@ -94,7 +94,7 @@ def test_it_tells_each_line_that_is_typed_once_with_its_number(accel: str) -> No
             wait_until(lambda: b"#0 " in b"".join(said))
             typed = b"one\ntwo\r\n\n" + b"x" * 300 + b"\nthe end\n"
             while typed:
-                typed = typed[process.write_console(typed) :]
+                typed = typed[process.console.write(typed) :]
             wait_until(lambda: b"the end\r\n" in b"".join(said))
         finally:
             process.kill()

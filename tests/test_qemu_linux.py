@@ -72,13 +72,13 @@ def test_linux_reboots_while_paired_and_after_the_takeover(booted: tuple[Pair, C
     pair, primary, secondary = booted
     pair.checkpoint()
     primary.said = b""
-    pair.primary._alive().write_console(b"reboot\n")
+    pair.primary._alive().console.write(b"reboot\n")
     primary.wait_for(b"READY")
     assert pair.checkpoint().wrong_pages == ()
     primary.wait_for_links(5)
     pair.primary.close()
     secondary.said = b""
-    pair.secondary._alive().write_console(b"reboot\n")
+    pair.secondary._alive().console.write(b"reboot\n")
     secondary.wait_for(b"READY")
     secondary.wait_for_links(5)
     assert secondary.wrong() == 0
@@ -86,7 +86,7 @@ def test_linux_reboots_while_paired_and_after_the_takeover(booted: tuple[Pair, C
 
 def test_linux_that_powers_off_is_told(booted: tuple[Pair, Console, Console]) -> None:
     pair, _, _ = booted
-    pair.primary._alive().write_console(b"poweroff\n")
+    pair.primary._alive().console.write(b"poweroff\n")
     wait_until(lambda: pair.primary.powered_off)
     assert pair.primary.failure is None
 
@@ -97,7 +97,7 @@ def test_what_the_secondarys_own_branch_does_never_harms_the_pair(booted: tuple[
         assert pair.checkpoint().wrong_pages == ()
         epoch = pair.secondary_image.view.copy()
         secondary.said = b""
-        pair.secondary._alive().write_console(word)
+        pair.secondary._alive().console.write(word)
         primary.wait_for_links(5)
         assert (pair.secondary_image.view == epoch).all()
     assert pair.checkpoint().wrong_pages == ()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import linux_guest
@@ -48,49 +49,95 @@ def question() -> bytes:
 QUESTION = question()
 
 
-@needs_qemu
-def test_a_machine_that_stands_sends_nothing_and_its_state_loads(tmp_path: Path) -> None:
-    if not (linux_guest.folder() / "modules" / "virtio_net.ko").is_file():
-        pytest.skip("the folder COLOCACHE_LINUX has no modules/virtio_net.ko")
-    command = linux_guest.command(tmp_path, init=FLOOD)
-    pair = Pair(GuestOptions(command=command, card=CARD), 96 << 20)
-    said, packets = bytearray(), []
+class Flood:
+    """A pair whose guest says what it can, answers each question of the host's, and is read slowly, or not at all."""
 
-    def on_output(data: bytes) -> None:
-        said.extend(data)
+    def __init__(self, folder: Path) -> None:
+        command = linux_guest.command(folder, init=FLOOD)
+        self.pair = Pair(GuestOptions(command=command, card=CARD), 96 << 20)
+        self.said, self.packets = bytearray(), list[int]()
+        self.unread = False
+        self._done = threading.Event()
+        self._asking = threading.Thread(target=self._ask)
+        primary = self.pair.primary
+        primary.on_output, primary.on_packet, primary.output_full = self._hear, self._answer, lambda: self.unread
+
+    def begin(self) -> None:
+        self.pair.primary.boot()
+        self.pair.primary.resume()
+        wait_until(lambda: b"FLOOD" in self.said)
+        self._asking.start()
+        wait_until(lambda: len(self.packets) > 100)
+
+    def _hear(self, data: bytes) -> None:
+        self.said.extend(data)
         time.sleep(0.001)
 
-    def on_packet(packet: bytes) -> None:
-        packets.append(len(packet))
+    def _answer(self, packet: bytes) -> None:
+        self.packets.append(len(packet))
         time.sleep(0.0005)
         if packet[12:14] == ARP and packet[38:42] == HOST_ADDRESS:
             answer = packet[6:12] + HOST + packet[12:20] + b"\0\2" + HOST + packet[38:42] + packet[22:32]
-            pair.primary.give_packet(answer)
+            self.pair.primary.give_packet(answer)
 
-    def ask() -> None:
-        while not done.is_set():
-            pair.primary.give_packet(QUESTION)
+    def _ask(self) -> None:
+        while not self._done.is_set():
+            self.pair.primary.give_packet(QUESTION)
 
-    done = threading.Event()
-    asking = threading.Thread(target=ask)
+    @property
+    def heard(self) -> tuple[int, int]:
+        return len(self.said), len(self.packets)
+
+    def close(self) -> None:
+        self._done.set()
+        if self._asking.ident:
+            self._asking.join()
+        self.pair.close()
+
+
+@pytest.fixture(scope="module")
+def flood(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Flood]:
+    if not (linux_guest.folder() / "modules" / "virtio_net.ko").is_file():
+        pytest.skip("the folder COLOCACHE_LINUX has no modules/virtio_net.ko")
+    flood = Flood(tmp_path_factory.mktemp("flood"))
     try:
-        pair.primary.on_output, pair.primary.on_packet = on_output, on_packet
-        pair.primary.boot()
-        pair.primary.resume()
-        wait_until(lambda: b"FLOOD" in said)
-        asking.start()
-        wait_until(lambda: len(packets) > 100)
-        for _ in range(15):
-            time.sleep(0.1)
-            pair.primary.pause()
-            before = len(said), len(packets)
-            time.sleep(0.05)
-            assert (len(said), len(packets)) == before, "it stands"
-            pair.primary.resume()
-        for _ in range(6):
-            pair.checkpoint()  # QemuLoadError, if its memory is ahead of its devices
+        flood.begin()
+        yield flood
     finally:
-        done.set()
-        if asking.ident:
-            asking.join()
-        pair.close()
+        flood.close()
+
+
+@needs_qemu
+def test_a_machine_that_stands_sends_nothing_and_its_state_loads(flood: Flood) -> None:
+    for _ in range(15):
+        time.sleep(0.1)
+        flood.pair.primary.pause()
+        before = flood.heard
+        time.sleep(0.05)
+        assert flood.heard == before, "it stands"
+        flood.pair.primary.resume()
+    for _ in range(6):
+        flood.pair.checkpoint()  # QemuLoadError, if its memory is ahead of its devices
+
+
+@needs_qemu
+def test_what_devices_had_begun_to_send_to_a_host_that_did_not_read_is_sent_before_the_state_is_saved(
+    flood: Flood,
+) -> None:
+    """Its socket is full, and so is the card's ring: as the machine stands there is room, and the card sends on."""
+    for _ in range(3):
+        time.sleep(0.2)
+        flood.unread = True
+        before = flood.heard
+        time.sleep(0.5)
+        flood.pair.primary.pause()
+        flood.unread = False
+        after = flood.heard
+        assert after[1] > before[1] + 20, "more than there is room for in a socket: it was waiting"
+        time.sleep(0.05)
+        assert flood.heard == after, "it stands"
+        flood.pair.primary.resume()
+        flood.unread = True
+        time.sleep(0.3)
+        flood.pair.checkpoint()  # QemuLoadError, if its memory is ahead of its devices
+        flood.unread = False

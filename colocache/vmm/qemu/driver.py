@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from colocache.vmm.qemu.errors import QemuSlowError
 
 T = TypeVar("T")
+HELD_SECONDS = 0.05  # the thread stands for no longer, whatever is done meanwhile
 
 
 class Driver:
@@ -25,12 +26,14 @@ class Driver:
 
     def __init__(self) -> None:
         self.pid = os.getpid()
+        self._over: threading.Event | None = None  # of a hold
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="colocache-qemu", daemon=True)
         self._thread.start()
 
     def call(self, work: Coroutine[Any, Any, T], what: str, timeout: float) -> T:
         """The result of `work`, run in the thread; QemuSlowError after `timeout` seconds."""
+        self.let_go()
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
             return future.result(timeout)
@@ -60,6 +63,28 @@ class Driver:
     def soon(self, function: Callable[..., object], *args: Any) -> None:
         """Run function(*args) in the thread, some time soon."""
         self.loop.call_soon_threadsafe(function, *args)
+
+    def hold(self) -> None:
+        """The thread does nothing from now on: what it does in Python, another that is in a hurry waits for.
+
+        Until let_go or the next call, and no longer than HELD_SECONDS.
+        """
+        self.let_go()
+        held, over = threading.Event(), threading.Event()
+
+        def stand() -> None:
+            held.set()
+            over.wait(HELD_SECONDS)
+
+        self._over = over
+        self.soon(stand)
+        held.wait(HELD_SECONDS)
+
+    def let_go(self) -> None:
+        """It goes on. Any thread, and also if it was not held."""
+        over, self._over = self._over, None
+        if over is not None:
+            over.set()
 
 
 _driver: Driver | None = None

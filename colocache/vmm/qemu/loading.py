@@ -29,6 +29,7 @@ class Loading:
     def __init__(self, start: Callable[[], QemuProcess], fresh: Sequence[Content]) -> None:
         self._start, self._fresh = start, fresh
         self._pool: Pool | None = None
+        self._old: QemuProcess | None = None  # dead or dying, not given back yet
 
     def begin(self) -> Pool:
         """Start one ahead, if that was not done yet."""
@@ -41,14 +42,28 @@ class Loading:
         """Whether one was ever wanted: the machine is a secondary's."""
         return self._pool is not None
 
-    def refill(self) -> None:
-        """Start one in place of that which was taken, in the background."""
+    def replace(self, old: QemuProcess | None, state: SavedState) -> QemuProcess:
+        """A process that has become the machine that `state` is of; it stands. `old` dies meanwhile: it is dead when
+        the other is handed out."""
+        self.tidy_up()
+        self._old = old
+        if old is not None:
+            old.begin_death()
+        fresh = self._load(state)
+        if old is not None:
+            old.see_dead()  # before the fresh one may run
+        return fresh
+
+    def tidy_up(self) -> None:
+        """What can wait until the machine runs: the old process's descriptors, and the start of the next one."""
+        old, self._old = self._old, None
+        if old is not None:
+            old.kill()
         if self._pool is not None:
             self._pool.refill()
 
-    def load(self, state: SavedState) -> QemuProcess:
-        """A process that has become the machine that `state` is of; it stands. One that does not take it is replaced
-        by another, LOAD_TRIES in all."""
+    def _load(self, state: SavedState) -> QemuProcess:
+        """One that does not take it is replaced by another, LOAD_TRIES in all."""
         pool = self.begin()
         for left in reversed(range(LOAD_TRIES)):
             process = pool.take()
@@ -73,6 +88,9 @@ class Loading:
 
     def close(self) -> None:
         """End those that wait."""
+        old, self._old = self._old, None
+        if old is not None:
+            old.kill()
         if self._pool is not None:
             self._pool.close()
 

@@ -61,10 +61,10 @@ class QemuMachine:
         self._announced = False  # where its card is, after it was promoted
         self._saved: bytes | QemuError | None = None  # the device state, while a primary stands
         self._carried: tuple[CarriedPage, ...] = ()  # and what goes with it
+        self._others: ram_blocks.Changing | None = None
         self._state: SavedState | None = None  # of a secondary: what its machine was loaded from
         self._failure: str | None = None
         self._process: QemuProcess | None = None
-        self._old: QemuProcess | None = None  # dead or dying, not given back yet
         self._log: ProcessDirtyLog | None = None
         self._running = False
         self._closed = False
@@ -105,6 +105,7 @@ class QemuMachine:
         self._process = self._start(shared=True, incoming=False)
         # Firmware and kernel may lie in RAM already.
         self._mark_dirty(self.ram.index, 0, self.ram.n_pages)
+        self._changing(self._process)
         self._log = log_of(self._process, self.ram, kvm_maps_it=self.description.kvm)
 
     def resume(self) -> int | None:
@@ -119,7 +120,7 @@ class QemuMachine:
             if self._promoted and self._guest.line.card and not self._announced:
                 self._announced = True
                 self._unless_it_died(QemuProcess.announce)
-            self._tidy_up()
+            self._loading.tidy_up()
         return since
 
     def pause(self) -> int | None:
@@ -136,7 +137,6 @@ class QemuMachine:
                     self._unless_it_died(QemuProcess.stop)
             else:
                 self._saved, since = self._stop_and_save()
-                self._drain()
             self._running = False
         return since
 
@@ -145,7 +145,7 @@ class QemuMachine:
         process = self._alive()
 
         def look() -> None:  # nothing changes them while the machine stands, and QEMU is busy with the state
-            self._carried = ram_blocks.changed_pages(process, self.description.others)
+            self._carried = self._changing(process).now()
 
         try:
             return process.stop_and_save(STATE_MAX, look)
@@ -153,7 +153,13 @@ class QemuMachine:
             raise
         except QemuError as error:
             process.stop()
+            process.drain()
             return error, None
+
+    def _changing(self, process: QemuProcess) -> ram_blocks.Changing:
+        if self._others is None or self._others.process is not process:
+            self._others = ram_blocks.Changing(process, self.description.others)
+        return self._others
 
     @property
     def steps(self) -> int:
@@ -181,12 +187,6 @@ class QemuMachine:
         self._revive()
         self._promoted = True
 
-    def _drain(self) -> None:
-        """All that its guest said before it stood is handed to on_output."""
-        process = self._process
-        if process is not None and (self.on_output is not None or self.on_packet is not None):
-            process.drain()
-
     @property
     def hears(self) -> bool:
         """See machine.SpeakingMachine."""
@@ -198,20 +198,20 @@ class QemuMachine:
         if process is None or self._closed or not process.alive:
             return 0
         try:
-            return process.write_console(data)
+            return process.console.write(data)
         except QemuError:
             return 0
 
     def take_input_back(self) -> bytes:
         """See machine.SpeakingMachine."""
         process = self._process
-        return process.take_console_back() if process is not None else b""
+        return process.console.take_back() if process is not None else b""
 
     def give_packet(self, packet: bytes) -> None:
         """See machine.SpeakingMachine."""
         process = self._process
         if process is not None:
-            process.give_packet(packet)
+            process.card.give(packet)
 
     def _unless_it_died(self, order: Callable[[QemuProcess], T]) -> T | None:
         """Give the process an order; a secondary's that died just now went astray."""
@@ -331,7 +331,7 @@ class QemuMachine:
         process = self._alive()
         if self._saved is None:
             stream = process.save(STATE_MAX)
-            self._carried = ram_blocks.changed_pages(process, self.description.others)
+            self._carried = self._changing(process).now()
         elif isinstance(self._saved, QemuError):
             raise self._saved
         else:
@@ -358,26 +358,14 @@ class QemuMachine:
         return report if parsed.hashes is None else compare_others(fresh, parsed.hashes[self.ram.n_pages :], report)
 
     def _become(self, state: SavedState) -> QemuProcess:
-        """The old process dies while a fresh one loads the state."""
-        self._tidy_up()
-        self._old, self._process = self._process, None
-        if self._old is not None:
-            self._old.begin_death()
+        """A fresh process, which has loaded the state."""
+        old, self._process = self._process, None
         self._failure = None  # whatever the old one's was
         self._powered_off = False
-        fresh = self._loading.load(state)
-        if self._old is not None:
-            self._old.see_dead()  # before the fresh one may run
+        fresh = self._loading.replace(old, state)
         self.on_reborn()
         self._process = fresh
         return fresh
-
-    def _tidy_up(self) -> None:
-        """What can wait until the machine runs: the old process's descriptors, and the start of the next one."""
-        old, self._old = self._old, None
-        if old is not None:
-            old.kill()
-        self._loading.refill()
 
     def fold(self, cache: Cache, block: int, first_pfn: int, n_pages: int) -> int:  # noqa: ARG002 -- it has one block
         """See machine.Machine."""
@@ -400,6 +388,6 @@ class QemuMachine:
         self._closed = True
         closing: list[Callable[[], None]] = [self._guest.close, self._loading.close]
         closing += [self._log.close] if self._log is not None else []
-        closing += [one.kill for one in (self._old, self._process) if one is not None]
+        closing += [self._process.kill] if self._process is not None else []
         while closing:
             closing.pop()()

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 
@@ -11,17 +12,21 @@ from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 def read(pid: int, address: int, len_bytes: int) -> bytearray:
     """len_bytes from `address` of process `pid`."""
     data = bytearray(len_bytes)
-    _each(pid, os.O_RDONLY, address, memoryview(data), os.preadv)
+    read_into(pid, [(address, memoryview(data))])
     return data
+
+
+def read_into(pid: int, parts: Sequence[tuple[int, memoryview]]) -> None:
+    """Fill each buffer with what lies at its address of process `pid`."""
+    _each(pid, os.O_RDONLY, parts, os.preadv)
 
 
 def write(pid: int, address: int, data: bytes) -> None:
     """Put `data` at `address` of process `pid`."""
-    _each(pid, os.O_WRONLY, address, memoryview(data), os.pwritev)
+    _each(pid, os.O_WRONLY, [(address, memoryview(data))], os.pwritev)
 
 
-def _each(pid: int, mode: int, address: int, data: memoryview, transfer: object) -> None:
-    assert callable(transfer)  # noqa: S101 -- for mypy
+def _each(pid: int, mode: int, parts: Sequence[tuple[int, memoryview]], transfer: Callable[..., int]) -> None:
     try:
         fd = os.open(f"/proc/{pid}/mem", mode | os.O_CLOEXEC)
     except FileNotFoundError as error:
@@ -29,13 +34,15 @@ def _each(pid: int, mode: int, address: int, data: memoryview, transfer: object)
     except PermissionError as error:
         raise QemuError(f"the memory of process {pid} is closed to this one: {error.strerror}") from error
     try:
-        done = 0
-        while done < len(data):
-            n = transfer(fd, [data[done:]], address + done)
-            if n <= 0:
-                raise QemuDiedError(f"QEMU (process {pid}) has ended")
-            done += n
-    except OSError as error:
-        raise QemuError(f"{len(data)} bytes at {address:#x} of process {pid}: {error.strerror}") from error
+        for address, data in parts:
+            done = 0
+            while done < len(data):
+                try:
+                    n = transfer(fd, [data[done:]], address + done)
+                except OSError as error:
+                    raise QemuError(f"{len(data)} bytes at {address:#x} of process {pid}: {error.strerror}") from error
+                if n <= 0:
+                    raise QemuDiedError(f"QEMU (process {pid}) has ended")
+                done += n
     finally:
         os.close(fd)

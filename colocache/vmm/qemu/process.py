@@ -24,22 +24,20 @@ from colocache.vmm.qemu import inside, mapping, memory_access
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.disk import Nodes
 from colocache.vmm.qemu.driver import driver
+from colocache.vmm.qemu.ends import Card, Console
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError, QemuLoadError, QemuSlowError
 from colocache.vmm.qemu.events import DEATH, Mailbox
 from colocache.vmm.qemu.last_words import LastWords
 from colocache.vmm.qemu.qmp import Event, Qmp
-from colocache.vmm.qemu.quick import Command, Quick
+from colocache.vmm.qemu.quick import Quick
 from colocache.vmm.qemu.readers import OnOutput, Readers
-from colocache.vmm.qemu.wiring import Wiring, arguments, fd_path
+from colocache.vmm.qemu.saving import Saving
+from colocache.vmm.qemu.wiring import Wiring, arguments
 
 T = TypeVar("T")
 START_SECONDS = 30.0
 LOAD_SECONDS = 10.0
 DEATH_SECONDS = 10.0  # of a process that was sent SIGKILL
-CONSOLE_ROOM = 16 << 10  # of a socket, for console input that QEMU has not read
-CONSOLE_BYTES = 1 << 20  # more than that
-SETTLE_ROUNDS_MAX = 1000  # a ring of a card has 256 packets, and a socket takes ten
-PACKET_SECONDS = 0.2  # to wait for room for a packet
 
 
 class QemuProcess:
@@ -80,9 +78,6 @@ class QemuProcess:
         self._open: list[socket.socket | int] = []  # what close() closes
         self._readers = Readers(self._driver)
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
-        self._console: socket.socket | None = None
-        self._unread: socket.socket | None = None  # QEMU's end of it
-        self._card: socket.socket | None = None
         self._stream: socket.socket | None = None
         self._preloaded: socket.socket | None = None
         self.pidfd = -1
@@ -103,8 +98,8 @@ class QemuProcess:
         ends = {name: self._pair() for name in ("qmp", "quick", "handoff", "console", "stream")}
         ends["card"] = self._pair(socket.SOCK_DGRAM)
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
-        self._unread = self._mine(ends["console"][1])
-        ends["console"][0].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, CONSOLE_ROOM)
+        self.console = Console(ends["console"][0], self._mine(ends["console"][1]))
+        self.card = Card(ends["card"][0])
         wiring = Wiring(
             image,
             shared,
@@ -140,11 +135,9 @@ class QemuProcess:
         self._readers.watch(pidfd, lambda: self._dead(pidfd))
         self._readers.read(read, self._words.add)
         self.userfault = self._mine(self._take_userfault(ends["handoff"][0]))
-        self._console, self._stream, self._preloaded = (ends[name][0] for name in ("console", "stream", "handoff"))
-        self._console.setblocking(False)
-        self._readers.read(self._console.fileno(), on_output or (lambda _: None), self._output_full)
-        self._card = ends["card"][0]
-        self._readers.read(self._card.fileno(), on_packet or (lambda _: None), self._output_full)
+        self._stream, self._preloaded = ends["stream"][0], ends["handoff"][0]
+        for name, sink in ("console", on_output), ("card", on_packet):
+            self._readers.read(ends[name][0].fileno(), sink or (lambda _: None), self._output_full)
         try:
             self._quick = Quick(ends["quick"][0], START_SECONDS)
             self._qmp = Qmp(ends["qmp"][0], self._told, START_SECONDS)
@@ -258,47 +251,12 @@ class QemuProcess:
         except (EOFError, OSError) as error:  # TimeoutError is one
             raise self._death("did not do what was asked inside it") from error
 
-    def write_console(self, data: bytes) -> int:
-        """Give the guest console input: the number of bytes taken, which may be fewer."""
-        if self._console is None:
-            raise QemuDiedError("this QEMU was closed")
-        try:
-            return self._console.send(data)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise self._death("ended") from error
-
-    def take_console_back(self) -> bytes:
-        """What it was given and has not read: it never will. The rest is in its devices, and in their state.
-
-        QEMU's end of the socket is also ours. In one call: QEMU has read what came before it, and finds nothing after.
-        """
-        unread = self._unread
-        if unread is None:
-            return b""
-        try:
-            return unread.recv(CONSOLE_BYTES, socket.MSG_DONTWAIT)
-        except OSError:
-            return b""
-
-    def give_packet(self, packet: bytes) -> None:
-        """Its network card receives this, if there is room soon: packets may be lost. A socket takes ten, and a QEMU
-        that stands none: without a wait most of a burst would be."""
-        card = self._card
-        if card is not None:
-            with contextlib.suppress(OSError, ValueError):  # the socket may be closed just now
-                try:
-                    card.send(packet)
-                except BlockingIOError:
-                    if select.select([], [card], [], PACKET_SECONDS)[1]:
-                        card.send(packet)
-
     # ---- running -------------------------------------------------------------------------------------------------
 
     def cont(self) -> int | None:
         """Let it run: since when it does (CLOCK_MONOTONIC), which is known here later; None: it ran before."""
         self.quick.execute_all([("cont", {})])
+        self._driver.let_go()
         return self.quick.when("RESUME")
 
     def announce(self) -> None:
@@ -318,54 +276,16 @@ class QemuProcess:
         return str(self.qmp.execute("query-status")["status"])
 
     def save(self, limit_bytes: int) -> bytes:
-        """The state of all devices, without RAM. Only while it stands: QEMU itself would not refuse.
-
-        Saving may write guest RAM. The log is taken again after it.
-        """
-        (status,) = self.quick.execute_all([("query-status", {})])
-        if status["running"]:
-            raise QemuError("a device state of a running QEMU would be torn: stop it first")
-        self._settle()
-        self.quick.execute_all([self._save_command()])
-        return self._saved(limit_bytes)
+        """See Saving.save."""
+        return self._saving.save(limit_bytes)
 
     def stop_and_save(self, limit_bytes: int, meanwhile: Callable[[], None] = lambda: None) -> tuple[bytes, int | None]:
-        """Both. `meanwhile` is called when it stands. The state, and since when it stands (CLOCK_MONOTONIC; None: it
-        stood before)."""
-        self.quick.execute_all([("stop", {}), ("query-status", {})], meanwhile=meanwhile)
-        since = self.quick.when("STOP")
-        self._settle()
-        self.quick.execute_all([self._save_command()])
-        return self._saved(limit_bytes), since
+        """See Saving.stop_and_save."""
+        return self._saving.stop_and_save(limit_bytes, meanwhile)
 
-    def _settle(self) -> None:
-        """It stands: back when its devices have sent all that they had begun to send.
-
-        What found no room in our socket, QEMU sends when there is some, standing or not: a card then tells the guest,
-        in its memory, that the packet has gone, and takes the next. After the save that would be memory which is ahead
-        of the device state, and no QEMU loads that; and what a console had begun would be said twice. QEMU's main loop
-        has been round for certain when it has answered twice. If nothing was read from then on, by whichever thread,
-        there was room for all that it had, and it has no more.
-        """
-        for _ in range(SETTLE_ROUNDS_MAX):
-            n_taken = self._readers.n_taken
-            for _ in range(2):
-                self.quick.execute_all([("query-status", {})])
-            self._readers.drain()
-            if self._readers.n_taken == n_taken:
-                return
-        raise QemuError(
-            f"the guest stands and its devices send on and on, {SETTLE_ROUNDS_MAX} times what there is room for"
-        )
-
-    def _save_command(self) -> Command:
-        return "xen-save-devices-state", {"filename": fd_path(self._state), "live": False}
-
-    def _saved(self, limit_bytes: int) -> bytes:
-        n_bytes = os.fstat(self._state).st_size
-        if not 0 < n_bytes <= limit_bytes:
-            raise QemuError(f"QEMU saved a device state of {n_bytes} bytes; at most {limit_bytes} are allowed")
-        return os.pread(self._state, n_bytes, 0)
+    @property
+    def _saving(self) -> Saving:
+        return Saving(self.quick, self._readers, self._driver, self._state)
 
     def load(self, state: bytes | memoryview) -> None:
         """Become the machine that `state` is of; it stands. QemuLoadError: this process is good for nothing any more.
@@ -425,7 +345,9 @@ class QemuProcess:
             qmp.close()
         reading = self._readers.let_go()
         opened, self._open = self._open, []
-        self._console = self._unread = self._card = self._stream = self._preloaded = None
+        self._stream = self._preloaded = None
+        for end in (self.console, self.card):
+            end.close()
         self.pidfd = -1
 
         async def close() -> None:  # in the thread that reads them: never while it does, never a number used anew

@@ -36,9 +36,12 @@ class Quick:
         self._when: dict[str, int | None] = {}
         with self._lock:
             deadline = time.monotonic() + timeout
-            while "QMP" not in self._message(deadline, f"greet within {timeout:g} s"):
+            while "QMP" not in (greeting := self._message(deadline, f"greet within {timeout:g} s")):
                 pass
-        self.execute_all([("qmp_capabilities", {})], timeout=timeout)
+        # With `oob` QEMU reads a command while it does another. Else each goes from thread to thread when the one
+        # before it was done, which a machine that stands waits for. What we send is done in order either way.
+        able = [name for name in greeting["QMP"].get("capabilities", ()) if name == "oob"]
+        self.execute_all([("qmp_capabilities", {"enable": able})], timeout=timeout)
 
     def execute_all(
         self, commands: list[Command], *, meanwhile: Callable[[], None] | None = None, timeout: float = COMMAND_SECONDS

@@ -104,17 +104,26 @@ def _read(process: QemuProcess, block: RamBlock) -> bytes:
     return bytes(memory_access.read(process.pid, block.address, block.len_bytes))
 
 
-def changed_pages(process: QemuProcess, fresh: Sequence[Content]) -> tuple[CarriedPage, ...]:
-    """The pages that hold something else now than in a fresh process."""
-    found = []
-    for number, (block, before) in enumerate(zip(_same(process, fresh), fresh, strict=True)):
-        if _is(block, CARRIED):
-            now = _read(process, block)
-            if now != before.data:
-                old, new = (np.frombuffer(data, dtype="<u8").reshape(-1, PAGE // 8) for data in (before.data, now))
-                pages = np.flatnonzero((old != new).any(axis=1))
-                found += [CarriedPage(number, int(page), new[page].tobytes()) for page in pages]
-    return tuple(found)
+class Changing:
+    """The pages of them that may become other than in a fresh process while the guest of `process` runs."""
+
+    def __init__(self, process: QemuProcess, fresh: Sequence[Content]) -> None:
+        self.process = process
+        self._blocks = []  # its number and address, what it holds in a fresh process, and room for what it holds now
+        for number, (block, content) in enumerate(zip(_same(process, fresh), fresh, strict=True)):
+            if _is(block, CARRIED):
+                before = np.frombuffer(content.data, dtype="<u8")
+                self._blocks.append((number, block.address, before, np.empty_like(before)))
+        self._room = [(address, now.data.cast("B")) for _, address, _, now in self._blocks]
+
+    def now(self) -> tuple[CarriedPage, ...]:
+        """Those that are other. The machine stands, and waits for this."""
+        memory_access.read_into(self.process.pid, self._room)
+        found = []
+        for number, _, before, now in self._blocks:
+            for page in np.flatnonzero((before != now).reshape(-1, PAGE // 8).any(axis=1)):
+                found.append(CarriedPage(number, int(page), now[page * PAGE // 8 :][: PAGE // 8].tobytes()))
+        return tuple(found)
 
 
 def fill(process: QemuProcess, fresh: Sequence[Content]) -> None:

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What comes from the descriptors of one QEMU, handed on in the thread of driver.py."""
+"""What comes from the descriptors of one QEMU, handed on in the thread of driver.py, or of whoever drains them."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 from colocache.vmm.qemu.driver import Driver
+from colocache.vmm.qemu.errors import QemuSlowError
 
 READ_BYTES = 1 << 16  # at a time
 FULL_SECONDS = 0.005  # between two looks whether there is room for what the guest says
@@ -21,6 +23,7 @@ class Readers:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._fds: list[int] = []
+        self._lock = threading.Lock()  # what comes from one descriptor is read and handed on by one thread at a time
         self._takers: list[Callable[[], bool]] = []  # one for each that is read: reads what is there
         self.n_taken = 0  # times that something was read, whoever asked for it
 
@@ -36,7 +39,7 @@ class Readers:
         loop = self._driver.loop
 
         def take() -> bool:
-            """Whether something came."""
+            """Whether something came. Under the lock."""
             try:
                 data = os.read(fd, READ_BYTES)
             except BlockingIOError:
@@ -47,7 +50,7 @@ class Readers:
                 self.n_taken += 1
                 sink(data)
             else:
-                loop.remove_reader(fd)
+                self._driver.soon(loop.remove_reader, fd)
             return bool(data)
 
         def come() -> None:
@@ -55,7 +58,8 @@ class Readers:
                 loop.remove_reader(fd)
                 loop.call_later(FULL_SECONDS, listen)
             else:
-                take()
+                with self._lock:
+                    take()
 
         def listen() -> None:
             if fd in self._fds:  # else it was closed meanwhile, and the number may be another's
@@ -67,16 +71,21 @@ class Readers:
     def drain(self) -> None:
         """Back when all that was written before has been handed on, also if that is more than there is room.
         QemuSlowError.
-        """
 
-        async def drain() -> None:
+        In this thread: another that does it costs two hops, which a machine that stands waits for. The guest stands: of
+        one that runs there might be no end.
+        """
+        if not self._lock.acquire(timeout=DRAIN_SECONDS):
+            raise QemuSlowError(f"what QEMU's guest said was not handed on within {DRAIN_SECONDS:g} s")
+        try:
             for take in self._takers:
                 while take():
                     pass
-
-        self._driver.call(drain(), "hand on what its guest said", DRAIN_SECONDS)
+        finally:
+            self._lock.release()
 
     def let_go(self) -> list[int]:
         """Nothing more is read: the descriptors that the loop still knows, for whoever closes them in its thread."""
-        fds, self._fds, self._takers = self._fds, [], []
+        with self._lock:
+            fds, self._fds, self._takers = self._fds, [], []
         return fds
