@@ -24,7 +24,7 @@ from colocache.vmm.qemu.readers import Readers
 from colocache.vmm.qemu.wiring import fd_path
 
 SETTLE_ROUNDS_MAX = 1000  # a ring of a card has 256 packets, and a socket takes ten
-AGAIN: list[Command] = [("query-status", {})] * 2  # when both were answered, QEMU's main loop has been round
+AGAIN: list[Command] = [("query-name", {})] * 2  # when both were answered, QEMU's main loop has been round
 
 
 class Saving:
