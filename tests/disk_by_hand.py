@@ -4,7 +4,8 @@
     COLOCACHE_LINUX=FOLDER python tests/disk_by_hand.py primary --kills 20     the primary, running, receiving, ...
     ... secondary --kills 20    the process that runs the secondary's machine, its QEMUs, and its keeper
     ... server --kills 20       the export: the QEMU that writes to it, and its connection; the primary goes on alone
-    ... aborted --kills 20      epochs: a state that is vetoed, a connection cut before and in it, and in a disk write
+    ... aborted --kills 20      epochs: a state that is vetoed, a connection cut before and in it, cut in a disk write,
+                                or stuck there
 
 What does not end the pair is done several times to one, and then its primary is killed. After each takeover the guest
 reads its database from the disk, at least twice. The last line has the sums. Exit status 0: every row that the
@@ -50,6 +51,7 @@ ABORTS = (
     (M.DISKS, "cut", "connected"),
     (M.VMSTATE_SIZE, "half-cut", "connected"),
     (M.DISK, "half-cut", "connected"),
+    (M.DISK, "stall", "connected"),
 )
 
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,8 @@ import pytest
 from c_tools import run, tool
 from disk_life import Calls, failing
 from qemu_support import guest, image_file, needs_qemu
-from test_replication_disks import SIZE, ToyMirrors, Truth, check, pair_with_a_disk, truth
-from toy import Recorder, once
+from test_replication_disks import SIZE, DiskMachine, ToyMirrors, Truth, check, pair_with_a_disk, truth
+from toy import QUICK, Recorder, once
 
 from colocache.disks import export, nbd_client
 from colocache.disks.mirrored import MirroredDisks
@@ -141,6 +142,31 @@ def test_a_primary_whose_disk_can_not_be_sent_again_tells_its_secondary_that_it_
         assert not pair.events_s.all("takeover")
         assert "goes on alone" in pair._running[0].result.end
     assert truth.wrong == []
+
+
+class TimedMachine(DiskMachine):
+    """Remembers the longest that one of its writes took."""
+
+    longest = 0.0
+
+    def step(self, n: int) -> None:
+        begin = time.monotonic()
+        super().step(n)
+        self.longest = max(self.longest, time.monotonic() - begin)
+
+
+@pytest.mark.parametrize("kind", [M.DISK, M.VMSTATE_SIZE, M.CHECKPOINT_REQUEST])
+def test_a_link_that_carries_nothing_any_more_holds_the_guest_up_for_the_peer_timeout_and_no_longer(
+    make_memory: Callable[..., Any], tmp_path: Path, truth: Truth, monkeypatch: pytest.MonkeyPatch, kind: M
+) -> None:
+    monkeypatch.setattr("test_replication_disks.DiskMachine", TimedMachine)
+    with pair_with_a_disk(make_memory, tmp_path, truth) as pair:
+        pair.events_s.wait("checkpoint", 2)
+        pair.link.rule = once(kind, "stall")
+        pair.events_p.wait("connected", 2)
+        pair.events_s.wait("checkpoint", len(pair.events_s.all("checkpoint")) + 2)
+        assert pair.pvm.longest < 2 * QUICK.peer_timeout  # type: ignore[attr-defined]
+    check(pair, truth)
 
 
 # ---- a primary's ----
