@@ -4,11 +4,12 @@
     .venv/bin/python bench/pause.py [--ram 1G] [--set nothing --set 10M ...] [--checkpoints 200] [--rounds 3] [--json]
 
 Each round runs, in an order that turns, every working set over a Unix socket and over TCP on loopback, once as it is,
-once with `--no-background` (all pages in the pause) and once with `--resume-at loaded` (the primary waits for the
-secondary's flush). Told are medians of the rounds' p50, p99 and max in milliseconds, of both machines with their
-stages, and the steps a second that the primary's guest did, beside those of two guests that nobody replicates and whose
-log is taken and cleared at the same interval. Both sides share this machine, so on two cores four threads
-want to run: other work shows in every figure, and the load before each round is told beside them.
+once with `--no-background` (all pages in the pause), once with `--resume-at loaded` (the primary waits for the
+secondary's flush) and once with `--cores-apart` (each side on its half of the cores, as two hosts would be). Told are
+medians of the rounds' p50, p99 and max in milliseconds, of both machines with their stages, and the steps a second that
+the primary's guest did, beside those of two guests that nobody replicates and whose log is taken and cleared at the
+same interval. Both sides share this machine, so on two cores four threads want to run: other work shows in every
+figure, and the load before each round is told beside them.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ WAYS: dict[str, tuple[str, ...]] = {
     "as it is": (),
     "no background": ("--no-background",),
     "resume at loaded": ("--resume-at", "loaded"),
+    "cores apart": ("--cores-apart",),
 }
 SHOWN = ("pvm_pause_ms", "pause_ms")
 COLUMNS = (

@@ -35,6 +35,12 @@ def die_with_parent(parent_pid: int, signum: int = signal.SIGKILL) -> None:
         os.kill(os.getpid(), signum)
 
 
+def keep_to_cores(cores: str) -> None:
+    """This process and all that it starts run on these cores, as in 0,1; the threads of its libraries too."""
+    for thread in Path("/proc/self/task").iterdir():
+        os.sched_setaffinity(int(thread.name), {int(core) for core in cores.split(",")})
+
+
 def adopt_orphans() -> None:
     """From now on the children of a child that dies become this process's, and their death can be seen."""
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

@@ -175,6 +175,20 @@ def test_the_machine_dies_with_its_keeper(sides: Sides) -> None:
     colocache.clean(sides.name)
 
 
+def test_a_side_on_cores_of_its_own_keeps_to_them_with_every_thread(sides: Sides) -> None:
+    core = max(os.sched_getaffinity(0))
+    secondary = sides.secondary("--own-cores", str(core))
+    primary = sides.primary("--checkpoints", "3", "--hold")
+    primary.until("holding")
+    seen = [
+        os.sched_getaffinity(int(thread.name))
+        for pid in (secondary.process.pid, secondary.child())
+        for thread in Path(f"/proc/{pid}/task").iterdir()
+    ]
+    assert len(seen) > 2, "its keeper's, and its machine's"
+    assert all(cores == {core} for cores in seen)
+
+
 def test_what_a_killed_keeper_left_is_inspected_recovered_and_attached(sides: Sides) -> None:
     secondary = sides.secondary()
     primary = sides.primary("--checkpoints", "3", "--hold", "--no-background", "--reconnect-limit", "30")

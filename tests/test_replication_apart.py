@@ -43,6 +43,16 @@ def test_a_peer_at_another_address_is_left_alone() -> None:
         assert os.sched_getaffinity(0) == CORES
 
 
+@pytest.mark.usefixtures("own_thread_keeps_its_cores")
+def test_a_process_that_is_apart_from_its_peer_is_left_where_it_is_and_may_wait_awake() -> None:
+    near, far = socket.socketpair()
+    with near, far:
+        apart = Apart(near.fileno(), "primary", own_cores=True)
+        assert apart.own_core
+        with apart:
+            assert os.sched_getaffinity(0) == CORES
+
+
 def test_one_core_is_shared() -> None:
     seen = []
 

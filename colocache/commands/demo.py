@@ -83,6 +83,12 @@ from colocache.commands.options import (
     "talks to it over the kill.",
 )
 @click.option("--seed", type=int, default=None, help="With --kill-primary-at random: the same moment again.")
+@click.option(
+    "--cores-apart",
+    is_flag=True,
+    help="Each side on its half of this machine's cores, with its guest and all its threads, as two hosts would be: "
+    "what one does is not in the other's pauses. Else both use all of them.",
+)
 @trace_option
 @json_option
 @foreseen
@@ -138,6 +144,7 @@ def demo(as_json: bool, **given: Any) -> None:
             background=given["background"],
             round_delay=given["round_delay"],
             round_pages=given["round_pages"],
+            cores_apart=given["cores_apart"],
         )
         title = f"colocache demo: {options.ram_bytes >> 20} MiB, a checkpoint every {options.interval:g} s"
         try:

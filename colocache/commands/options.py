@@ -315,6 +315,7 @@ report_options = options(
     json_option,
     click.option("--events", is_flag=True, help="Write each event as one JSON object per line on stdout."),
     click.option("--die-with-parent", type=int, default=0, hidden=True),
+    click.option("--own-cores", default="", hidden=True),
 )
 
 

@@ -109,7 +109,7 @@ def primary(**given: Any) -> None:
     TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
     from colocache import RamImage, Sender
-    from colocache.children import die_with_parent
+    from colocache.children import die_with_parent, keep_to_cores
     from colocache.demo.checks import Checks
     from colocache.disks.mirrored import MirroredDisks
     from colocache.outputs.connect import connect
@@ -130,6 +130,8 @@ def primary(**given: Any) -> None:
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
+    if given["own_cores"]:
+        keep_to_cores(given["own_cores"])
     address = Address.parse(given["connect"])
     options = PrimaryOptions(
         pair=given["pair"],
@@ -149,6 +151,7 @@ def primary(**given: Any) -> None:
         streams=given["streams"],
         rejoin=given["rejoin"],
         resume_at=given["resume_at"],
+        own_cores=bool(given["own_cores"]),
     )
     arbiter = make_arbiter(given["arbiter"])
     events = Events("primary", machine_readable=given["events"])

@@ -113,7 +113,7 @@ def secondary(**given: Any) -> None:
 
     TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
-    from colocache.children import die_with_parent
+    from colocache.children import die_with_parent, keep_to_cores
     from colocache.disks.apart import remove_logs
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
@@ -127,6 +127,8 @@ def secondary(**given: Any) -> None:
 
     if given["die_with_parent"]:
         die_with_parent(given["die_with_parent"], signal.SIGTERM)
+    if given["own_cores"]:
+        keep_to_cores(given["own_cores"])
     if given["attach"] and not given["name"]:
         raise click.UsageError("--attach needs --name: which region?")
     make_arbiter(given["arbiter"])  # one that can't be made is said before anything else is
@@ -221,6 +223,7 @@ def _config(given: dict[str, Any], guest: GuestChoice, security: Security) -> An
         ask_at_dirty_pages=-(-given["dirty_limit"] // 4096),
         streams=given["streams"],
         memory_limit=given["memory_limit"],
+        own_cores=bool(given["own_cores"]),
     )
 
     # Its own standard input is the configuration. Open until this process ends, for each child.

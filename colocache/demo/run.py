@@ -78,6 +78,16 @@ class DemoOptions:
     net: str = ""  # this host's address on the guest's network, with its length: 10.9.0.1/24; "" = none
     talk: str = ""  # HOST:PORT of a server in the guest that answers each line with one that ends in it
     trace: str = ""  # a file for the stages of both sides; "" = none
+    cores_apart: bool = False  # each side runs on its half of this machine's cores, with all its threads
+
+
+def _halves() -> tuple[frozenset[int], frozenset[int]]:
+    """The primary's and the secondary's cores. DemoError: there is one only."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        raise DemoError("--cores-apart needs two cores, and this process may use one: leave it out")
+    half = len(cores) // 2
+    return frozenset(cores[:half]), frozenset(cores[half:])
 
 
 def _disk_args(disks: Iterable[str]) -> list[str]:
@@ -87,12 +97,16 @@ def _disk_args(disks: Iterable[str]) -> list[str]:
 class Side:
     """One of the two processes; its events go into a queue, its last words are kept."""
 
-    def __init__(self, name: str, args: list[str], events: queue.SimpleQueue[dict[str, Any]]) -> None:
+    def __init__(
+        self, name: str, args: list[str], events: queue.SimpleQueue[dict[str, Any]], cores: frozenset[int] = frozenset()
+    ) -> None:
+        """`cores`: all that it starts runs on these; none given: on any."""
         self.name = name
         self.ended = threading.Event()
         self._events = events
         self._said: list[str] = []
-        command = python_command("colocache.cli", "main", name, "--die-with-parent", str(os.getpid()), *args)
+        own = ("--own-cores", ",".join(map(str, sorted(cores)))) if cores else ()
+        command = python_command("colocache.cli", "main", name, "--die-with-parent", str(os.getpid()), *own, *args)
         # A session of its own: Ctrl-C reaches the demo alone, which then ends both in order.
         self.process = subprocess.Popen(
             command,
@@ -207,10 +221,11 @@ class DemoRun:
                 begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
                 self._traces = stack.enter_context(tempfile.TemporaryDirectory(prefix="colocache.trace-"))
                 stack.callback(self._join_traces)
-            secondary = Side("secondary", self._secondary_args(address), self._events)
+            ours, theirs = _halves() if self.options.cores_apart else (frozenset(), frozenset())
+            secondary = Side("secondary", self._secondary_args(address), self._events, theirs)
             stack.callback(secondary.close)
             address = str(self._until("secondary", "listening", [secondary])["address"])
-            primary = Side("primary", self._primary_args(address), self._events)
+            primary = Side("primary", self._primary_args(address), self._events, ours)
             stack.callback(primary.close)
             self._kill(primary, secondary)
             self._until("secondary", "end", [secondary])

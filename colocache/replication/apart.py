@@ -26,14 +26,15 @@ class Apart:
     """`with` it, the calling thread is on its side's half of the cores. Nothing if the peer is elsewhere, or where
     there is one core only. Threads and processes that it starts meanwhile inherit that."""
 
-    def __init__(self, fd: int, side: str, *, wanted: bool = True) -> None:
-        """`fd`: the connected socket; not `wanted`: nothing."""
+    def __init__(self, fd: int, side: str, *, wanted: bool = True, own_cores: bool = False) -> None:
+        """`fd`: the connected socket; not `wanted`: nothing. `own_cores`: the whole process is apart from its peer."""
         self._all = sorted(os.sched_getaffinity(0))
         half = len(self._all) // 2
         self._half = self._all[:half] if side == "primary" else self._all[half:]
         one_host = of_one_host(fd)
-        self._does = wanted and half > 0 and one_host
-        self.own_core = half > 0 and (self._does or not one_host)  # whoever waits awake keeps none from the peer
+        self._does = wanted and half > 0 and one_host and not own_cores
+        # Whoever waits awake keeps none from the peer.
+        self.own_core = own_cores or (half > 0 and (self._does or not one_host))
 
     def __enter__(self) -> None:
         if self._does:

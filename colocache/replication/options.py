@@ -51,6 +51,7 @@ class PrimaryOptions:
     streams: int = 1  # connections that carry pages at once
     rejoin: bool = False  # a secondary that is gone for good may be given up for a fresh one
     resume_at: str = "received"  # the machine runs again at RECEIVED, or, to compare, at LOADED
+    own_cores: bool = False  # the peer is on this host, and on other cores: whoever waits for it may stay awake
 
     def __post_init__(self) -> None:
         if self.resume_at not in RESUME_AT:
@@ -72,6 +73,7 @@ class SecondaryOptions:
     timing: Timing = Timing()
     ask_at_dirty_pages: int = 0  # ask the primary for a checkpoint when the SVM has dirtied so many; 0 = never
     streams: int = 1  # connections that carry pages at once; the primary must want the same
+    own_cores: bool = False  # as the primary's
     memory_limit: int = 0  # bounded memory: bytes beside the one image; 0 = no limit
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, MessageType, encode_input, join_u64, split_u64
+from colocache.replication.messages import AbortKind, Message, MessageType, encode_input, join_u64, split_u64
 from colocache.replication.mirrors import Mirrors, NoMirrors
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
@@ -72,7 +72,7 @@ class PrimarySession:
         self._room = PrimaryRoom(pvm, events)
         self._tick = tick
         self._inbox = Inbox(channel, self._look_round)
-        self._apart = Apart(channel.fileno(), "primary", wanted=len(self._streams) == 1)
+        self._apart = Apart(channel.fileno(), "primary", wanted=len(self._streams) == 1, own_cores=options.own_cores)
         channel.may_spin = self._apart.own_core
         self._trace = trace or Trace()
         self._save_failures = 0
@@ -327,16 +327,16 @@ class PrimarySession:
         stages.done("answer")
         channel.limit(None)
         self._observer.received(number, epoch)
-        pvm.received()
-        pvm.open_epoch()
-        self._told(join_u64(answer.a, answer.b))
         if self._options.resume_at == "loaded":
+            self._sealed(answer)
             self._inbox.expect(State.SEALED, epoch, timeout)
             stages.done("loaded")
-        # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush. What
-        # it writes belongs to the next epoch, of which nothing goes out before LOADED.
+        # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush, nor
+        # for what RECEIVED frees. What it writes belongs to the next epoch, of which nothing goes out before LOADED.
         running = stages.done("resume", pvm.resume())
         self._rounds.running()
+        if self._options.resume_at != "loaded":
+            self._sealed(answer)
         if self._output_went:  # it is out: a takeover from now on does not let it out again
             self._output_went = False
             channel.send(MessageType.OUTPUT, epoch=pvm.epoch, body=HEAD.pack(*pvm.output.origin()))
@@ -359,6 +359,12 @@ class PrimarySession:
             extra_ns=saved.extra_ns,
             stood_ns=stood_ns,
         )
+
+    def _sealed(self, received: Message) -> None:
+        """RECEIVED was heard: what it frees, and the next epoch."""
+        self._pvm.received()
+        self._pvm.open_epoch()
+        self._told(join_u64(received.a, received.b))
 
     def _told(self, n_pages: int) -> None:
         """The secondary says how many pages it takes before the next checkpoint."""

@@ -77,7 +77,7 @@ class SecondarySession:
         self._cache = svm.cache
         self._channel = channel
         self._streams = InStreams(channel, svm.cache)
-        self._apart = Apart(channel.fileno(), "secondary", wanted=not self._streams)
+        self._apart = Apart(channel.fileno(), "secondary", wanted=not self._streams, own_cores=options.own_cores)
         channel.may_spin = self._apart.own_core
         self._options = options
         self._stop = stop
@@ -336,7 +336,6 @@ class SecondarySession:
             self._svm.resume()
             return
         stages.done("seal")
-        self._svm.typed.sealed(epoch)
         self._finish(epoch, sealed, stages)
 
     def _wait_for_pages(self, epoch: int, n_pages: int) -> None:
@@ -350,6 +349,7 @@ class SecondarySession:
             self._say(MessageType.VMSTATE_RECEIVED, epoch, self._limit.share() if self._limit else 0)
         except (PeerLostError, TimedOutError) as error:
             lost = error
+        self._svm.typed.sealed(epoch)
         stages.done("answer")
         try:
             result, take_over = self._svm.finish(sealed, stages)
