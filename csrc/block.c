@@ -19,6 +19,7 @@
 #include "image.h"
 #include "map.h"
 #include "sparse.h"
+#include "spill.h"
 #include "staging.h"
 
 int cc_block_get(struct colocache *cc, uint32_t index, struct cc_block **out)
@@ -212,6 +213,8 @@ int cc_block_build(struct colocache *cc, uint32_t index, const struct colocache_
     }
     if (rc == 0 && cc->bounded)
         rc = cc_staging_open(block);
+    if (rc == 0)
+        rc = cc_spill_open_block(cc, index);
     if (rc == 0) /* on attach as well: nothing is touched through a mapping that has a hole, on a full file system it is a SIGBUS */
         rc = cc_map_reserve(cc->region.fd, entry->bitmap_offset, entry->bitmap_bytes, "the bitmaps in the control region");
     if (rc == 0)
@@ -233,6 +236,7 @@ void cc_block_let_go(struct cc_block *block)
     cc_image_close(&block->cache);
     free(block->allocated);
     cc_staging_close(block);
+    cc_spill_close_block(block);
     block->guest = block->cache = (struct cc_image){.fd = -1};
     memset(block->bitmaps, 0, sizeof block->bitmaps);
     block->bitmap_map = NULL;

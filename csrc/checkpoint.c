@@ -20,6 +20,7 @@
 #include "fault.h"
 #include "flush_set.h"
 #include "gate.h"
+#include "spill.h"
 #include "stats.h"
 #include "strategy.h"
 #include "version.h"
@@ -51,6 +52,9 @@ static int commit_epoch(struct colocache *cc, const struct colocache_seal_args *
     };
     for (uint32_t i = 0; i < cc->n_blocks; i++)
         record.blocks[i / 64] |= (uint64_t)(cc->blocks[i].standing == CC_HERE) << (i % 64);
+    rc = cc_spill_seal(cc, &record);
+    if (rc)
+        return rc;
     return cc_commit_publish(cc->region.control, &record); /* from here on the epoch is what an attach finds */
 }
 

@@ -2,7 +2,8 @@
 /*
  * flush_staged.c -- the strategy of bounded memory: guest RAM's image holds the epoch before, the cache holds what came since.
  *
- * The flush set is what the PVM sent.  Pages whose bytes are in the cache are copied over the image, pages that are holes there become zeros.
+ * The flush set is what the PVM sent.  Pages whose bytes are in the cache are copied over the image, pages that are holes there become zeros,
+ * and what is in the spill file comes last: a page that is in both is newer there.
  * The VM stands: a page that it has not written shows the image's new bytes at once through its private mapping, and what it has
  * written is forgotten at the end.  After a death nothing private is left and all of it is done again: holes and bytes in the cache stay
  * as they are until `committed` is published.
@@ -16,6 +17,7 @@
 #include "flush_copy.h"
 #include "flush_set.h"
 #include "forget.h"
+#include "spill.h"
 #include "staging.h"
 #include "strategy.h"
 
@@ -35,6 +37,7 @@ static void zero_holes(struct colocache *cc, const struct cc_block *block, struc
     for (uint64_t s = cc_bitmap_next_summary(flush_set, 0); s < flush_set->n_summary_words; s = cc_bitmap_next_summary(flush_set, s + 1)) {
         for (uint64_t in_use = flush_set->summary[s]; in_use; in_use &= in_use - 1) {
             uint64_t w = s * 64 + (uint64_t)__builtin_ctzll(in_use), holes = flush_set->words[w] & ~block->staged->words[w];
+            holes &= ~cc_spill_word(block, w);
             while (holes) {
                 uint64_t first = (uint64_t)__builtin_ctzll(holes), rest = holes >> first;
                 uint64_t n = ~rest ? (uint64_t)__builtin_ctzll(~rest) : 64;
@@ -83,7 +86,10 @@ static int begin(struct colocache *cc, struct colocache_flush_result *out)
     out->n_pages += zeroed.n_pages;
     out->n_runs += zeroed.n_runs;
     out->n_bytes += zeroed.n_bytes;
+    int rc = cc_spill_flush(cc, out);
     CC_CRASH_POINT("flush: after the last page");
+    if (rc)
+        return rc;
     return forget(cc, out); /* before `committed`: an error leaves a flush that can be repeated */
 }
 

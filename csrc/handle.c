@@ -16,6 +16,7 @@
 #include "fault.h"
 #include "page_copy.h"
 #include "pool.h"
+#include "spill.h"
 #include "strategy.h"
 #include "version.h"
 
@@ -77,7 +78,7 @@ int cc_handle_open(int control_fd, bool create, const struct colocache_options *
     if (posix_memalign((void **)&cc, _Alignof(struct colocache), sizeof *cc) != 0)
         return cc_fail(-ENOMEM, "no memory for a handle");
     memset(cc, 0, sizeof *cc);
-    cc->region.fd = -1;
+    cc->region.fd = cc->spill.fd = -1;
     cc->copy = copy;
     cc->log = opts.log;
     cc->log_context = opts.log_context;
@@ -85,12 +86,15 @@ int cc_handle_open(int control_fd, bool create, const struct colocache_options *
     cc->strategy = cc_strategy_default(cc->bounded);
     cc_epoch_init(cc);
     pthread_mutex_init(&cc->walking, NULL);
+    pthread_mutex_init(&cc->spill.lock, NULL);
     cc->epoch.receive_wait_ns = (opts.receive_wait_ms ? opts.receive_wait_ms : RECEIVE_WAIT_DEFAULT_MS) * 1000000ull;
     cc->blocks = calloc(COLOCACHE_BLOCKS_MAX, sizeof *cc->blocks);
     rc = cc->blocks ? cc_pool_create(opts.n_threads, opts.thread_start, opts.thread_context, &cc->pool) : -ENOMEM;
     if (rc)
         (void)cc_fail(rc, "no memory or threads for a handle with %u threads: %s", opts.n_threads, colocache_strerror(rc));
     else
+        rc = cc_spill_open(cc, opts.spill_fd);
+    if (rc == 0)
         rc = cc_control_open(&cc->region, control_fd, opts.lock_fd, create, opts.device_state_max_bytes, cc->bounded);
     if (rc) {
         cc_handle_free(cc);
@@ -108,8 +112,10 @@ void cc_handle_free(struct colocache *cc)
         cc_block_release(&cc->blocks[i]);
     free(cc->blocks);
     cc_control_close(&cc->region);
+    cc_spill_close(cc);
     cc_epoch_destroy(cc);
     pthread_mutex_destroy(&cc->walking);
+    pthread_mutex_destroy(&cc->spill.lock);
     free(cc);
 }
 

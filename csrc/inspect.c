@@ -44,6 +44,7 @@ int cc_inspect_head(const struct cc_control *control, struct colocache_status *o
     out->attachment_slot = record->attachment_slot;
     out->attachment_bytes = record->attachment_bytes;
     out->attachment_checksum = record->attachment_checksum;
+    out->spilled_bytes = record->committed ? 0 : record->spill_bytes;
     out->owner_pid = control->owner_pid;
     out->memory_mode = control->memory_mode == CC_MEMORY_BOUNDED ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR;
     return 0;

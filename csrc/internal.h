@@ -5,6 +5,7 @@
  *   what                                   its only writer     readers
  *   cache bytes, PVM bits                  receive.c           flush_set.c, flush_copy.c, guest_pages.c, validate.c
  *   holes in a bounded cache               staging.c           flush_staged.c, sparse.c
+ *   the spill file                         spill.c             spill.c
  *   SVM bits                               dirty_log.c         flush_set.c
  *   flush set; clearing of any bit         flush_set.c         flush_copy.c, recover.c, validate.c
  *   guest RAM                              flush_copy.c (the strategy), guest_pages.c (preflush, restart); give_back.c; the VM
@@ -63,6 +64,9 @@ struct cc_block {
     uint64_t *punched;        /* sparse: pages of guest RAM that were given back since `allocated` was asked last */
     struct cc_bitmap *staged; /* bounded: pages whose range of the cache may hold data (staging.h); else NULL */
     uint64_t *staged_words;
+    struct cc_bitmap *spilled; /* with a spill file: pages whose newest bytes are in it (spill.h); else NULL */
+    uint64_t *spilled_words;
+    uint64_t spill_offset;   /* of its part of that file */
     struct cc_forget forget; /* bounded: the private pages of the VM's mapping */
 };
 
@@ -85,6 +89,15 @@ struct cc_epoch {
     uint64_t receive_wait_ns; /* longest wait for receives that are under way */
     bool stale;               /* bounded: the cache holds pages of an epoch that is committed or given up; over it: `opening` */
     pthread_mutex_t opening;  /* over `open` while it is 0, and the two counts together */
+};
+
+/* Where pages of the open epoch go that the limit has no room for (spill.h). */
+struct cc_spill {
+    int fd;               /* -1: nowhere */
+    bool used;            /* the file may not be empty */
+    pthread_mutex_t lock; /* over bytes, bits and counts */
+    uint64_t waiting;     /* bytes that the kernel may have in memory */
+    uint64_t n_bytes;     /* of the pages that have a bit */
 };
 
 /* What stats.c keeps.  `open_sync_ns` counts towards the epoch that is not sealed yet. */
@@ -111,6 +124,7 @@ struct colocache {
 
     _Alignas(64) uint64_t staged_bytes; /* bounded: pages whose range of a cache may hold data (staging.h) */
     uint64_t staged_limit;              /* 0 = none */
+    struct cc_spill spill;
 
     struct cc_epoch epoch;
     _Alignas(64) struct cc_gate mark_gate; /* who sets SVM bits */

@@ -24,6 +24,7 @@
 #include "map.h"
 #include "receive.h"
 #include "sparse.h"
+#include "spill.h"
 #include "staging.h"
 
 /* Where the bytes of an arriving page go. */
@@ -114,6 +115,52 @@ static int stage_runs(struct colocache *cc, struct cc_block *block, const struct
     return rc;
 }
 
+/* bring_staged -- all of it to where it belongs at once */
+static int bring_staged(struct colocache *cc, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs, struct iovec *iov,
+                        uint32_t n_iov, cc_bring_fn *bring, void *context, enum place place)
+{
+    int rc = bring(context, iov, n_iov);
+    for (uint32_t i = 0; rc == 0 && place == TO_STAGING && i < n_runs; i++) {
+        if (!(runs[i].flags & CC_RUN_ZERO))
+            cc_spill_drop(cc, block, runs[i].first_pfn, runs[i].n_pages);
+    }
+    return rc;
+}
+
+/* spill_run -- by parts, from whoever brings them: what is on its way takes no more memory, however many threads receive */
+static __attribute__((noinline)) int spill_run(struct colocache *cc, struct cc_block *block, const struct cc_run *run, cc_bring_fn *bring,
+                                               void *context)
+{
+    uint8_t part[CC_SPILL_PART];
+    const uint64_t n_bytes = (uint64_t)run->n_pages << block->page_shift;
+    int rc = 0;
+    for (uint64_t at = 0, n; rc == 0 && at < n_bytes; at += n) {
+        n = n_bytes - at < sizeof part ? n_bytes - at : sizeof part;
+        struct iovec iov = {.iov_base = part, .iov_len = n};
+        rc = bring(context, &iov, 1);
+        if (rc == 0)
+            rc = cc_spill_write(cc, block, run->first_pfn, at, part, n);
+    }
+    if (rc == 0)
+        cc_spill_done(cc, block, run->first_pfn, run->n_pages);
+    return rc;
+}
+
+/* bring_and_spill -- a packet of which some runs go into the spill file; their iovecs lead nowhere */
+static int bring_and_spill(struct colocache *cc, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs, struct iovec *iov,
+                           cc_bring_fn *bring, void *context)
+{
+    int rc = 0;
+    for (uint32_t i = 0; rc == 0 && i < n_runs; i++) {
+        if (runs[i].flags & CC_RUN_ZERO)
+            continue;
+        rc = iov->iov_base ? bring_staged(cc, block, &runs[i], 1, iov, 1, bring, context, TO_STAGING)
+                           : spill_run(cc, block, &runs[i], bring, context);
+        iov++;
+    }
+    return rc;
+}
+
 int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block, const struct cc_run *runs, uint32_t n_runs,
                     struct iovec *iov, cc_bring_fn *bring, void *context, const void *memory, uint64_t *n_pages)
 {
@@ -127,19 +174,23 @@ int cc_receive_runs(struct colocache *cc, uint64_t epoch, struct cc_block *block
     if (rc)
         return rc;
     const enum place place = place_of(cc);
-    uint32_t n_iov = 0;
+    uint32_t n_iov = 0, n_spilled = 0;
     for (uint32_t i = 0; rc == 0 && i < n_runs; i++) {
         const uint64_t first_pfn = runs[i].first_pfn, n = runs[i].n_pages;
         if (runs[i].flags & CC_RUN_ZERO) {
             rc = zero(cc, block, first_pfn, n, place);
         } else {
-            if (place == TO_STAGING && !memory)
-                rc = cc_staging_expect(cc, block, first_pfn, n);
-            iov[n_iov++] = (struct iovec){.iov_base = address(block, first_pfn, place), .iov_len = n << block->page_shift};
+            const int told = place == TO_STAGING && !memory ? cc_staging_expect(cc, block, first_pfn, n) : 0;
+            iov[n_iov++] =
+                (struct iovec){.iov_base = told == CC_SPILLS ? NULL : address(block, first_pfn, place), .iov_len = n << block->page_shift};
+            rc = told == CC_SPILLS ? 0 : told;
+            n_spilled += told == CC_SPILLS;
         }
     }
     if (rc == 0)
-        rc = memory && place == TO_STAGING ? stage_runs(cc, block, runs, n_runs, memory) : bring(context, iov, n_iov);
+        rc = memory && place == TO_STAGING ? stage_runs(cc, block, runs, n_runs, memory)
+             : n_spilled                   ? bring_and_spill(cc, block, runs, n_runs, iov, bring, context)
+                                           : bring_staged(cc, block, runs, n_runs, iov, n_iov, bring, context, place);
     if (rc == -EFAULT && place == TO_STAGING)
         rc = cc_staging_no_room(block);
     CC_CRASH_POINT("stream: a packet's bytes, whole or torn");
@@ -226,6 +277,11 @@ static int room_for(struct colocache *cc, struct cc_block *block, uint64_t first
     if (place != TO_STAGING)
         return 0;
     int rc = cc_staging_expect(cc, block, first_pfn, n_pages);
+    if (rc == CC_SPILLS)
+        return cc_fail(COLOCACHE_E_NO_MEMORY,
+                       "%llu pages of block %s would pass the limit of staged pages, and what is received in place can't be spilled: take "
+                       "them by colocache_receive_pages",
+                       (unsigned long long)n_pages, block->name);
     if (rc)
         return rc;
     rc = cc_map_reserve(block->cache.fd, block->cache.offset + (first_pfn << block->page_shift), n_pages << block->page_shift, block->name);
@@ -271,6 +327,8 @@ int colocache_receive_done(struct colocache *cc, uint64_t epoch, uint32_t block_
         return rc;
     const enum place place = place_of(cc);
     if (whole) {
+        if (place == TO_STAGING)
+            cc_spill_drop(cc, block, first_pfn, n_pages);
         done(cc, block, first_pfn, n_pages, place);
     } else if (place == TO_CACHE) { /* touched, perhaps torn: the bit, but not the count */
         CC_CRASH_POINT("receive: an abandoned range, before its bits");

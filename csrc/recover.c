@@ -37,6 +37,7 @@
 #include "fault.h"
 #include "flush_set.h"
 #include "guest_pages.h"
+#include "spill.h"
 #include "strategy.h"
 #include "validate.h"
 #include "version.h"
@@ -250,6 +251,9 @@ static int recover(struct colocache *cc, uint64_t receiving, struct colocache_re
         return cc_fail(COLOCACHE_E_CORRUPT,
                        "epoch %llu is sealed and not committed, but pages of epoch %llu came: the cache can't be trusted",
                        (unsigned long long)record.epoch, (unsigned long long)report->receiving_epoch);
+    rc = cc_spill_find(cc, &record);
+    if (rc)
+        return rc;
     CC_CRASH_POINT("attach: all is verified");
     rebuild_summaries(cc);
     if (!record.committed)

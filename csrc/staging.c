@@ -15,6 +15,7 @@
 #include "fault.h"
 #include "forget.h"
 #include "sparse.h"
+#include "spill.h"
 
 #ifndef MADV_POPULATE_READ /* Linux 5.14 */
 #define MADV_POPULATE_READ 22
@@ -63,6 +64,8 @@ int cc_staging_expect(struct colocache *cc, struct cc_block *block, uint64_t fir
     const uint64_t before = cc_add(&cc->staged_bytes, n_bytes);
     if (n_bytes && limit && (before > limit || n_bytes > limit - before)) {
         cc_add(&cc->staged_bytes, 0 - n_bytes);
+        if (cc_spill_may(cc))
+            return CC_SPILLS;
         return cc_fail(
             COLOCACHE_E_NO_MEMORY,
             "%llu bytes of pages are staged, and %llu more of block %s would pass their limit of %llu: abort the epoch, and raise "
@@ -87,6 +90,12 @@ int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t firs
     uint64_t left = n_pages << block->page_shift;
     off_t at = (off_t)(block->cache.offset + (first_pfn << block->page_shift));
     int rc = cc_staging_expect(cc, block, first_pfn, n_pages);
+    if (rc == CC_SPILLS) {
+        rc = cc_spill_write(cc, block, first_pfn, 0, data, left);
+        if (rc == 0)
+            cc_spill_done(cc, block, first_pfn, n_pages);
+        return rc;
+    }
     while (rc == 0 && left) {
         ssize_t n = pwrite(block->cache.fd, from, left, at);
         if (n < 0 && errno == EINTR)
@@ -97,8 +106,10 @@ int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t firs
         at += n;
         left -= (uint64_t)n;
     }
-    if (rc == 0)
+    if (rc == 0) {
         map_now(block, first_pfn, n_pages);
+        cc_spill_drop(cc, block, first_pfn, n_pages);
+    }
     return rc;
 }
 
@@ -122,6 +133,7 @@ int cc_staging_zero(struct colocache *cc, struct cc_block *block, uint64_t first
         CC_CRASH_POINT("receive: the hole is there");
         cc_add(&cc->staged_bytes, 0 - ((uint64_t)__builtin_popcountll(cc_drop_bits(word, mine) & mine) << block->page_shift));
     }
+    cc_spill_drop(cc, block, first_pfn, n_pages);
     return 0;
 }
 
@@ -154,8 +166,10 @@ int cc_staging_empty(struct colocache *cc)
         cc_forget_rest(&cc->blocks[i].forget);
         rc = cc_gone(&cc->blocks[i]) ? 0 : cc_staging_empty_one(&cc->blocks[i]);
     }
-    if (rc == 0)
+    if (rc == 0) {
         cc_publish(&cc->staged_bytes, 0);
+        cc_spill_empty(cc);
+    }
     pthread_mutex_unlock(&cc->walking);
     return rc;
 }

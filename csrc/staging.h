@@ -19,10 +19,11 @@
 int cc_staging_open(struct cc_block *block); /* -ENOMEM */
 void cc_staging_close(struct cc_block *block);
 
-/* Inside the receive gate.  Bytes are about to come: E_NO_MEMORY if they would take more than the limit.  If they come through the mapping
- * it is by a system call: it answers a full file system with EFAULT. */
+#define CC_SPILLS 1
+/* Inside the receive gate.  Bytes are about to come: if they would take more than the limit, CC_SPILLS where there is a spill file for them,
+ * else E_NO_MEMORY.  If they come through the mapping it is by a system call: it answers a full file system with EFAULT; then cc_spill_drop. */
 int cc_staging_expect(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);
-/* By a system call, whatever another thread does to the same pages meanwhile.  0, E_NO_MEMORY, -errno. */
+/* By a system call, whatever another thread does to the same pages meanwhile; into the spill file if need be.  0, E_NO_MEMORY, -errno. */
 int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, const void *data);
 /* Holes, before their bits are set: a page that held data must not show it under a bit. */
 int cc_staging_zero(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages);

@@ -47,6 +47,7 @@ int colocache_get_status(struct colocache *cc, struct colocache_status *out)
     status.failover_pending = cc_epoch_failover_asked(state);
     status.received_pages = cc_observe(&cc->epoch.received_pages);
     status.open_epoch = cc_observe(&cc->epoch.open);
+    status.spilled_bytes = cc_observe(&cc->spill.n_bytes);
     status.n_threads = cc_pool_size(cc->pool);
     status.copy_variant = (uint32_t)cc->copy.variant;
     rc = cc_staging_bytes(cc, &status.staged_bytes);

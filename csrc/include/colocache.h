@@ -125,6 +125,13 @@
  *   - After a takeover colocache_fold brings the private copies into the image, a part at a time.
  *   - A machine without room for a further page, or a limit that it would pass: the receiving call
  *     says COLOCACHE_E_NO_MEMORY; abort the epoch.
+ *   - With options.spill_fd, a file on a disk, pages that would pass the limit are written there
+ *     instead, and come from there in the flush; 512 KiB of it are in memory at a time, and 32 KiB
+ *     for each thread that receives.  What is received in place is not spilled.  A disk that is
+ *     full or fails costs the epoch: E_NO_MEMORY or -errno from the receiving call or the seal,
+ *     before the commit point.  The file belongs to the region as its images do: attach wants the
+ *     same one (E_FOREIGN_IMAGE) if the epoch that it has to replay was spilled.  A disk that can't
+ *     be read back between seal and committed is as a host that loses power: not covered.
  *   - How much memory the secondary takes beside the one image: status.staged_bytes,
  *     colocache_private_bytes of the VM's mappings, the control region.  Near a limit ask for a
  *     checkpoint: both go down to nothing with it.  colocache_limit_staged keeps the first below
@@ -261,7 +268,8 @@
  *  a block went with adds munmap and close.  tests/c/test_jail.c runs under exactly this list.
  *  A colocache_add_block in the jail, without guest_addr, adds fstat, fstatfs, fcntl, ftruncate,
  *  fallocate and mmap, and after an error munmap and close.
- *  Bounded memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap).
+ *  Bounded memory adds pwrite64, fallocate, madvise, ioctl, openat and close (/proc/self/pagemap);
+ *  a spill file pread64, ftruncate, sync_file_range and fadvise64.
  *
  * ---- Errors ----
  *
@@ -305,9 +313,9 @@
  *  growing; a device state up to the bound given at create (64 MiB by default, at most 1 TiB); 256
  *  threads.  The control region takes 1/32768 of guest RAM per bitmap and there are three, besides
  *  two device states (sparse: only what comes is allocated).
- *  colocache_receive_stream needs 40 KiB of stack.  The wire carries no secrets' protection: for
- *  TLS give the library one end of a socketpair, or take packets apart yourself and call
- *  colocache_receive_pages.
+ *  colocache_receive_stream needs 40 KiB of stack, 72 with a spill file.  The wire carries no
+ *  secrets' protection: for TLS give the library one end of a socketpair, or take packets apart
+ *  yourself and call colocache_receive_pages.
  *  Bitmaps are little-endian 64-bit words, bit n of word w is page 64w+n of the block, bits past
  *  the last page are zero: the format of KVM_GET_DIRTY_LOG.  Linux only; 64-bit, little-endian
  *  only.
@@ -487,6 +495,11 @@ struct colocache_options {
     uint32_t receive_wait_ms;          /* longest that seal and abort wait for receives under way;
                                           0 = 10,000 */
     uint32_t reserved;                 /* 0 */
+    int32_t spill_fd;                  /* bounded: 0 = none; else a regular file on a disk, opened
+                                          for reading and writing, for pages that the limit of
+                                          staged pages leaves no memory for.  Empty at create; at
+                                          attach the same file.  Duplicated */
+    uint32_t reserved2;                /* 0 */
 };
 
 enum colocache_memory_mode {           /* see "Bounded memory" above */
@@ -615,6 +628,8 @@ struct colocache_status {
     uint32_t memory_mode;              /* enum colocache_memory_mode */
     uint32_t attachment_slot;          /* the sealed epoch's, as colocache_seal_args had them */
     uint64_t attachment_bytes, attachment_checksum;
+    uint64_t spilled_bytes;            /* bounded: of staged pages, in the spill file now; inspect:
+                                          of the sealed epoch, until it is committed */
 };
 
 struct colocache_block_info {
@@ -906,6 +921,7 @@ struct colocache_flush_result {
     uint32_t n_threads;
     uint32_t reserved;
     uint64_t forget_ns;                /* bounded: dropping the VM's private pages */
+    uint64_t spilled_pages;            /* bounded: of n_pages, those from the spill file */
 };
 
 /* The commit point.  vCPUs stopped, log synced, all pages and the device state of args->epoch
@@ -942,9 +958,10 @@ int colocache_preflush(struct colocache *cc, uint64_t *n_pages_out);
 int colocache_free_staged(struct colocache *cc);
 
 /* Bounded: the most memory that staged pages may take, in bytes; 0 = no limit, as at the beginning.
- * A receiving call whose pages would pass it says E_NO_MEMORY before a byte of them is stored (zero
- * pages take none); what is staged already stays.  Pages of an epoch that is committed count until
- * they are freed.  The initial copy stages nothing.  Of this handle only; any thread.
+ * A receiving call whose pages would pass it says E_NO_MEMORY before a byte of them is stored, or
+ * spills them (options.spill_fd); zero pages take none.  What is staged already stays.  Pages of an
+ * epoch that is committed count until they are freed.  The initial copy stages nothing.  Of this
+ * handle only; any thread.
  * E_UNSUPPORTED: a mirror stages nothing. */
 int colocache_limit_staged(struct colocache *cc, uint64_t n_bytes);
 

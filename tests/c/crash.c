@@ -3,7 +3,7 @@
  * crash.c -- die everywhere: for each of 256 pairs of bitmaps a child is killed at each crash point of a history, then a fresh
  * process attaches and everything is compared with the model; attach itself is killed at each of its points in turn.
  *
- *     crash [--memory mirror|sparse|bounded] [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]
+ *     crash [--memory mirror|sparse|bounded|spill] [--cases FIRST:STEP] [--attach-every N] [--early-every N] [--double-every N]
  *
  * Prints one line of JSON; exit 0 if the promise held everywhere, 1 with the first breach on stderr.
  */
@@ -171,8 +171,8 @@ int main(int argc, char **argv)
     for (int i = 1; i < argc; i++) {
         bool ok = false;
         if (strcmp(argv[i], "--memory") == 0 && i + 1 < argc)
-            ok = (bounded = strcmp(argv[++i], "bounded") == 0) || (sparse = strcmp(argv[i], "sparse") == 0) ||
-                 strcmp(argv[i], "mirror") == 0;
+            ok = (spill = strcmp(argv[++i], "spill") == 0) || (bounded = strcmp(argv[i], "bounded") == 0) ||
+                 (sparse = strcmp(argv[i], "sparse") == 0) || strcmp(argv[i], "mirror") == 0;
         else if (strcmp(argv[i], "--cases") == 0 && i + 1 < argc)
             ok = sscanf(argv[++i], "%u:%u", &plan.first, &plan.step) == 2 && plan.step > 0;
         else if (strcmp(argv[i], "--attach-every") == 0 && i + 1 < argc)
@@ -182,11 +182,12 @@ int main(int argc, char **argv)
         else if (strcmp(argv[i], "--double-every") == 0 && i + 1 < argc)
             ok = (plan.double_every = (unsigned)atoi(argv[++i])) > 0;
         if (!ok) {
-            fprintf(stderr, "usage: crash [--memory mirror|sparse|bounded] [--cases FIRST:STEP] [--attach-every N] [--early-every N] "
-                            "[--double-every N]\n");
+            fprintf(stderr, "usage: crash [--memory mirror|sparse|bounded|spill] [--cases FIRST:STEP] [--attach-every N] "
+                            "[--early-every N] [--double-every N]\n");
             return 2;
         }
     }
+    bounded |= spill;
     memory_make(&memory);
     for (unsigned number = plan.first; number < CASES; number += plan.step)
         run_case(number, &plan);

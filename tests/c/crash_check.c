@@ -155,7 +155,7 @@ static bool begin_again(const struct memory *memory, const struct history *histo
 {
     struct colocache *cc;
     struct colocache_images images[2];
-    const struct colocache_options options = memory_options();
+    const struct colocache_options options = memory_options(memory);
     if (refused != COLOCACHE_E_BLOCK && (model->created || refused != COLOCACHE_E_NOT_COLOCACHE)) {
         complain("attach to a half-made region gave %d (%s)", refused, colocache_last_error());
         return false;

@@ -54,7 +54,8 @@ void memory_make(struct memory *memory)
         memory->cache[block] = image("cache", block_bytes(block), !bounded && !sparse, &memory->cache_at[block]);
     }
     memory->control = memfd_create("control", MFD_CLOEXEC);
-    must(memory->control >= 0, "memfd_create");
+    memory->spill = memfd_create("spill", MFD_CLOEXEC); /* a disk would do the same, and slower */
+    must(memory->control >= 0 && memory->spill >= 0, "memfd_create");
     memory->control_bytes = CONTROL_ROOM;
     void *map = mmap(NULL, CONTROL_ROOM, PROT_READ | PROT_WRITE, MAP_SHARED, memory->control, 0); /* past its end for now */
     must(map != MAP_FAILED, "mmap");
@@ -81,7 +82,7 @@ void memory_reset(struct memory *memory)
         else
             memset(memory->cache_at[block], 0, block_bytes(block));
     }
-    must(ftruncate(memory->control, 0) == 0, "ftruncate");
+    must(ftruncate(memory->control, 0) == 0 && ftruncate(memory->spill, 0) == 0, "ftruncate");
     memset(memory->progress, 0, sizeof *memory->progress);
 }
 
@@ -107,7 +108,7 @@ bool cache_is_empty(const struct memory *memory)
 {
     struct stat st[2];
     must(fstat(memory->cache[0], &st[0]) == 0 && fstat(memory->cache[1], &st[1]) == 0, "fstat");
-    return st[0].st_blocks == 0 && st[1].st_blocks == 0;
+    return st[0].st_blocks == 0 && st[1].st_blocks == 0 && lseek(memory->spill, 0, SEEK_END) == 0;
 }
 
 void memory_images(const struct memory *memory, struct colocache_images images[2])
@@ -175,6 +176,14 @@ void picture_move(struct picture *picture, const struct memory *memory, bool bac
         move(picture->cache, memory->cache_at[0], PAGES_0 * PAGE, back);
         move(picture->cache + PAGES_0 * PAGE, memory->cache_at[1], PAGES_1 * PAGE, back);
     }
+    if (!back)
+        picture->spill_bytes = (uint64_t)lseek(memory->spill, 0, SEEK_END);
+    must(picture->spill_bytes <= sizeof picture->spill, "the spill file is too long");
+    const ssize_t n = (ssize_t)picture->spill_bytes;
+    must(!back || ftruncate(memory->spill, n) == 0, "ftruncate");
+    must((back ? pwrite(memory->spill, picture->spill, picture->spill_bytes, 0)
+               : pread(memory->spill, picture->spill, picture->spill_bytes, 0)) == n,
+         "the spill file");
     move(&picture->progress, memory->progress, sizeof picture->progress, back);
 }
 
@@ -198,20 +207,22 @@ int in_child(void (*work)(void *context), void *context, uint64_t crash_at)
     return WIFEXITED(status) && WEXITSTATUS(status) == 0 ? 0 : -1;
 }
 
-struct colocache_options memory_options(void)
+struct colocache_options memory_options(const struct memory *memory)
 {
     return (struct colocache_options){.struct_size = sizeof(struct colocache_options),
                                       .n_threads = 1,
                                       .device_state_max_bytes = STATE_MAX,
-                                      .memory_mode = bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR};
+                                      .memory_mode = bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR,
+                                      .spill_fd = spill ? memory->spill : 0};
 }
 
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out)
 {
     struct colocache_images images[2];
-    const struct colocache_options options = memory_options();
+    const struct colocache_options options = memory_options(memory);
     memory_images(memory, images);
-    return colocache_attach(memory->control, &options, images, 2, report, out);
+    int rc = colocache_attach(memory->control, &options, images, 2, report, out);
+    return rc == 0 && spill ? colocache_limit_staged(*out, STAGED_MAX * PAGE) : rc;
 }
 
 /* ---- the child ---------------------------------------------------------------------------------------------------- */
@@ -365,8 +376,10 @@ void run_step(const struct memory *memory, const struct history *history, const 
     struct colocache_images images[2];
     switch (step->kind) {
     case CREATE: {
-        const struct colocache_options options = memory_options();
+        const struct colocache_options options = memory_options(memory);
         expect(memory, step, colocache_create(memory->control, &options, cc), 0);
+        if (spill)
+            expect(memory, step, colocache_limit_staged(*cc, STAGED_MAX * PAGE), 0);
         break;
     }
     case ADD_BLOCK:

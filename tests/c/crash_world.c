@@ -5,7 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
-bool bounded, sparse;
+bool bounded, spill, sparse;
 
 /* ---- contents ------------------------------------------------------------------------------------------------ */
 

@@ -8,7 +8,7 @@
  * cache of the library.  It learns two facts from the dead child: which step it was in, and whether one of the two words that
  * decide (commit word, receiving word) had been stored in that step.
  *
- * Both memory modes run the same histories.  With bounded memory guest RAM is what the VM's private writes never reach, the SVM has no
+ * All memory modes run the same histories.  With bounded memory guest RAM is what the VM's private writes never reach, the SVM has no
  * bits, and pages of an epoch that is given up are gone.
  */
 #ifndef CRASH_WORLD_H
@@ -62,7 +62,9 @@ struct step {
 };
 
 extern bool bounded; /* the memory mode of this run */
-extern bool sparse;  /* mirror, and no image is reserved: holes, and pages given back */
+extern bool spill;   /* bounded, and all but so many staged pages go into a spill file: */
+enum { STAGED_MAX = 1 };
+extern bool sparse; /* mirror, and no image is reserved: holes, and pages given back */
 
 struct history {
     unsigned pvm, svm; /* the case: sets of pages */
@@ -115,7 +117,7 @@ const char *kind_name(enum kind kind);
 
 /* crash_run.c: memory that outlives children, and the child's part */
 struct memory {
-    int control, guest[2], cache[2];
+    int control, guest[2], cache[2], spill;
     uint8_t *guest_at[2]; /* the parent's mappings */
     uint8_t *cache_at[2];
     uint8_t *control_at;
@@ -127,6 +129,8 @@ struct picture { /* all of it, as it was at one moment */
     uint8_t guest[PAGES * PAGE], cache[PAGES * PAGE];
     bool staged[PAGES]; /* bounded, sparse: no hole in the cache, which must stay one */
     bool there[PAGES];  /* sparse: the same of guest RAM */
+    uint8_t spill[(PAGES + 2) * PAGE];
+    uint64_t spill_bytes;
     uint8_t *control;
     uint64_t control_bytes;
     struct progress progress;
@@ -138,7 +142,7 @@ void picture_move(struct picture *picture, const struct memory *memory, bool bac
 void picture_free(struct picture *picture);
 void memory_reset(struct memory *memory); /* as new: zeros, control region empty */
 void memory_images(const struct memory *memory, struct colocache_images images[2]);
-struct colocache_options memory_options(void);
+struct colocache_options memory_options(const struct memory *memory);
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out);
 int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
 uint8_t *memory_page(const struct memory *memory, unsigned page); /* of guest RAM; sparse: a copy, as a look would fill a hole */

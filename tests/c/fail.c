@@ -7,7 +7,7 @@
  * counts as dead there and a fresh attach must find the promise kept.  Each time: no crash, an error with code and sentence, no
  * descriptor, mapping, thread or (under LeakSanitizer) byte left.  Prints one line of JSON.
  *
- *     fail [FUNCTION]     all functions, or one
+ *     fail mirror|bounded|spill [FUNCTION]     all functions, or one
  */
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -21,15 +21,18 @@
 
 int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
 
-static bool give_up;
+static bool give_up, spills;
 bool bounded;
 
 void breach(const char *format, ...)
 {
     va_list args;
     va_start(args, format);
-    fprintf(stderr, "memory mode %s, %s number %lu fails with %s, then %s: ", bounded ? "bounded" : "mirror", call_names[failure.call],
-            failure.index, error_name(failure.error), give_up ? "the process is gone" : "it goes on");
+    fprintf(stderr, "memory mode %s, %s number %lu fails with %s, then %s: ",
+            spills    ? "spill"
+            : bounded ? "bounded"
+                      : "mirror",
+            call_names[failure.call], failure.index, error_name(failure.error), give_up ? "the process is gone" : "it goes on");
     vfprintf(stderr, format, args);
     fputc('\n', stderr);
     va_end(args);
@@ -61,7 +64,7 @@ static unsigned test_mappings(void)
 static void run(bool uffd)
 {
     static struct world world;
-    world = (struct world){.give_up = give_up, .bounded = bounded, .uffd = uffd};
+    world = (struct world){.give_up = give_up, .bounded = bounded, .spills = spills, .uffd = uffd};
     memset(call_counts, 0, sizeof call_counts);
     call_moves = 0;
     failure_happened = false;
@@ -112,18 +115,19 @@ static unsigned long long fail_each(bool uffd, const char *only, unsigned long l
     return runs;
 }
 
-/* fail mirror|bounded [CALL] -- every call, or one, of the histories of this memory mode */
+/* fail mirror|bounded|spill [CALL] -- every call, or one, of the histories of this memory mode */
 int main(int argc, char **argv)
 {
     unsigned long long counts[N_CALLS] = {0};
     struct colocache_source *probe = NULL;
     static uint8_t page[4096] __attribute__((aligned(4096)));
     struct colocache_uffd_range range = {.n_pages = 1, .addr = page};
-    if (argc < 2 || (strcmp(argv[1], "mirror") != 0 && strcmp(argv[1], "bounded") != 0)) {
-        fprintf(stderr, "usage: fail mirror|bounded [CALL]\n");
+    spills = argc > 1 && strcmp(argv[1], "spill") == 0;
+    bounded = argc > 1 && (spills || strcmp(argv[1], "bounded") == 0);
+    if (argc < 2 || (!bounded && strcmp(argv[1], "mirror") != 0)) {
+        fprintf(stderr, "usage: fail mirror|bounded|spill [CALL]\n");
         return 2;
     }
-    bounded = strcmp(argv[1], "bounded") == 0;
     bool uffd = colocache_source_uffd(&range, 1, &probe) == 0;
     colocache_source_close(probe);
     const unsigned long long runs = fail_each(uffd, argc > 2 ? argv[2] : NULL, counts);

@@ -29,15 +29,15 @@
 #endif
 
 const char *const call_names[N_CALLS] = {
-    "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",  "fcntl",   "fstat",
-    "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",  "ioctl",   "pthread_create",
-    "calloc",  "posix_memalign", "fopen",     "pread",           "lseek", "syscall", "sched_getaffinity",
-    "madvise", "fallocate",      "pwrite",    "mprotect",        "mremap"};
+    "mmap",    "munmap",         "ftruncate", "posix_fallocate", "open",   "fcntl",          "fstat",
+    "fstatfs", "getrandom",      "recvmsg",   "sendmsg",         "poll",   "ioctl",          "pthread_create",
+    "calloc",  "posix_memalign", "fopen",     "pread",           "lseek",  "syscall",        "sched_getaffinity",
+    "madvise", "fallocate",      "pwrite",    "mprotect",        "mremap", "sync_file_range"};
 unsigned long call_counts[N_CALLS];
 unsigned call_moves;
 struct failure failure;
 bool failure_happened, counting, attaching, tidying;
-static bool owner_unnamed, counted_otherwise, punched_later, only_slower;
+static bool owner_unnamed, counted_otherwise, punched_later, emptied_later, only_slower;
 uint64_t kvm_log_words;
 struct kvm_ring_entry kvm_ring[256];
 
@@ -68,6 +68,7 @@ static const int errors[N_CALLS][8] = {
     [PWRITE] = {EINTR, EIO, ENOSPC, SHORT},
     [MPROTECT] = {ENOMEM, EACCES},
     [MREMAP] = {ENOMEM, EINVAL, EFAULT},
+    [SYNC_FILE_RANGE] = {EIO, ENOSPC, EINTR},
 };
 
 const int *errors_of(enum call call)
@@ -78,8 +79,8 @@ const int *errors_of(enum call call)
 bool is_absorbed(enum call call, int error)
 {
     if (call == MUNMAP || call == GETRANDOM || call == SCHED_GETAFFINITY || call == LSEEK || (call == PREAD && owner_unnamed))
-        return true;                        /* nothing to undo; other entropy; one thread; all counts as data */
-    if (call == FALLOCATE && punched_later) /* attach leaves it to the next epoch */
+        return true; /* nothing to undo; other entropy; one thread; all counts as data */
+    if ((call == FALLOCATE && punched_later) || (call == FTRUNCATE && emptied_later)) /* left to the next epoch */
         return true;
     if (call == IOCTL && error == ENOTTY && counted_otherwise) /* private pages, on a kernel without PAGEMAP_SCAN */
         return true;
@@ -115,7 +116,7 @@ static bool happens(enum call call)
         return happens(call) ? (failed) : __real_##name arguments; \
     }
 
-WRAP(int, ftruncate, (int fd, off_t n), (fd, n), FTRUNCATE, -1)
+WRAP(int, sync_file_range, (int fd, off_t offset, off_t n, unsigned flags), (fd, offset, n, flags), SYNC_FILE_RANGE, -1)
 WRAP(int, posix_fallocate, (int fd, off_t offset, off_t n), (fd, offset, n), POSIX_FALLOCATE, failure.error)
 WRAP(int, fstat, (int fd, struct stat *st), (fd, st), FSTAT, -1)
 WRAP(int, fstatfs, (int fd, struct statfs *st), (fd, st), FSTATFS, -1)
@@ -177,6 +178,17 @@ int __wrap_fallocate(int fd, int mode, off_t offset, off_t n)
     if (!happens(FALLOCATE))
         return __real_fallocate(fd, mode, offset, n);
     punched_later = attaching && bounded && n > 4096; /* a cache is emptied; asking whether a file can be punched takes a page */
+    return -1;
+}
+
+/* a spill file that keeps bytes without bits */
+int __real_ftruncate(int fd, off_t n);
+int __wrap_ftruncate(int fd, off_t n);
+int __wrap_ftruncate(int fd, off_t n)
+{
+    if (!happens(FTRUNCATE))
+        return __real_ftruncate(fd, n);
+    emptied_later = n == 0;
     return -1;
 }
 

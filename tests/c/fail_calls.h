@@ -33,6 +33,7 @@ enum call {
     PWRITE,
     MPROTECT,
     MREMAP,
+    SYNC_FILE_RANGE,
     N_CALLS
 };
 

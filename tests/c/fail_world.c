@@ -77,6 +77,7 @@ void world_open(struct world *world)
     world->given = mmap(NULL, DENSE * PAGE, PROT_READ | PROT_WRITE, world->bounded ? MAP_PRIVATE : MAP_SHARED, world->guest[0], 0);
     must(world->given != MAP_FAILED, "mmap");
     world->control = image(0, false);
+    world->spill = image(0, false);
     world->vm = eventfd(0, EFD_CLOEXEC);
     memset(kvm_ring, 0, 256 * sizeof kvm_ring[0]);
     kvm_log_words = 0;
@@ -107,6 +108,7 @@ void world_close(struct world *world)
         close(world->late[i]);
     munmap(world->given, DENSE * PAGE);
     close(world->control);
+    close(world->spill);
     close(world->vm);
 }
 
@@ -150,7 +152,8 @@ static struct colocache_options with_threads(const struct world *world, uint32_t
     return (struct colocache_options){.struct_size = sizeof(struct colocache_options),
                                       .n_threads = n_threads,
                                       .device_state_max_bytes = STATE_MAX,
-                                      .memory_mode = world->bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR};
+                                      .memory_mode = world->bounded ? COLOCACHE_MEMORY_BOUNDED : COLOCACHE_MEMORY_MIRROR,
+                                      .spill_fd = world->spills ? world->spill : 0};
 }
 
 static void find_guest(struct world *world)
@@ -180,12 +183,19 @@ static int open_logs(struct world *world)
     return 0;
 }
 
+/* keep_limit -- most of what is staged goes into the spill file */
+static void keep_limit(struct world *world)
+{
+    must(!world->spills || colocache_limit_staged(world->cc, PAGE) == 0, "limit_staged");
+}
+
 static int start(struct world *world)
 {
     struct colocache_images images[2];
     const struct colocache_options two_threads = with_threads(world, 2);
     images_of(world, images);
     STEP("create", colocache_create(world->control, &two_threads, &world->cc));
+    keep_limit(world);
     for (world->n_blocks = 0; world->n_blocks < 2; world->n_blocks++)
         STEP("add_block", colocache_add_block(world->cc, &images[world->n_blocks], NULL));
     find_guest(world);
@@ -358,6 +368,7 @@ static int attach_again(struct world *world, uint32_t action)
     attaching = true;
     STEP("attach", colocache_attach(world->control, &any_threads, images, n_images, &report, &world->cc));
     attaching = false;
+    keep_limit(world);
     if (report.action != action)
         breach("attach says %s, expected action %u", report.sentence, action);
     find_guest(world);

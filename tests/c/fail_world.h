@@ -13,8 +13,9 @@ enum { PAGE = 4096, DENSE = 5, SPARSE = 8, SOURCES = 3, STATE_MAX = 5000 };
 struct world {
     bool give_up; /* after a failure stop, as if the process had died; else go on */
     bool bounded; /* memory mode */
+    bool spills;  /* and it has a spill file */
     bool uffd;    /* this kernel has the log */
-    int control, guest[2], cache[2], vm;
+    int control, guest[2], cache[2], vm, spill;
     int late[2];            /* images of a block that comes and goes */
     uint8_t *ram[2];        /* the PVM's memory */
     uint8_t *svm[2];        /* guest RAM, where the handle has it */
