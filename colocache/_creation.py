@@ -13,7 +13,7 @@ from colocache._arguments import u64
 from colocache._callbacks import LogSink
 from colocache._native import error_from, ffi, lib, struct
 from colocache.choices import MEMORY_MODES
-from colocache.errors import ArgumentError, BusyError, ColocacheError
+from colocache.errors import ArgumentError, BusyError, ColocacheError, ForeignImageError
 from colocache.holders import lock_holders
 from colocache.inspection import inspect
 from colocache.memory import Memory
@@ -45,6 +45,7 @@ def options_of(
     options = struct("colocache_options", n_threads=threads, copy_variant=COPY_NAMES[copy])
     options.device_state_max_bytes = u64(device_state_max, "device_state_max")
     options.memory_mode = MEMORY_MODES.index(memory.memory_mode)
+    options.spill_fd = max(0, memory.spill_fd)
     keep: list[Any] = []
     if log is not None:
         keep.append(ffi.new_handle(log))
@@ -84,3 +85,14 @@ def check_owned(code: int, control_fd: int) -> None:
         if holders and os.getpid() not in holders:
             error.sentence += f"; held by process {', '.join(map(str, holders))}"
     raise error
+
+
+def check_attached(code: int, memory: Memory) -> None:
+    """The engine knows no paths: where the spill file was is said here."""
+    try:
+        check_owned(code, memory.control_fd)
+    except ForeignImageError as error:
+        if memory.spill_path is not None and "spill file" in error.sentence:
+            gone = "" if memory.spill_path.exists() else ", which is gone"
+            error.sentence += f"; it was {memory.spill_path}{gone}"
+        raise

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from colocache._arguments import Buffer, HasFileno, bytes_of, fd_of, milliseconds, put_attachment, u64, words_of
 from colocache._callbacks import Asked, Check, LogSink
-from colocache._creation import check_owned, images_array, images_of_region, lock_descriptor, options_of
+from colocache._creation import check_attached, check_owned, images_array, images_of_region, lock_descriptor, options_of
 from colocache._handle import Handle
 from colocache._native import check, error_from, ffi, lib, struct
 from colocache.block import Block
@@ -88,7 +88,7 @@ class Cache(ChangingBlocks):
         out = ffi.new("struct colocache **")
         with lock_descriptor(memory, options):
             code = lib.colocache_attach(memory.control_fd, options, images, len(given), report, out)
-            check_owned(code, memory.control_fd)
+            check_attached(code, memory)
         handle = Handle("cache", out[0], lib.colocache_close, lib.colocache_let_go)
         try:
             return cls(handle, keep, Recovery.of(report))
@@ -315,7 +315,8 @@ class Cache(ChangingBlocks):
     def limit_staged(self, n_bytes: int) -> None:
         """Bounded: the most memory that staged pages may take; 0 = no limit, as at the beginning. Any thread.
 
-        A page that would pass it is refused by NoMemoryError; then the epoch is to be aborted. UnsupportedError: mirror
+        A page that would pass it goes into the spill file, if the memory has one; else, or if its disk is full, it is
+        refused by NoMemoryError, and the epoch is to be aborted. UnsupportedError: mirror.
         """
         limit = u64(n_bytes, "limit of staged pages")
         with self._handle as cc:

@@ -12,11 +12,12 @@ import platform
 import re
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
-from colocache import RamImage, Sender, UffdDirtyLog, UffdRange
+from colocache import RamImage, Sender, UffdDirtyLog, UffdRange, spill
 from colocache import backing as bk
 from colocache._native import ffi, lib
-from colocache.errors import ColocacheError
+from colocache.errors import ArgumentError, ColocacheError
 from colocache.private import private_bytes, private_forget
 from colocache.results import COPY_NAMES
 from colocache.spec import BlockSpec
@@ -51,6 +52,7 @@ def examine() -> list[Finding]:
         posix_shm(),
         transparent_huge_pages(),
         bounded_memory(),
+        spill_folder(),
         memory(),
         dirty_log(),
         userfaultfd(),
@@ -149,6 +151,18 @@ def bounded_memory() -> Finding:
         what = "works; a secondary's pause is much shorter on transparent huge pages"
         return Finding("bounded memory", True, what, needed, f"echo advise > {bk.THP_SYSFS}")
     return Finding("bounded memory", True, "works", needed)
+
+
+def spill_folder() -> Finding:
+    """A disk that is no memory: /var/tmp, as any other folder may be named."""
+    needed = "--memory-spill DIR: checkpoints larger than --memory-limit"
+    folder = Path("/var/tmp")  # noqa: S108 -- only looked at
+    try:
+        where = spill.check_folder(folder)
+    except ArgumentError as error:
+        return Finding("spill folder", False, str(error), needed, "name a folder on a disk")
+    free = spill.free_bytes(where) >> 20
+    return Finding("spill folder", True, f"{where} is on {spill.file_system_of(where)}, {free} MiB free", needed)
 
 
 def memory() -> Finding:

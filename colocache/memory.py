@@ -13,9 +13,11 @@ import os
 import secrets
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
 
 from colocache import backing as bk
+from colocache import spill as spilling
 from colocache.choices import MEMORY_MODES
 from colocache.descriptors import need_for_blocks
 from colocache.errors import (
@@ -33,6 +35,7 @@ from colocache.names import (
     file_name,
     hold,
     identity,
+    open_file,
     open_shm,
 )
 from colocache.region_files import RegionFiles
@@ -52,12 +55,15 @@ class Memory(RegionFiles):
     why: str
     images: tuple[Images, ...]
     memory_mode: str  # of the region that is, or will be, in it
+    spill_fd: int  # of its spill file; -1: there is none, or it is gone
+    spill_path: Path | None  # where that is; None: there is none, or the caller's descriptor
 
     def __init__(self, name: str, backing: str, *, persistent: bool, why: str, memory_mode: str = "mirror") -> None:
         """Not for users: see create, open and from_manifest."""
         super().__init__(name, backing)
         self.persistent, self.why = persistent, why
         self.memory_mode = memory_mode
+        self.spill_fd, self.spill_path = -1, None
         self.images = ()
         self._parts: dict[str, int] = {}  # the numbers of files with names
         self._making: bk.Making | None = None  # how the images are made; None: they were made elsewhere
@@ -73,6 +79,7 @@ class Memory(RegionFiles):
         backing: str = "auto",
         reserve: bool = True,
         memory_mode: str = "mirror",
+        spill: Path | str | None = None,
     ) -> Memory:
         """Make the images of `blocks` and an empty control region, all zero bytes.
 
@@ -80,12 +87,14 @@ class Memory(RegionFiles):
         `reserve` False: pages are allocated as they come, for guests that use little of their memory;
         on hugetlb there must be room for all of it even so.
         `memory_mode` mirror: two whole images; bounded: one, and a cache that takes memory only for the open epoch.
+        `spill`: a folder on a disk, for what Cache.limit_staged leaves no memory for; bounded only.
         MemoryShortError (how much is missing, and the command), UnsupportedError, ExistsError, BlockError.
         """
         specs = check_blocks(blocks)
         if memory_mode not in MEMORY_MODES:
             raise ArgumentError(f"memory mode is {memory_mode!r}, known are {', '.join(MEMORY_MODES)}")
         n_images = 1 if memory_mode == "bounded" else 2
+        folder = None if spill is None else _spill_folder(spill, memory_mode)
         need_for_blocks(len(specs))
         name = f"{os.getpid()}-{secrets.token_hex(4)}" if name is None else check_name(name)
         refused: list[str] = []
@@ -94,7 +103,7 @@ class Memory(RegionFiles):
                 if memory_mode == "bounded":
                     bk.check_private(kind)
                 bk.check_room(kind, n_images * sum(kind.size_of(spec.len_bytes) for spec in specs), reserve=reserve)
-                return cls._make(name, specs, kind, refused, reserve=reserve, memory_mode=memory_mode)
+                return cls._make(name, specs, kind, refused, folder, reserve=reserve, memory_mode=memory_mode)
             except (MemoryShortError, UnsupportedError, SystemCallError) as error:
                 refused.append(f"not {kind.backing}: {error}")
                 last: ColocacheError = error
@@ -107,6 +116,7 @@ class Memory(RegionFiles):
         specs: Sequence[BlockSpec],
         kind: bk.Kind,
         refused: Sequence[str],
+        folder: Path | None,
         *,
         reserve: bool,
         memory_mode: str,
@@ -119,6 +129,8 @@ class Memory(RegionFiles):
             memory._making = bk.Making(kind, reserve=reserve)
             for spec in specs:
                 memory._make_images(memory._making, spec)
+            if folder is not None:
+                memory.add_spill(folder)
         except BaseException:
             memory.unlink()
             memory.close()
@@ -138,6 +150,15 @@ class Memory(RegionFiles):
         bk.check_room(kind, n_images * kind.size_of(spec.len_bytes), reserve=self._making.reserve)
         with self._all_or_nothing():
             return self._make_images(self._making, spec)
+
+    def add_spill(self, folder: Path | str) -> None:
+        """A spill file in this folder, if the memory has none; before a cache is made on it, or attached to it."""
+        self.check_open()
+        if self.spill_fd < 0:
+            path = _spill_folder(folder, self.memory_mode)
+            with self._all_or_nothing():
+                self.spill_fd = self._new_spill(path)
+            self.spill_path = path / file_name(self.name, spilling.PART)
 
     def add_images(self, images: Images) -> Images:
         """Images of one more block that the caller made, as for from_fds; the descriptors are duplicated."""
@@ -197,6 +218,7 @@ class Memory(RegionFiles):
             hold(memory.control_fd, name)
             found_there = inspect(memory.control_fd)
             memory.memory_mode = found_there.status.memory_mode
+            memory._find_spill()
             blocks = found_there.blocks
             need_for_blocks(len(blocks))
             found = []
@@ -216,6 +238,13 @@ class Memory(RegionFiles):
             raise
         return memory
 
+    def _find_spill(self) -> None:
+        """A file that is gone is missed by attach, if anything in it counts."""
+        self.spill_path = spilling.target_of(bk.SHM_DIR / file_name(self.name, spilling.PART))
+        if self.spill_path is not None and self.spill_path.exists():
+            self.spill_fd = open_file(self.spill_path.parent, self.spill_path.name)
+            self._fds.append(self.spill_fd)
+
     # ---- handing over ----
 
     @property
@@ -234,24 +263,30 @@ class Memory(RegionFiles):
             "why": self.why,
             "memory_mode": self.memory_mode,
             "control_fd": self.control_fd,
+            "spill_fd": self.spill_fd,
+            "spill_path": str(self.spill_path or ""),
             "images": [facts_of(one) for one in self.images],
         }
         return json.dumps(facts)
 
     @classmethod
-    def from_fds(cls, control_fd: int, images: Sequence[Images], *, persistent: bool = False) -> Memory:
+    def from_fds(
+        cls, control_fd: int, images: Sequence[Images], *, persistent: bool = False, spill_fd: int | None = None
+    ) -> Memory:
         """Memory that the caller made: memfds, POSIX shared memory, hugetlbfs files, also several blocks in one file.
 
         `control_fd`: an empty regular or shared-memory file, or a region to attach to. Images as colocache.h asks:
         zero-filled, reserved (unless `sparse`), disjoint, their offsets multiples of the file's granularity.
         Descriptors are duplicated, the caller keeps its own; nothing is named or removed. `persistent`: somebody else
-        holds the files too, or they have names, so that they outlive this process. ArgumentError, BlockError.
+        holds the files too, or they have names, so that they outlive this process. `spill_fd`: an empty file on a disk,
+        or at an attach the same again. ArgumentError, BlockError.
         """
         check_blocks([one.spec for one in images])
         memory = cls("from-descriptors", "own", persistent=persistent, why="the caller's descriptors")
         copies: dict[int, int] = {}
         try:
-            for fd in (control_fd, *(fd for one in images for fd in (one.guest_fd, one.cache_fd))):
+            spill = () if spill_fd is None else (spill_fd,)
+            for fd in (control_fd, *spill, *(fd for one in images for fd in (one.guest_fd, one.cache_fd))):
                 if fd not in copies:
                     copies[fd] = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
                     memory._fds.append(copies[fd])
@@ -259,6 +294,7 @@ class Memory(RegionFiles):
             memory.close()
             raise ArgumentError(f"descriptor {fd!r} of the memory is not open: {error}") from error
         memory.control_fd = copies[control_fd]
+        memory.spill_fd = -1 if spill_fd is None else copies[spill_fd]
         memory.images = tuple(
             replace(one, guest_fd=copies[one.guest_fd], cache_fd=copies[one.cache_fd]) for one in images
         )
@@ -277,11 +313,14 @@ class Memory(RegionFiles):
                 memory_mode=str(facts["memory_mode"]),
             )
             memory.control_fd = int(facts["control_fd"])
+            memory.spill_fd = int(facts["spill_fd"])
+            memory.spill_path = Path(facts["spill_path"]) if facts["spill_path"] else None
             memory.images = tuple(images_from(one) for one in facts["images"])
         except (ValueError, KeyError, TypeError) as error:
             raise ArgumentError(f"this is not a manifest of a region's memory: {error}") from error
         need_for_blocks(len(check_blocks([one.spec for one in memory.images])))
         fds = [memory.control_fd, *(fd for one in memory.images for fd in (one.guest_fd, one.cache_fd))]
+        fds += [memory.spill_fd] if memory.spill_fd >= 0 else []
         for fd in fds:
             try:
                 os.fstat(fd)
@@ -316,3 +355,9 @@ class Memory(RegionFiles):
     def __repr__(self) -> str:
         state = f"{len(self.images)} blocks" if self._fds else "closed"
         return f"<Memory {self.name}: {self.backing}, {state}>"
+
+
+def _spill_folder(folder: Path | str, memory_mode: str) -> Path:
+    if memory_mode != "bounded":
+        raise ArgumentError(f"a spill folder, {folder}: only bounded memory has a limit beyond which pages are spilled")
+    return spilling.check_folder(folder)

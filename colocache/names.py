@@ -4,6 +4,7 @@ a name, and this is the only importer of posix_ipc.
 
 A region NAME is the POSIX shared-memory object `/colocache.NAME.control`, and per block I the images
 `colocache.NAME.guest.I` and `colocache.NAME.cache.I`: POSIX shared memory, or files on a hugetlbfs mount.
+`colocache.NAME.spill` is a link to its spill file, if it has one (spill.py).
 
 Whoever has a region's memory holds a shared flock on its control object, apart from the owner's lock that the C library
 takes: while either is held, `clean` leaves the region alone. The kernel drops both at death.
@@ -23,10 +24,11 @@ from pathlib import Path
 import posix_ipc
 
 from colocache import backing as bk
+from colocache import spill
 from colocache.errors import ArgumentError, BusyError, ExistsError, NotColocacheError, SystemCallError, reason_of
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3})")
+FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3}|spill)")
 
 
 def check_name(name: str) -> str:
@@ -79,8 +81,11 @@ def open_file(folder: Path, file: str, *, create: bool = False) -> int:
 
 
 def remove_file(folder: Path, file: str) -> None:
-    """Remove a name; one that is gone already is fine."""
+    """Remove a name; one that is gone already is fine. With a link to a spill file that file goes first."""
     try:
+        target = spill.target_of(folder / file) if file.endswith(spill.SUFFIX) else None
+        if target is not None:
+            target.unlink(missing_ok=True)
         if folder == bk.SHM_DIR:
             posix_ipc.unlink_shared_memory(f"/{file}")
         else:
@@ -109,7 +114,7 @@ def identity(fd: int) -> tuple[int, int]:
 def is_still(folder: Path, file: str, which: tuple[int, int]) -> bool:
     """False if somebody removed the name and another region has it now."""
     try:
-        stat = (folder / file).stat()
+        stat = (folder / file).lstat()
     except OSError:
         return False
     return (stat.st_dev, stat.st_ino) == which

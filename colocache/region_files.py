@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from colocache import backing as bk
-from colocache.errors import ClosedError, ColocacheError, LengthError, NoStateError
+from colocache import spill
+from colocache.errors import ArgumentError, ClosedError, ColocacheError, LengthError, NoStateError, reason_of
 from colocache.names import file_name, hold, identity, is_still, open_file, remove_file, signals_wait
 from colocache.regions import remove_region
 from colocache.spec import BlockSpec
@@ -44,6 +45,25 @@ class RegionFiles:
             self._made.append((folder, file, identity(fd)))
             if not self._opened:
                 _unfinished.add(self)
+        return fd
+
+    def _new_spill(self, folder: Path) -> int:
+        """An empty spill file in `folder`, and first the link that tells where it is."""
+        file = file_name(self.name, spill.PART)
+        link = bk.SHM_DIR / file
+        with signals_wait():
+            if self._opened:  # one whose file is gone
+                remove_file(bk.SHM_DIR, file)
+            try:
+                link.symlink_to(folder / file)
+            except OSError as error:
+                raise ArgumentError(f"{link} can't be made: {reason_of(error)}") from error
+            made = link.lstat()
+            self._made.append((bk.SHM_DIR, file, (made.st_dev, made.st_ino)))
+            if not self._opened:
+                _unfinished.add(self)
+            fd = open_file(folder, file, create=True)
+            self._fds.append(fd)
         return fd
 
     def _new_image(self, kind: bk.Kind, part: str, spec: BlockSpec, *, reserve: bool) -> int:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from colocache import backing as bk
+from colocache import spill
 from colocache.errors import BusyError, ColocacheError, NotColocacheError
 from colocache.inspection import inspect
 from colocache.names import FILE, check_name, file_name, open_shm, remove_file
@@ -65,6 +66,11 @@ def list_regions() -> list[RegionName]:
         RegionName(name, tuple(path for _, path, _ in sorted(files)), sum(held for _, _, held in files))
         for name, files in sorted(found.items())
     ]
+
+
+def spill_file(name: str) -> Path | None:
+    """Where the spill file of region `name` is, or was; None: it has none."""
+    return spill.target_of(bk.SHM_DIR / file_name(check_name(name), spill.PART))
 
 
 def clean(name: str | None = None) -> CleanReport:

@@ -95,6 +95,7 @@ class Status:
     attachment_slot: int = 0  # of the sealed epoch: see `attachment`
     attachment_bytes: int = 0
     attachment_checksum: int = 0
+    spilled_bytes: int = 0  # bounded: of staged pages, in the spill file; `inspect`: of the epoch that is not committed
 
     @classmethod
     def of(cls, c: Any) -> Status:
@@ -122,6 +123,7 @@ class Status:
             attachment_slot=c.attachment_slot,
             attachment_bytes=c.attachment_bytes,
             attachment_checksum=c.attachment_checksum,
+            spilled_bytes=c.spilled_bytes,
         )
 
     @property
@@ -135,6 +137,7 @@ class Status:
             f"{self.receiving_epoch} receiving ({self.received_pages} pages), owner {self.owner_pid}"
             + (", bounded memory" if self.memory_mode == "bounded" else "")
             + (f", {self.attachment_bytes} bytes in disk log {self.attachment_slot}" if self.attachment_bytes else "")
+            + (f", {self.spilled_bytes} bytes in the spill file" if self.spilled_bytes else "")
         )
 
 
@@ -250,6 +253,7 @@ class FlushResult:
     commit_ns: int
     n_threads: int
     forget_ns: int = 0  # bounded memory: dropping the VM's private pages
+    spilled_pages: int = 0  # of n_pages, those that came from the spill file
 
     @classmethod
     def of(cls, c: Any) -> FlushResult:

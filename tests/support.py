@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 import colocache
-from colocache import BlockSpec, Cache
+from colocache import ArgumentError, BlockSpec, Cache, spill
 
 PAGE = 4096
 # Lengths that are no multiple of 64 pages, one of them tiny, are the normal case.
@@ -64,3 +66,11 @@ def line_of(process: subprocess.Popen[str]) -> str:
         _, errors = process.communicate(timeout=60)
         raise AssertionError(errors)
     return line
+
+
+def disk_folder(folder: Path) -> Path:
+    """The same, if it is on a disk."""
+    try:
+        return spill.check_folder(folder)
+    except ArgumentError as error:
+        pytest.skip(str(error))

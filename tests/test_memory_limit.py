@@ -16,12 +16,14 @@ import pytest
 from fake_peer import FakePeer, accepted, fake_primary, packet
 from toy import QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
 
-from colocache import ArgumentError, BlockSpec, Memory
+from colocache import ArgumentError, BlockSpec, Memory, spill
 from colocache.children import python_command
 from colocache.replication import growth
 from colocache.replication.memory_limit import LEAST_PAGES, bookkeeping_of, check_limit
 from colocache.replication.messages import AbortKind, MessageType
 from colocache.vmm.kvm import kvm_trouble
+
+from support import disk_folder
 
 M = MessageType
 TROUBLE = kvm_trouble()
@@ -37,8 +39,8 @@ SMALL_LIMIT = bookkeeping_of(TOY_BLOCKS) + 100 * PAGE
 def bounded_pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     made = []
 
-    def make(blocks: tuple[BlockSpec, ...] = TOY_BLOCKS, **timing: float) -> Pair:
-        memory = make_memory(blocks, memory_mode="bounded")
+    def make(blocks: tuple[BlockSpec, ...] = TOY_BLOCKS, spill: Path | None = None, **timing: float) -> Pair:
+        memory = make_memory(blocks, memory_mode="bounded", spill=spill)
         made.append(pair_of(memory, tmp_path, timing=replace(QUICK, **timing)))
         return made[-1].__enter__()
 
@@ -213,6 +215,81 @@ def test_a_primary_near_its_share_takes_a_checkpoint_before_its_time(bounded_pai
     )
 
 
+# ---- with a spill file ----
+
+SPILL_LIMIT = bookkeeping_of(TOY_BLOCKS, spills=True) + 100 * PAGE
+
+
+def test_an_epoch_larger_than_the_limit_is_spilled_and_loses_no_page(
+    bounded_pair: Callable[..., Pair], tmp_path: Path
+) -> None:
+    pair = bounded_pair(spill=disk_folder(tmp_path))
+    pair.make_secondary(memory_limit=SPILL_LIMIT)
+    pair.make_primary(interval=0.02, verify="all")
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    for pfn in range(250):
+        pair.pvm.write(1, pfn, 77)
+    spills = pair.events_s.wait("spills")
+    assert "the others go into the spill file" in spills["sentence"]
+    assert spills["wanted_pages"] > spills["room_pages"]
+    done = len(pair.events_s.all("checkpoint"))
+    pair.events_s.wait("checkpoint", done + 2)
+    largest = max(pair.events_s.all("memory"), key=lambda one: one["spilled_bytes"])
+    assert largest["spilled_bytes"] >= 100 * PAGE
+    assert largest["bytes"] <= SPILL_LIMIT
+    assert pair.events_s.all("memory")[-1]["spilled_bytes"] == 0
+    no_page_wrong(pair)
+
+
+@pytest.mark.usefixtures("slow_guest")
+def test_private_pages_are_given_up_before_anything_is_spilled(
+    bounded_pair: Callable[..., Pair], tmp_path: Path
+) -> None:
+    pair = bounded_pair(LARGER, spill=disk_folder(tmp_path))
+    pair.make_secondary(memory_limit=(6 << 20) + spill.WINDOW_BYTES)
+    pair.make_primary(interval=0.1, verify="all")
+    pair.run_primary()
+    pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    with pair.secondary.svm._order:  # between two checkpoints
+        for pfn in range(500):
+            pair.svm.write(1, N_PAGES - 1 - pfn, 5)
+        for pfn in range(1100):
+            pair.pvm.write(1, pfn, 77)
+    pair.events_s.wait("private_given_up")
+    done = len(pair.events_s.all("checkpoint"))
+    pair.events_s.wait("checkpoint", done + 2)
+    assert pair.events_s.all("spills") == []
+    assert {one["spilled_bytes"] for one in pair.events_s.all("memory")} == {0}
+    assert pair.secondary.svm.wrong_pages == 0
+
+
+def test_a_checkpoint_that_neither_memory_nor_disk_can_hold_ends_the_pair_with_the_primary_alone(
+    bounded_pair: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spill, "free_bytes", lambda _: 20 * PAGE)
+    pair = bounded_pair(spill=disk_folder(tmp_path))
+    pair.make_secondary(memory_limit=SPILL_LIMIT)
+    pair.make_primary(interval=0.02)
+    primary, secondary = pair.run_primary(), pair.run_secondary()
+    pair.events_s.wait("checkpoint", 2)
+    for pfn in range(250):
+        pair.pvm.write(1, pfn, 77)
+    assert "memory limit of the secondary leaves room for" in primary.join().end
+    assert "the primary goes on alone" in secondary.join().end
+    no_page_wrong(pair)
+
+
+def test_a_spill_folder_without_a_limit_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="give --memory-limit"):
+        check_limit(0, TOY_BLOCKS, "bounded", spills=True)
+    least = bookkeeping_of(TOY_BLOCKS, spills=True) + LEAST_PAGES * PAGE
+    with pytest.raises(ArgumentError, match=f"give at least {least}"):
+        check_limit(least - 1, TOY_BLOCKS, "bounded", spills=True)
+
+
 # ---- by the kernel's own figure ----
 
 CGROUPS = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")  # version 1, version 2
@@ -246,17 +323,20 @@ def wait_until(found: Callable[[], bool], seconds: float = 60.0) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.parametrize("spills", [False, True], ids=["in memory", "spills"])
 @pytest.mark.parametrize("guest", [pytest.param("kvm", marks=[pytest.mark.kvm, needs_kvm]), "process"])
 def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels_own_peak(
-    guest: str, group: tuple[Path, Path, Path], tmp_path: Path
+    guest: str, spills: bool, group: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    """Either guest's working set fits the limit, so that no checkpoint is too large; both of them do not."""
-    limit = 20 << 20
+    """Either guest's working set fits the limit, so that no checkpoint is too large; both of them do not. Or it is
+    so small that the primary's guest has passed it before anybody looks, and there is a spill file."""
+    limit = (4 if spills else 20) << 20
     folder, peak, now = group
     events = tmp_path / "events"
     common = ("--events", "--guest", guest, "--backing", "shm", "--ram", "128M", "--steps-per-second", "0")
-    common += ("--working-set", "14M", "--run-on", "0.1")
+    common += ("--working-set", "48M" if spills else "14M", "--run-on", "0.1")
     said = ("--listen", f"unix:{tmp_path}/s", "--memory", "bounded", "--memory-limit", str(limit))
+    said += ("--memory-spill", str(disk_folder(tmp_path))) if spills else ()
     with events.open("wb") as out:
         secondary = subprocess.Popen(
             python_command("colocache.cli", "main", "secondary", *common, *said),
@@ -286,9 +366,10 @@ def test_a_pair_whose_guests_write_flat_out_stays_below_the_limit_by_the_kernels
         secondary.wait()
     memory = [json.loads(line) for line in events.read_text().splitlines() if '"event": "memory"' in line]
     extra = int(peak.read_text()) - min(used)
-    bookkeeping = memory[0]["bookkeeping_bytes"]  # was in use before
+    bookkeeping = memory[0]["bookkeeping_bytes"] - spills * spill.WINDOW_BYTES  # was in use before
     assert len(memory) == 20
     passed = max(one["passed_bytes"] for one in memory)  # only where this machine let nobody look for long
     assert extra + bookkeeping <= limit + passed
     assert max(one["private_bytes"] + one["staged_bytes"] for one in memory) > 0
     assert extra > 0
+    assert (max(one["spilled_bytes"] for one in memory) > 0) == spills

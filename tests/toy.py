@@ -376,6 +376,7 @@ class Pair:
                 memory_limit=memory_limit,
             ),
             control_fd=self.memory.control_fd,
+            spill_fd=self.memory.spill_fd,
             events=self.events_s,
             stop=self.stop_s,
             arbiter=self.arbiter,

@@ -19,6 +19,7 @@ from colocache.commands.options import (
     json_option,
     memory_limit_option,
     memory_option,
+    memory_spill_option,
     print_json,
     resume_option,
     seconds_option,
@@ -33,6 +34,7 @@ from colocache.commands.options import (
 @disk_option
 @memory_option
 @memory_limit_option
+@memory_spill_option
 @click.option(
     "--checkpoints",
     type=click.IntRange(min=1),
@@ -124,6 +126,7 @@ def demo(as_json: bool, **given: Any) -> None:
             backing=guest.backing,
             memory_mode=guest.memory_mode,
             memory_limit=given["memory_limit"],
+            memory_spill=given["memory_spill"],
             checkpoints=given["checkpoints"],
             interval=given["interval"],
             kill_at=given["kill_primary_at"],
@@ -227,7 +230,8 @@ def _in_words(report: dict[str, Any], guest_wrong: str) -> str:
         else (
             f"memory beside the image: at most {limit['peak_bytes'] / 1e6:.1f} MB at a checkpoint, the limit is "
             f"{limit['bytes'] / 1e6:.1f}; asked for {limit['asked']} checkpoints, private pages given up "
-            f"{limit['private_given_up']} times, the secondary's machine stood {limit['stood_ms']['max']:.1f} ms "
+            f"{limit['private_given_up']} times, spilled at most {limit['spilled_peak_bytes'] / 1e6:.1f} MB in "
+            f"{limit['spilled_epochs']} epochs, the secondary's machine stood {limit['stood_ms']['max']:.1f} ms "
             f"(max), the primary's {limit['pvm_stood_ms']['max']:.1f} before its pause\n"
         )
     )

@@ -25,7 +25,7 @@ def inspect(name: str | None, as_json: bool) -> None:
 
     if name is not None:
         found = colocache.inspect(name)
-        click.echo(f"region {name}: {found}")
+        click.echo(f"region {name}: {found}{_spill_file(name)}")
         click.echo(
             f"Next, if its owner (process {found.status.owner_pid}) is dead: "
             f"colocache secondary --attach --name {name} --listen ADDRESS"
@@ -41,7 +41,7 @@ def inspect(name: str | None, as_json: bool) -> None:
             click.echo(f"region {region.name}: {error}")
             regions.append({"name": region.name, "error": str(error), "bytes": region.n_bytes})
             continue
-        click.echo(f"region {region.name}: {found}")
+        click.echo(f"region {region.name}: {found}{_spill_file(region.name)}")
         regions.append({**_fields(region.name, found), "bytes": region.n_bytes})
     if not regions:
         click.echo("there is no region on this machine")
@@ -50,7 +50,23 @@ def inspect(name: str | None, as_json: bool) -> None:
 
 
 def _fields(name: str, found: Any) -> dict[str, Any]:
+    from colocache.regions import spill_file
+
     status = dataclasses.asdict(found.status)
     status["history_id"] = found.status.history_id.hex()
     status["phase"] = found.status.phase.name.lower()
-    return {"name": name, **status, "blocks": [dataclasses.asdict(block) for block in found.blocks]}
+    path = spill_file(name)
+    blocks = [dataclasses.asdict(block) for block in found.blocks]
+    return {"name": name, **status, "spill_file": str(path) if path else None, "blocks": blocks}
+
+
+def _spill_file(name: str) -> str:
+    from colocache.regions import spill_file
+
+    path = spill_file(name)
+    if path is None:
+        return ""
+    try:
+        return f"\n  spill file {path}: {path.stat().st_blocks * 512} bytes on its disk"
+    except OSError:
+        return f"\n  spill file {path}, which is gone"

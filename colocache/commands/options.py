@@ -142,6 +142,13 @@ memory_limit_option = size_option(
     help="With --memory bounded: the most memory that the secondary takes beside its one image of guest RAM. Near it a "
     "checkpoint is asked for, and its machine stands before it is passed.",
 )
+memory_spill_option = click.option(
+    "--memory-spill",
+    default="",
+    metavar="DIR",
+    help="With --memory-limit: a folder on a disk, for pages of a checkpoint that the limit leaves no memory for even "
+    "when the secondary has given up its own. Without it such a checkpoint ends the pair.",
+)
 guest_options = options(
     guest_kind_option,
     size_option("--ram", default="256M", show_default=True, help="Size of guest RAM."),

@@ -24,6 +24,7 @@ from colocache.commands.options import (
     guest_options,
     memory_limit_option,
     memory_option,
+    memory_spill_option,
     net_options,
     pair_option,
     report_options,
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 @disk_log_options
 @memory_option
 @memory_limit_option
+@memory_spill_option
 @click.option(
     "--threads",
     type=click.IntRange(0, 65535),
@@ -146,7 +148,7 @@ def secondary(**given: Any) -> None:
         signum: functools.partial(pass_on, signum) for signum in (signal.SIGUSR1, signal.SIGUSR2)
     }
     if not given["attach"]:
-        check_limit(given["memory_limit"], guest.blocks, guest.memory_mode)
+        check_limit(given["memory_limit"], guest.blocks, guest.memory_mode, spills=bool(given["memory_spill"]))
     config = _config(given, guest, security)  # what is out of bounds is refused before anything is made
     with contextlib.ExitStack() as stack:
         stack.callback(events.close)
@@ -163,7 +165,8 @@ def secondary(**given: Any) -> None:
         memory = _memory(given, guest, stack)
         images = [disk.path for disk in disks_of(guest.options.disks)]
         stack.callback(remove_logs, images, guest.options.disk_log, memory.name)
-        check_limit(given["memory_limit"], [image.spec for image in memory.images], memory.memory_mode)
+        blocks, spills = [image.spec for image in memory.images], memory.spill_fd >= 0 and bool(given["memory_limit"])
+        check_limit(given["memory_limit"], blocks, memory.memory_mode, spills=spills)
         events.emit(
             "start",
             f"guest {guest.kind} ({guest.why}); "
@@ -174,6 +177,7 @@ def secondary(**given: Any) -> None:
             memory=memory.memory_mode,
             region=memory.name,
             persistent=memory.persistent,
+            spill=str(memory.spill_path or ""),
         )
         events.emit("listening", f"waiting for a primary at {address}", address=str(address), pid=os.getpid())
         keeper.append(Keeper(memory, listener, config, events, stop))
@@ -200,11 +204,19 @@ def _memory(given: dict[str, Any], guest: GuestChoice, stack: contextlib.ExitSta
 
     if not given["attach"]:
         return stack.enter_context(
-            Memory.create(given["name"], guest.blocks, backing=guest.backing, memory_mode=guest.memory_mode)
+            Memory.create(
+                given["name"],
+                guest.blocks,
+                backing=guest.backing,
+                memory_mode=guest.memory_mode,
+                spill=given["memory_spill"] or None,
+            )
         )
     memory = Memory.open(given["name"])
     stack.callback(memory.close)
     stack.callback(memory.unlink)  # not when its machine failed: see `kept` above
+    if given["memory_spill"]:
+        memory.add_spill(given["memory_spill"])  # unless it has one
     return memory
 
 

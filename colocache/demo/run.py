@@ -34,6 +34,7 @@ from colocache.errors import ColocacheError
 from colocache.replication.memory_limit import check_limit
 from colocache.replication.signals import Stop
 from colocache.replication.trace import begin_trace, read_trace, write_trace
+from colocache.spill import check_folder
 from colocache.vmm.guests import blocks_for, guest_kind_available
 
 QUIET_SECONDS_MAX = 120.0  # without any event: something hangs
@@ -57,6 +58,7 @@ class DemoOptions:
     backing: str = "auto"
     memory_mode: str = "mirror"
     memory_limit: int = 0
+    memory_spill: str = ""
     checkpoints: int = 20
     interval: float = 0.2
     kill_at: str = "running"
@@ -206,7 +208,10 @@ class DemoRun:
         """From start to end: the report. DemoError: something was not as claimed, or a side failed."""
         begin = time.monotonic()
         kind, _ = guest_kind_available(self.options.guest)
-        check_limit(self.options.memory_limit, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
+        blocks, spill = blocks_for(self.options.ram_bytes, kind), self.options.memory_spill
+        check_limit(self.options.memory_limit, blocks, self.options.memory_mode, spills=bool(spill))
+        if spill:
+            check_folder(spill)
         check_pair_fits(self.options.backing, blocks_for(self.options.ram_bytes, kind), self.options.memory_mode)
         with contextlib.ExitStack() as stack:
             self._shows_console = kind == "qemu" or bool(self.options.console)
@@ -300,6 +305,7 @@ class DemoRun:
         limit = str(self.options.reconnect_limit)
         limits = ["--reconnect-limit", limit, "--connect-limit", "60"]
         memory = ["--memory", self.options.memory_mode, "--memory-limit", str(self.options.memory_limit)]
+        memory += ["--memory-spill", self.options.memory_spill] if self.options.memory_spill else []
         args = [*self._common_args(), *self._trace_args("secondary"), "--listen", address, "--name", self._name]
         more = [*_disk_args(self._images), *self._net_args("secondary")]
         return self._with_command([*args, *memory, *limits, *more])

@@ -35,6 +35,8 @@ class Limited:
     pvm_stood_ms: list[float] = field(default_factory=list)  # the same of the primary's, before its pause
     asked: int = 0  # checkpoints that it asked for
     private_given_up: int = 0
+    spilled_peak_bytes: int = 0  # of one epoch
+    spilled_epochs: int = 0
 
     def add(self, event: dict[str, Any]) -> None:
         """Count one event of either side."""
@@ -42,6 +44,8 @@ class Limited:
             self.peak_bytes = max(self.peak_bytes, event["bytes"])
             self.stood_ms.append(event["stood_ms"])
             self.asked += event["asked"]
+            self.spilled_peak_bytes = max(self.spilled_peak_bytes, event["spilled_bytes"])
+            self.spilled_epochs += event["spilled_bytes"] > 0
         elif event["event"] == "checkpoint" and event["side"] == "primary":
             self.pvm_stood_ms.append(event["stood_ms"])
         elif event["event"] == "private_given_up":
@@ -54,6 +58,8 @@ class Limited:
             "peak_bytes": self.peak_bytes,
             "asked": self.asked,
             "private_given_up": self.private_given_up,
+            "spilled_peak_bytes": self.spilled_peak_bytes,
+            "spilled_epochs": self.spilled_epochs,
             "stood_ms": summary_of(self.stood_ms),
             "pvm_stood_ms": summary_of(self.pvm_stood_ms),
         }

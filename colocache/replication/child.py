@@ -164,6 +164,7 @@ def _run(
                 wrap=wrap,
                 trace=trace,
                 control_fd=memory.control_fd,
+                spill_fd=memory.spill_fd,
             )
             made.append(secondary)
             _obey_operator(secondary, failover_wanted)

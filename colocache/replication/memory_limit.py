@@ -10,7 +10,10 @@ What is left of the limit after the bookkeeping is *room*. From one checkpoint t
 
 In a checkpoint the machine stands, so that its private pages are counted exactly, and all that they leave is the
 primary's (REPLY). If that is too little for what the primary says it has, they are given up: the machine's own branch
-is gone then, and if the epoch fails it starts again from the epoch before.
+is gone then, and if the epoch fails it starts again from the epoch before. If that does not do either and the operator
+named a spill folder, the primary may have as many pages more as its disk has room for: the engine writes what the room
+does not hold into the spill file (csrc/spill.h), whose own memory is bookkeeping. Else, or if the disk is too small as
+well, the epoch is aborted, and the primary goes on alone.
 
 How far ahead of the end the vCPUs must stand is measured: the fastest growth seen, times the longest time between two
 looks. A machine that writes faster still, in the longest gap yet, passes its part by that: `passed_bytes` says so. A
@@ -26,7 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 
-from colocache import BlockSpec
+from colocache import BlockSpec, spill
 from colocache.errors import ArgumentError, ColocacheError
 from colocache.replication.events import Events
 from colocache.replication.growth import Growth
@@ -41,9 +44,11 @@ LOOK_SECONDS = 0.002
 LOOK_SHARE = 0.1  # of a core, at most, for looking
 
 
-def bookkeeping_of(blocks: Iterable[BlockSpec]) -> int:
-    """Bytes of bitmaps for these blocks: three in the region, one in the process; and the region's fixed parts."""
-    return sum(-(-block.n_pages // 8) * 4 for block in blocks) + (64 << 10)
+def bookkeeping_of(blocks: Iterable[BlockSpec], *, spills: bool = False) -> int:
+    """Bytes of bitmaps for these blocks: three in the region, one in the process; and the region's fixed parts. With a
+    spill file one bitmap more, and what of it is in memory."""
+    bitmaps = 5 if spills else 4
+    return sum(-(-block.n_pages // 8) * bitmaps for block in blocks) + (64 << 10) + spills * spill.WINDOW_BYTES
 
 
 def whole_pages(n_bytes: int) -> int:
@@ -51,32 +56,35 @@ def whole_pages(n_bytes: int) -> int:
     return max(PAGE, n_bytes // PAGE * PAGE)
 
 
-def check_limit(n_bytes: int, blocks: Iterable[BlockSpec], memory_mode: str) -> None:
+def check_limit(n_bytes: int, blocks: Iterable[BlockSpec], memory_mode: str, *, spills: bool = False) -> None:
     """ArgumentError: no secondary of these blocks can keep this limit. 0 is none."""
     if not n_bytes:
+        if spills:
+            raise ArgumentError("a spill folder without a limit: give --memory-limit, beyond which pages are spilled")
         return
     if memory_mode != "bounded":
         raise ArgumentError(f"a memory limit of {n_bytes} bytes: only --memory bounded can keep one")
-    fixed = bookkeeping_of(blocks)
+    fixed = bookkeeping_of(blocks, spills=spills)
     if n_bytes < fixed + LEAST_PAGES * PAGE:
         raise ArgumentError(
-            f"a memory limit of {n_bytes} bytes: the bitmaps of this guest take {fixed}, and {LEAST_PAGES} pages are "
-            f"the least to keep it in step: give at least {fixed + LEAST_PAGES * PAGE}"
+            f"a memory limit of {n_bytes} bytes: the bitmaps of this guest {'and spilling ' * spills}take {fixed}, and "
+            f"{LEAST_PAGES} pages are the least to keep it in step: give at least {fixed + LEAST_PAGES * PAGE}"
         )
 
 
 class MemoryLimit:
     """Holds `svm` below `n_bytes`. Context manager: it looks from enter to exit; after `lift` there is no limit.
 
-    `control_fd`: of the control region, whose memory counts. One session's thread calls `ready`, `make_room` and
-    `share`.
+    `control_fd`: of the control region, whose memory counts; `spill_fd`: of the cache's spill file, -1 if it has none.
+    One session's thread calls `ready`, `make_room` and `share`.
     """
 
-    def __init__(self, svm: Svm, n_bytes: int, *, control_fd: int, events: Events) -> None:
+    def __init__(self, svm: Svm, n_bytes: int, *, control_fd: int, events: Events, spill_fd: int = -1) -> None:
         self._svm = svm
         self._cache = svm.cache
         self._n_bytes = n_bytes
-        self._control_fd = control_fd
+        self._control_fd, self._spill_fd = control_fd, spill_fd
+        self._spill_was_said = False
         self._events = events
         self.ask: Callable[[], None] = lambda: None  # the primary for a checkpoint; any thread
         self._share = whole_pages(self._room() // 2)
@@ -140,16 +148,33 @@ class MemoryLimit:
             self._private = 0
         left = max(PAGE, room - self._private)
         self._cache.limit_staged(left)
-        return left // PAGE
+        return left // PAGE + self._may_spill(wanted_pages, left)
+
+    def _may_spill(self, wanted_pages: int, left: int) -> int:
+        """How many pages more the primary may have, as they go to the disk and not into memory."""
+        if self._spill_fd < 0:
+            return 0
+        free = spill.free_bytes(self._spill_fd)
+        if wanted_pages * PAGE > left:
+            sentence = (
+                f"the memory limit of {self._n_bytes} bytes leaves room for {left // PAGE} pages of a checkpoint of "
+                f"{wanted_pages}: the others go into the spill file, whose disk has {free} bytes free"
+            )
+            said = "" if self._spill_was_said else sentence
+            self._events.emit("spills", said, wanted_pages=wanted_pages, room_pages=left // PAGE, free_bytes=free)
+            self._spill_was_said = True
+        return free // PAGE
 
     def share(self) -> int:
         """The epoch is sealed and not flushed: the primary's share of the next, in pages. Reports what it took."""
-        staged, fixed, room = self._cache.status().staged_bytes, self._fixed(), self._room()
+        status, fixed, room = self._cache.status(), self._fixed(), self._room()
+        staged = status.staged_bytes
         seconds = max(1e-3, time.monotonic() - self._began)
         self._events.emit(
             "memory",
             bytes=fixed + staged + self._private,
             staged_bytes=staged,
+            spilled_bytes=status.spilled_bytes,
             private_bytes=self._peak_private,
             bookkeeping_bytes=fixed,
             share_bytes=self._share,
@@ -157,7 +182,7 @@ class MemoryLimit:
             asked=bool(self._asked),
             stood_ms=round(self._stood_seconds * 1e3, 3),
         )
-        self._share = self._next_share(room, staged / seconds)
+        self._share = self._next_share(room, (staged + status.spilled_bytes) / seconds)
         self._growth.epoch()
         self._aside = self._private
         self._begin_epoch()
@@ -179,7 +204,8 @@ class MemoryLimit:
     def _fixed(self) -> int:
         """Bookkeeping: the control region as the kernel counts it, and the bitmaps of staged pages in this process."""
         heap = sum(-(-block.n_pages // 8) for block in self._cache.blocks.values())
-        return os.fstat(self._control_fd).st_blocks * 512 + heap
+        spilling = heap + spill.WINDOW_BYTES if self._spill_fd >= 0 else 0
+        return os.fstat(self._control_fd).st_blocks * 512 + heap + spilling
 
     def _room(self) -> int:
         return max(2 * PAGE, self._n_bytes - self._fixed())

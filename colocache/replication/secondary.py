@@ -94,6 +94,7 @@ class Secondary:
         fold_disks: Callable[[], bool] = lambda: True,
         wrap: Wrap = PlainTransport,
         control_fd: int = -1,
+        spill_fd: int = -1,
         trace: Trace | None = None,
     ) -> None:
         self.svm = Svm(cache, machine, events, output, typed, disks)
@@ -107,7 +108,9 @@ class Secondary:
         self._trace = trace
         self._limit: MemoryLimit | None = None
         if options.memory_limit:
-            self._limit = MemoryLimit(self.svm, options.memory_limit, control_fd=control_fd, events=events)
+            self._limit = MemoryLimit(
+                self.svm, options.memory_limit, control_fd=control_fd, events=events, spill_fd=spill_fd
+            )
         self._door = Door(
             cache,
             listener,
