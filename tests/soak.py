@@ -90,7 +90,8 @@ class Soak:
                 number, self._next_pair = self._next_pair, self._next_pair + 1
             rng = random.Random(f"{self.options.seed}/{number}")
             guest, kind, memory = self._ways[number % len(self._ways)]
-            plan = Plan.draw(rng, guest, kind, memory, tls=self.options.tls, disk=self.options.disk)
+            given = self.options
+            plan = Plan.draw(rng, guest, kind, memory, tls=given.tls, disk=given.disk, spill=given.spill)
             counts = Counts()
             name = f"soak-{os.getpid()}-{number}"
             pair = Pair(name, plan, rng, self.folder, counts, self.claim)
@@ -174,6 +175,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--memory", action="append", choices=("mirror", "bounded"), help="both")
     parser.add_argument("--tls", action="store_true", help="the two sides speak TLS")
     parser.add_argument("--disk", action="store_true", help="the guests write a disk too (kvm and process)")
+    parser.add_argument("--spill", default="", metavar="DIR", help="bounded ones have a small limit and this folder")
     parser.add_argument("--pairs", type=int, default=3, help="at a time (default: %(default)s)")
     parser.add_argument("--report-every", type=float, default=30, metavar="SECONDS", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)

@@ -33,6 +33,9 @@ LIMITS = (
 )  # bytes: all that the primary may have written while its secondary was away, and hardly more
 
 
+SPILL_LIMITS = (4 << 20, 12 << 20)  # far less than that, so that checkpoints go on in a file
+
+
 @dataclass(frozen=True)
 class Plan:
     """What becomes of a pair: some kills of the secondary, then one that ends the pair."""
@@ -46,6 +49,7 @@ class Plan:
     tls: bool
     limit_bytes: int  # what the secondary may take beside its image; 0 = any
     disk: bool
+    spill: str  # the folder of its spill file; "" = none
 
     @classmethod
     def draw(
@@ -57,6 +61,7 @@ class Plan:
         *,
         tls: bool = False,
         disk: bool = False,
+        spill: str = "",
     ) -> Plan:
         """One at random."""
         end = rng.choices(ENDS, weights=(8, 7, 3, 3, 1, 1))[0]
@@ -64,8 +69,10 @@ class Plan:
         if end == "primary" and rng.random() < 0.5:
             middle = 0  # these have a short reconnect limit, and so the arbiter is asked
         interval = rng.choice((0.02, 0.02, 0.04, 0.12))
-        limited = memory == "bounded" and guest != "qemu" and rng.random() < 0.5
-        return cls(guest, backing, memory, middle, end, interval, tls, rng.choice(LIMITS) if limited else 0, disk)
+        bounded = memory == "bounded" and guest != "qemu"
+        spill = spill if bounded else ""
+        limit = rng.choice(SPILL_LIMITS if spill else LIMITS) if spill or (bounded and rng.random() < 0.5) else 0
+        return cls(guest, backing, memory, middle, end, interval, tls, limit, disk, spill)
 
     @property
     def asks_arbiter(self) -> bool:
@@ -82,6 +89,7 @@ class Pair(Watched):
         super().__init__(
             name, folder, plan.guest, plan.backing, plan.interval, counts,
             memory=plan.memory, tls=plan.tls, limit_bytes=plan.limit_bytes, disk=plan.disk,
+            spill=plan.spill,
         )  # fmt: skip
         self.plan, self.rng = plan, rng
         self.moment = "start"  # for the report of a failure

@@ -24,7 +24,11 @@ from colocache.vmm import GuestOptions, blocks_for
 LATE_SECONDS_MAX = 90.0  # an event that must come did not: something hangs
 PATIENT = 300.0  # a reconnect limit that no busy machine reaches
 RAM_BYTES = 64 << 20
-LIMIT_EVENTS = {"at_limit": "stood at its memory limit", "private_given_up": "gave up private pages for its limit"}
+LIMIT_EVENTS = {
+    "at_limit": "stood at its memory limit",
+    "private_given_up": "gave up private pages for its limit",
+    "spills": "spilled a checkpoint for its limit",
+}
 WORKING_SET_BYTES = RAM_BYTES // 2  # so much that many pages are written by one side only
 QEMU_RAM_BYTES = 24 << 20  # of the small guest that needs only a QEMU
 
@@ -77,11 +81,13 @@ class Watched:
         tls: bool = False,
         limit_bytes: int = 0,
         disk: bool = False,
+        spill: str = "",
     ) -> None:
         self.name, self.counts = name, counts
         self.persistent = False  # the memory outlives its keeper
         self._ways = ["--guest", guest, "--backing", backing]
         self._memory = ["--memory", memory, *(("--memory-limit", str(limit_bytes)) if limit_bytes else ())]
+        self._memory += ["--memory-spill", spill] if spill else []
         self._interval = interval
         self._folder = folder
         self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
