@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounded memory beside the mirror: what a secondary needs beyond one image, how long it stands, how fast its guest is.
 
-    sudo .venv/bin/python bench/bounded.py [--ram 1G] [--share 10] [--rounds 1] [--json]
+    sudo .venv/bin/python bench/bounded.py [--ram 1G] [--share 10] [--rounds 1] [--spill DIR] [--json]
 
 Memory: for each recorded trace a secondary in a memory control group of its own receives the pages of one interval
 after the other, while its VM writes those of another; each interval ends with a checkpoint, and bounded memory brings
@@ -9,8 +9,11 @@ one forward when staged and private pages come near --share per cent of guest RA
 group from epoch 1 on, less the one image: page tables, bitmaps and Python's heap are in it. Needs root and a version-1
 or version-2 memory group; without, that part is left out.
 
-Speed: a guest under KVM that writes flat out, with a checkpoint every 100 ms: steps in a second between the pauses.
-Each first write of an epoch costs a fault: with the mirror to note the page, bounded to copy it.
+Speed: a guest under KVM that writes flat out, with a checkpoint every 100 ms, for some working sets: steps in a second
+between the pauses. Each first write of an epoch costs a fault: with the mirror to note the page, bounded to copy it.
+
+Spilling: an epoch of scattered pages that its limit has room for, or of which all but an eighth goes to the disk that
+--spill is on: how long it takes to come, and its flush.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ from rich.table import Table
 
 from colocache import BlockSpec, Cache, Memory
 from colocache.commands.options import parse_size
+from colocache.errors import ArgumentError
 from colocache.measure.baseline import pages_at
 from colocache.measure.patterns import WORKLOADS, n_intervals, recorded
 from colocache.replication.blocks import rams_of_blocks
+from colocache.spill import check_folder
 from colocache.vmm import GuestOptions
 from colocache.vmm.guests import guest_class
 from colocache.vmm.kvm import kvm_trouble
@@ -50,7 +55,9 @@ GROUPS = (Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup"))  # version 1, v
 PEAKS = ("memory.max_usage_in_bytes", "memory.peak")
 STEP_PAGES = 256  # that come, or are written, between two looks at the limit
 MARGIN_PAGES = 6 * STEP_PAGES  # a step of each, and what the kernel holds in stock for each core
-SPEED_RAM, SPEED_SET, SPEED_CHECKPOINTS, SPEED_SECONDS = 256 << 20, 32 << 20, 12, 0.1
+SPEED_RAM, SPEED_CHECKPOINTS, SPEED_SECONDS = 256 << 20, 12, 0.1
+SPEED_SETS = (2 << 20, 8 << 20, 32 << 20, 128 << 20)
+SPILL_RAM, SPILL_EPOCH = 256 << 20, 64 << 20
 
 
 @dataclass
@@ -68,11 +75,22 @@ class MemoryFigures:
 
 @dataclass
 class SpeedFigures:
-    """Of one mode in one round."""
+    """Of one mode and working set in one round."""
 
     mode: str
+    working_set_bytes: int
     steps_per_second: float
     pause_p50_ms: float
+
+
+@dataclass
+class SpillFigures:
+    """Of an epoch, in one round; milliseconds."""
+
+    spilled_bytes: int
+    receive_ms: float
+    seal_ms: float
+    flush_ms: float
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
@@ -175,10 +193,10 @@ class Secondary:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def speed(mode: str, backing: str) -> SpeedFigures:
+def speed(mode: str, backing: str, working_set: int) -> SpeedFigures:
     """A KVM guest that writes flat out between checkpoints."""
     kind = guest_class("kvm")
-    options = GuestOptions(steps_per_second=0.0, working_set_bytes=SPEED_SET, run_share=0.0)
+    options = GuestOptions(steps_per_second=0.0, working_set_bytes=working_set, run_share=0.0)
     specs = kind.blocks_for(SPEED_RAM)
     with contextlib.ExitStack() as stack:
         memory = stack.enter_context(Memory.create(None, specs, backing=backing, memory_mode=mode))
@@ -208,7 +226,32 @@ def speed(mode: str, backing: str) -> SpeedFigures:
             rates.append((machine.steps - steps) / (time.perf_counter() - begun))
             pauses.append((begun - begin) * 1e3)
         machine.pause()
-    return SpeedFigures(mode, statistics.median(rates[1:]), statistics.median(pauses[1:]))
+    return SpeedFigures(mode, working_set, statistics.median(rates[1:]), statistics.median(pauses[1:]))
+
+
+def spilling(folder: Path, spills: bool) -> SpillFigures:
+    """Every fourth page comes, one by one."""
+    block = BlockSpec(BLOCK, SPILL_RAM)
+    with (
+        Memory.create(None, [block], backing="shm", memory_mode="bounded", spill=folder) as memory,
+        Cache.create(memory) as cache,
+    ):
+        secondary = Secondary(cache)
+        secondary.become_epoch_1()
+        cache.limit_staged(SPILL_EPOCH // 8 if spills else 0)
+        pfns = np.arange(0, secondary.n_pages, SPILL_RAM // SPILL_EPOCH, dtype=np.uint64)
+        pages = np.full((STEP_PAGES, PAGE), 7, np.uint8)
+        begin = time.perf_counter()
+        for first in range(0, pfns.size, STEP_PAGES):
+            cache.receive_pages(2, BLOCK, pfns[first : first + STEP_PAGES], pages)
+        came = time.perf_counter()
+        cache.device_state_buffer(2, 0)
+        cache.seal(2)
+        sealed = time.perf_counter()
+        spilled = cache.flush().spilled_pages * PAGE
+        flushed = time.perf_counter()
+        cache.loaded()
+    return SpillFigures(spilled, (came - begin) * 1e3, (sealed - came) * 1e3, (flushed - sealed) * 1e3)
 
 
 def first_state(kind: Any, options: GuestOptions, cache: Cache) -> bytes:
@@ -234,11 +277,15 @@ def first_state(kind: Any, options: GuestOptions, cache: Cache) -> bytes:
 @click.option("--share", type=click.FloatRange(1, 100), default=10.0, help="per cent of it that may be taken beside it")
 @click.option("--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), default=WORKLOADS)
 @click.option("--backing", type=click.Choice(("shm", "thp")), default="shm", help="pages of the images")
-@click.option("--rounds", type=click.IntRange(1), default=3, help="of the guest's speed")
+@click.option("--rounds", type=click.IntRange(1), default=3, help="of the guest's speed, and of spilling")
+@click.option("--spill", default="/var/tmp", show_default=True, help="a folder on a disk")  # noqa: S108 -- names of its own
 @click.option("--json", "as_json", is_flag=True, help="every figure instead of the tables")
-def main(ram: int, share: float, workloads: tuple[str, ...], backing: str, rounds: int, as_json: bool) -> None:
+def main(
+    ram: int, share: float, workloads: tuple[str, ...], backing: str, rounds: int, spill: str, as_json: bool
+) -> None:
     memory: list[MemoryFigures] = []
     speeds: list[SpeedFigures] = []
+    spills: list[SpillFigures] = []
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("traces", total=len(workloads) * len(MODES))
         for workload in workloads:
@@ -250,23 +297,33 @@ def main(ram: int, share: float, workloads: tuple[str, ...], backing: str, round
                         break
                     memory.append(in_a_process(replay, group, workload, mode, backing, ram, share))
                 progress.advance(task)
-        task = progress.add_task("speed", total=rounds * len(MODES))
+        task = progress.add_task("speed", total=rounds * len(MODES) * len(SPEED_SETS))
         if (trouble := kvm_trouble()) is not None:
             print(f"the guest's speed is left out: {trouble[0]}", file=sys.stderr)
         else:
             for _ in range(rounds):
-                for mode in MODES:
-                    speeds.append(speed(mode, backing))
-                    progress.advance(task)
+                for working_set in SPEED_SETS:
+                    for mode in MODES:
+                        speeds.append(speed(mode, backing, working_set))
+                        progress.advance(task)
+        try:
+            folder = check_folder(spill)
+        except ArgumentError as error:
+            print(f"spilling is left out: {error}", file=sys.stderr)
+        else:
+            spills = [spilling(folder, spills) for _ in range(rounds) for spills in (False, True)]
     if as_json:
         print(json.dumps({"ram_bytes": ram, "memory": [asdict(one) for one in memory],
-                          "speed": [asdict(one) for one in speeds]}))  # fmt: skip
+                          "speed": [asdict(one) for one in speeds],
+                          "spill": [asdict(one) for one in spills]}))  # fmt: skip
         return
     console = Console()
     if memory:
         console.print(memory_table(memory, ram))
     if speeds:
         console.print(speed_table(speeds))
+    if spills:
+        console.print(spill_table(spills))
 
 
 def in_a_process(work: Callable[..., None], *args: Any) -> Any:
@@ -297,14 +354,33 @@ def memory_table(figures: list[MemoryFigures], ram: int) -> Table:
 
 def speed_table(figures: list[SpeedFigures]) -> Table:
     table = Table(box=SIMPLE, title="A KVM guest that writes flat out, a checkpoint every 100 ms")
-    for title in ("memory", "steps a second (least, most)", "pause, ms"):
+    for title in ("working set", "memory", "steps a second (least, most)", "of the mirror's", "flush and load, ms"):
         table.add_column(title, justify="right")
-    for mode in MODES:
-        rates = [one.steps_per_second for one in figures if one.mode == mode]
-        pauses = [one.pause_p50_ms for one in figures if one.mode == mode]
+    for working_set in SPEED_SETS:
+        mirror = 0.0
+        for mode in MODES:
+            mine = [one for one in figures if (one.mode, one.working_set_bytes) == (mode, working_set)]
+            rates = [one.steps_per_second for one in mine]
+            rate = statistics.median(rates)
+            mirror = mirror or rate
+            table.add_row(
+                f"{working_set >> 20} MiB", mode, f"{rate:,.0f} ({min(rates):,.0f}, {max(rates):,.0f})",
+                f"{100 * rate / mirror:.0f} %", f"{statistics.median(one.pause_p50_ms for one in mine):.2f}",
+            )  # fmt: skip
+    return table
+
+
+def spill_table(figures: list[SpillFigures]) -> Table:
+    table = Table(box=SIMPLE, title=f"An epoch of {SPILL_EPOCH >> 20} MiB of scattered pages")
+    for title in ("on the disk", "to come, ms (least, most)", "seal, ms", "flush, ms (least, most)"):
+        table.add_column(title, justify="right")
+    for spilled in sorted({one.spilled_bytes for one in figures}):
+        mine = [one for one in figures if one.spilled_bytes == spilled]
+        come, flush = [one.receive_ms for one in mine], [one.flush_ms for one in mine]
         table.add_row(
-            mode, f"{statistics.median(rates):,.0f} ({min(rates):,.0f}, {max(rates):,.0f})",
-            f"{statistics.median(pauses):.2f}",
+            f"{spilled >> 20} MiB", f"{statistics.median(come):.0f} ({min(come):.0f}, {max(come):.0f})",
+            f"{statistics.median(one.seal_ms for one in mine):.2f}",
+            f"{statistics.median(flush):.1f} ({min(flush):.1f}, {max(flush):.1f})",
         )  # fmt: skip
     return table
 

@@ -31,5 +31,7 @@ def test_bounded_memory_is_measured_beside_the_mirror() -> None:
         assert bounded["brought_forward"] > 0
         assert mirror["brought_forward"] == 0
     if "speed is left out" not in done.stderr:
-        assert [one["mode"] for one in told["speed"]] == ["mirror", "bounded"]
+        assert [one["mode"] for one in told["speed"]] == 4 * ["mirror", "bounded"]
         assert all(one["steps_per_second"] > 0 for one in told["speed"])
+    if "spilling is left out" not in done.stderr:
+        assert [one["spilled_bytes"] >> 20 for one in told["spill"]] == [0, 56]
