@@ -3,7 +3,7 @@
  * flush_staged.c -- the strategy of bounded memory: guest RAM's image holds the epoch before, the cache holds what came since.
  *
  * The flush set is what the PVM sent.  Pages whose bytes are in the cache are copied over the image, pages that are holes there become zeros,
- * and what is in the spill file comes last: a page that is in both is newer there.
+ * and what is in the spill file comes last: of a page that is in both the cache's bytes are older, and stay where they are.
  * The VM stands: a page that it has not written shows the image's new bytes at once through its private mapping, and what it has
  * written is forgotten at the end.  After a death nothing private is left and all of it is done again: holes and bytes in the cache stay
  * as they are until `committed` is published.
@@ -79,6 +79,7 @@ static int begin(struct colocache *cc, struct colocache_flush_result *out)
         if (cc_gone(block))
             continue;
         cc_bitmap_keep(block->staged, &block->bitmaps[COLOCACHE_BITMAP_FLUSH_SET]); /* a page that broke off is in no set */
+        cc_spill_hide(block);
         zero_holes(cc, block, &zeroed);
     }
     cc->copy.fence();

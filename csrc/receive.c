@@ -95,9 +95,9 @@ static int bring_pages(struct colocache *cc, struct cc_block *block, uint64_t fi
                        enum place place)
 {
     const uint64_t n_bytes = n_pages << block->page_shift;
-    CC_HALF(address(block, first_pfn, place), data, n_bytes, "receive: half a page");
     if (place == TO_STAGING)
         return cc_staging_write(cc, block, first_pfn, n_pages, data);
+    CC_HALF(address(block, first_pfn, place), data, n_bytes, "receive: half a page");
     memcpy(address(block, first_pfn, place), data, n_bytes);
     return 0;
 }

@@ -329,6 +329,19 @@ static void ask_for(const struct colocache *cc, const struct cc_block *block, co
     }
 }
 
+void cc_spill_hide(const struct cc_block *block)
+{
+    const struct cc_bitmap *spilled = block->spilled;
+    if (!spilled)
+        return;
+    for (uint64_t s = cc_bitmap_next_summary(spilled, 0); s < spilled->n_summary_words; s = cc_bitmap_next_summary(spilled, s + 1)) {
+        for (uint64_t in_use = spilled->summary[s]; in_use; in_use &= in_use - 1) {
+            const uint64_t w = s * 64 + (uint64_t)__builtin_ctzll(in_use);
+            block->staged->words[w] &= ~spilled->words[w];
+        }
+    }
+}
+
 int cc_spill_flush(struct colocache *cc, struct colocache_flush_result *out)
 {
     struct cc_bit_run runs[RUNS_AT_ONCE];

@@ -37,6 +37,8 @@ void cc_spill_drop(struct colocache *cc, struct cc_block *block, uint64_t first_
 int cc_spill_seal(struct colocache *cc, struct cc_record *record);
 /* Attach: the bitmaps of the epoch that is sealed and not committed.  E_FOREIGN_IMAGE: it is not the file, or not whole.  Writes nothing. */
 int cc_spill_find(struct colocache *cc, const struct cc_record *record);
+/* Flush: what is newer in the file is not copied from the cache. */
+void cc_spill_hide(const struct cc_block *block);
 /* The pages of the flush set that are in the file, to guest RAM.  -errno, and it may be repeated. */
 int cc_spill_flush(struct colocache *cc, struct colocache_flush_result *out);
 /* Nothing is in the file.  Nobody receives. */

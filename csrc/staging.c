@@ -96,6 +96,8 @@ int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t firs
             cc_spill_done(cc, block, first_pfn, n_pages);
         return rc;
     }
+    if (rc == 0)
+        CC_HALF(block->cache.addr + (first_pfn << block->page_shift), data, left, "receive: half a page, staged");
     while (rc == 0 && left) {
         ssize_t n = pwrite(block->cache.fd, from, left, at);
         if (n < 0 && errno == EINTR)

@@ -181,6 +181,14 @@ int __wrap_fallocate(int fd, int mode, off_t offset, off_t n)
     return -1;
 }
 
+/* advice: of a regular file it can't fail */
+int __real_posix_fadvise(int fd, off_t offset, off_t n, int advice);
+int __wrap_posix_fadvise(int fd, off_t offset, off_t n, int advice);
+int __wrap_posix_fadvise(int fd, off_t offset, off_t n, int advice)
+{
+    return __real_posix_fadvise(fd, offset, n, advice);
+}
+
 /* a spill file that keeps bytes without bits */
 int __real_ftruncate(int fd, off_t n);
 int __wrap_ftruncate(int fd, off_t n);

@@ -17,7 +17,7 @@ cc=${CC:-cc}
 # Every function that csrc calls and that can fail: tests/c/fail_calls.c has a wrapper for each, and tests/test_failing_calls.py
 # compares this list with what the objects import.
 wrapped="mmap munmap ftruncate posix_fallocate open fcntl fstat fstatfs getrandom recvmsg sendmsg poll ioctl pthread_create calloc
-posix_memalign fopen pread lseek syscall sched_getaffinity madvise fallocate pwrite mprotect mremap sync_file_range"
+posix_memalign fopen pread lseek syscall sched_getaffinity madvise fallocate pwrite mprotect mremap sync_file_range posix_fadvise"
 
 objects() { # DIR FLAGS...: csrc/*.c into DIR, two compilers at once
     objects_dir=$1
