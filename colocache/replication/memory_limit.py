@@ -151,8 +151,9 @@ class MemoryLimit:
         return left // PAGE + self._may_spill(wanted_pages, left)
 
     def _may_spill(self, wanted_pages: int, left: int) -> int:
-        """How many pages more the primary may have, as they go to the disk and not into memory."""
-        if self._spill_fd < 0:
+        """How many pages more the primary may have, as they go to the disk and not into memory. None while there is
+        something private to give up: a checkpoint that has grown meanwhile is told anew, and then that goes first."""
+        if self._spill_fd < 0 or self._private:
             return 0
         free = spill.free_bytes(self._spill_fd)
         if wanted_pages * PAGE > left:
