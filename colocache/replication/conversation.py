@@ -347,6 +347,15 @@ _MEETINGS: tuple[tuple[Meeting, Callable[[_Two], bool], str], ...] = (
 )
 
 
+def _differing(own: str, peer: str) -> str:
+    """The names of what differs, where both tell the same things as NAME HASH; "" where they do not."""
+    here, there = own.split(", "), peer.split(", ")
+    if len(here) != len(there):
+        return ""
+    other = [(a.rpartition(" ")[0], b.rpartition(" ")[0]) for a, b in zip(here, there, strict=True) if a != b]
+    return ", ".join(mine for mine, _ in other) if all(mine and mine == theirs for mine, theirs in other) else ""
+
+
 def _difference(own: Hello, peer: Hello) -> str | None:
     """Why these two can't be a pair whatever they hold, as one sentence; None if they can."""
     if own.role == peer.role:
@@ -360,7 +369,12 @@ def _difference(own: Hello, peer: Hello) -> str | None:
                 f"number of --disk, and the secondary raw images of the sizes of the primary's disks"
             )
     if own.machine != peer.machine:
-        return f"the peer's machine is {peer.machine!r}, this side's {own.machine!r}: start both with the same options"
+        names = _differing(own.machine, peer.machine)
+        which = f"they differ in {names}; " if names else ""
+        return (
+            f"the peer's machine is {peer.machine!r}, this side's {own.machine!r}: {which}start both with the same "
+            f"options and files"
+        )
     if own.streams != peer.streams:
         return f"the peer uses {peer.streams} streams, this side {own.streams}: give both the same --streams"
     for index, (mine, theirs) in enumerate(zip_longest(own.blocks, peer.blocks)):

@@ -13,6 +13,7 @@ from colocache.vmm.errors import MachineError
 from colocache.vmm.qemu import refusals
 from colocache.vmm.qemu.disk import DiskSpec
 from colocache.vmm.qemu.option_strings import is_on, parse, size_bytes
+from colocache.vmm.qemu.read_only import ReadOnlyDisk
 from colocache.vmm.qemu.refusals import DISK, NETWORK, OURS, TWICE, VIDEO
 from colocache.vmm.workload import PAGE
 
@@ -43,6 +44,7 @@ class CommandLine:
     console     whether colocache shows the guest's console; False: the user wanted none
     serial      whether that is the first serial port; False: the user's own device has our CONSOLE_ID as its chardev
     files       files it names that both hosts need alike: kernel, initrd, firmware (option, path)
+    read_only   disks it names that nobody writes, which both hosts need alike
     card        MAC address of the network card that colocache adds; "" for none
     descriptors what the process must inherit besides our own: files that are named by /proc/self/fd/N
     disks       those that colocache adds
@@ -56,6 +58,7 @@ class CommandLine:
     serial: bool = True
     card: str = ""
     files: list[tuple[str, str]] = field(default_factory=list)
+    read_only: list[ReadOnlyDisk] = field(default_factory=list)
     descriptors: list[int] = field(default_factory=list)
     disks: tuple[DiskSpec, ...] = ()
     disk_folder: str = ""
@@ -161,6 +164,8 @@ def _device(line: CommandLine, name: str, value: str) -> None:
     pairs = _pairs(value, "driver")
     driver = pairs.get("driver", "")
     _refuse(f"-device {driver}", refusals.match(refusals.DEVICES, driver))
+    if is_on(pairs.get("removable", "off").strip('"')):
+        _refuse(f"-device {driver},removable=on", refusals.REMOVABLE)
     if is_on(pairs.get("vhost", "off").strip('"')):
         _refuse(f"-device {driver},vhost=on", refusals.VHOST)
     if pairs.get("chardev") == CONSOLE_ID:
@@ -181,6 +186,16 @@ def _drive(line: CommandLine, name: str, value: str) -> None:
     switches = (pairs.get("readonly"), pairs.get("read-only"))
     if pairs.get("media") != "cdrom" and not any(switch and is_on(switch) for switch in switches):
         _refuse(f"-{name} {value}", DISK)
+    if pairs.get("if") == "floppy":
+        _refuse(f"-{name} {value}", refusals.REMOVABLE)
+    if is_on(pairs.get("snapshot", "off")):
+        _refuse(f"-{name} snapshot=on", refusals.SNAPSHOT)
+    line.read_only.append(ReadOnlyDisk.of(pairs, len(line.read_only)))
+    _keep(line, name, value)
+
+
+def _cdrom(line: CommandLine, name: str, value: str) -> None:
+    line.read_only.append(ReadOnlyDisk("cdrom", value))
     _keep(line, name, value)
 
 
@@ -273,6 +288,7 @@ READERS: dict[str, Callable[[CommandLine, str, str], None]] = {
     "object": _object,
     "drive": _drive,
     "blockdev": _drive,
+    "cdrom": _cdrom,
     "audiodev": _audio,
     "netdev": _network,
     "nic": _network,

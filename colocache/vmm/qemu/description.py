@@ -23,6 +23,8 @@ from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.ram_blocks import Content, all_blocks, contents
 from colocache.vmm.qemu.state import Shape
 
+LINE_BYTES_MAX = 250
+
 
 @dataclass(frozen=True)
 class Description:
@@ -37,6 +39,7 @@ class Description:
     others      its RAM blocks beside guest memory, as a fresh process has them
     card        MAC address of its network card
     disks       bytes of each disk
+    read_only   (name, fingerprint) of each disk that nobody writes
     """
 
     version: str
@@ -48,6 +51,7 @@ class Description:
     others: tuple[Content, ...] = field(repr=False)
     card: str = ""
     disks: tuple[int, ...] = ()
+    read_only: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -61,18 +65,21 @@ class Description:
             "files": ", ".join(f"-{option} {digest}" for option, digest in self.files),
             "card": self.card,
             "disks": ", ".join(map(str, self.disks)),
+            **{f"read-only disk {name}": fingerprint for name, fingerprint in self.read_only},
             "firmware": ", ".join(f"{one.name} {hashlib.sha256(one.data).hexdigest()[:16]}" for one in self.others),
         }
 
     def __str__(self) -> str:
-        """One line of at most 200 bytes that is the same only for the same machine."""
+        """One line of at most LINE_BYTES_MAX bytes that is the same only for the same machine."""
         head = (
             f"{self.version.split()[0]} {self.facts['accelerator']} {self.machine.removesuffix('-machine')} {self.cpu}"
         )
         rest = {name: self.facts[name] for name in ("QEMU", "RAM blocks", "files", "card", "disks", "firmware")}
-        return head[:120] + "".join(
-            f", {name} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}" for name, value in rest.items()
-        )
+        named = [(f"read-only disk {_plain(name)}", fingerprint) for name, fingerprint in self.read_only]
+        line = _line(head[:100], [*rest.items(), *named])
+        if len(line) > LINE_BYTES_MAX:
+            line = _line(head[:100], [*rest.items(), ("read-only disks", str(self.read_only))])
+        return line
 
     @cached_property
     def digest(self) -> bytes:
@@ -82,6 +89,15 @@ class Description:
     def shape(self, n_pages: int) -> Shape:
         """What a device state of this machine, with n_pages pages of guest RAM, is checked by."""
         return Shape(self.digest, n_pages, tuple(one.n_pages for one in self.others))
+
+
+def _plain(name: str) -> str:
+    """For a part of the line, whose parts stand between commas and end with a hash."""
+    return "".join(char if char.isascii() and (char.isalnum() or char in "._-") else "-" for char in name)[:30]
+
+
+def _line(head: str, facts: list[tuple[str, Any]]) -> str:
+    return head + "".join(f", {name} {hashlib.sha256(str(value).encode()).hexdigest()[:8]}" for name, value in facts)
 
 
 def describe(line: CommandLine) -> Description:
@@ -116,6 +132,7 @@ def _look(process: QemuProcess, line: CommandLine) -> Description:
         others=contents(process),
         card=line.card,
         disks=tuple(disk.size for disk in line.disks),
+        read_only=tuple((disk.name, disk.fingerprint()) for disk in line.read_only),
     )
 
 

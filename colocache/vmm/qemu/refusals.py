@@ -16,6 +16,8 @@ CARD = "it would be connected to nothing that is held; `--net tap:NAME` adds the
 VHOST = "the host's kernel would write guest memory unseen, and send at once what must be held till its epoch is sealed"
 SOUND = "what is heard is not held until its epoch is sealed"
 OUTSIDE = "what it writes outside is not held until its epoch is sealed"
+REMOVABLE = "a medium that comes and goes is not replicated; one that stays is `-drive readonly=on` or `--disk FILE`"
+SNAPSHOT = "a snapshot under way is written beside the pair's disks; `--disk FILE` adds one that is of the epoch"
 DISK = "a writable disk must be of the same epoch as memory; `--disk FILE` adds one that is"
 VIDEO = "the display's memory is not replicated yet"
 LOCKS = "it would make a private copy of every page of a secondary"
@@ -35,7 +37,7 @@ OPTIONS = {
     "preconfig": OURS,
     "readconfig": HIDES,
     "add-fd": HIDES,
-    "snapshot": DISK,
+    "snapshot": SNAPSHOT,
     "mtdblock": DISK,
     "sd": DISK,
     "pflash": f"{DISK}; give firmware as -bios, or as -drive if=pflash,readonly=on",
@@ -43,8 +45,8 @@ OPTIONS = {
     "hdb": DISK,
     "hdc": DISK,
     "hdd": DISK,
-    "fda": DISK,
-    "fdb": DISK,
+    "fda": REMOVABLE,
+    "fdb": REMOVABLE,
     "iscsi": DISK,
     "fsdev": "a folder of the host is no part of an epoch",
     "virtfs": "a folder of the host is no part of an epoch",
