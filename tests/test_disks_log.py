@@ -53,6 +53,25 @@ def test_a_log_gives_back_what_was_put_in(tmp_path: Path) -> None:
     log.close()
 
 
+def test_a_log_gives_back_the_room_that_it_does_not_need(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = log_at(path)
+    write = Write(0, Kind.WRITE, 0, 1 << 20, bytes(1 << 20))
+    for _ in range(20):
+        log.append(write)
+    log.empty()
+    log.give_back()
+    assert path.stat().st_size > 20 << 20, "the next epoch may need it"
+    for _ in range(5):
+        log.append(write)
+        log.empty()
+        log.append(write)
+        log.give_back()
+        assert log.verify(log.extent, (1 << 20,)) == 1
+    assert path.stat().st_size < 6 << 20
+    log.close()
+
+
 def test_any_byte_that_changes_is_seen(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = log_at(path)

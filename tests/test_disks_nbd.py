@@ -9,7 +9,6 @@ import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -242,37 +241,51 @@ def test_no_bytes_do_more_than_end_their_connection(
     assert len(ends) == 1
 
 
-def test_an_export_is_opened_once_and_by_the_process_that_it_is_for() -> None:
+def test_an_export_serves_who_was_given_its_end_and_has_no_name() -> None:
     disk = Memory()
-    export = Export(disk, pid=os.getpid())
+    export = Export(disk)
+    one = export.client.dup()
+    export.given()
     try:
-        folder = Path(export.path).parent
-        assert folder.stat().st_mode & 0o777 == 0o700
-        with socket.socket(socket.AF_UNIX) as one:
-            one.settimeout(10)
-            one.connect(export.path)
-            client = Client(one)
-            assert client.go()[0] == SIZE
-            assert not Path(export.path).exists()
-            assert client.ask(nbd.WRITE, 0, 512, b"z" * 512) == 0
+        one.settimeout(10)
+        client = Client(one)
+        assert client.go()[0] == SIZE
+        assert client.ask(nbd.WRITE, 0, 512, b"z" * 512) == 0
+        assert one.getpeername() in ("", b""), "nobody else can find it"
     finally:
         export.close()
-    assert not folder.exists()
+    assert one.recv(1) == b""
+    one.close()
     assert disk.bytes[:512] == b"z" * 512
 
 
-def test_another_process_is_sent_away() -> None:
-    export = Export(Memory(), pid=1)
-    try:
-        with socket.socket(socket.AF_UNIX) as one:
-            one.settimeout(10)
-            one.connect(export.path)
-            assert one.recv(1) == b""
-    finally:
-        export.close()
+def test_requests_that_come_at_once_and_in_any_pieces_are_done_in_order() -> None:
+    disk = Memory(8 << 20)
+    whole = b"".join(
+        nbd.REQUEST.pack(nbd.REQUEST_MAGIC, 0, nbd.WRITE, n, n * 600_064, 600_064) + bytes([n]) * 600_064
+        for n in range(13)
+    )
+    with served(disk) as (client, _):
+        client.go()
+        thread = threading.Thread(
+            target=lambda: [client.end.sendall(whole[at : at + 77_777]) for at in range(0, len(whole), 77_777)]
+        )
+        thread.start()
+        for n in range(13):
+            assert nbd.SIMPLE_REPLY.unpack(client.take(16)) == (nbd.SIMPLE_REPLY_MAGIC, 0, n)
+        thread.join(10)
+    assert bool(disk.bytes[: 13 * 600_064] == b"".join(bytes([n]) * 600_064 for n in range(13)))
 
 
 def test_an_export_that_nobody_opened_can_be_closed_at_once() -> None:
     export = Export(Memory())
     export.close()
+    export.close()
+
+
+def test_an_export_whose_client_is_gone_ends_by_itself() -> None:
+    export = Export(Memory())
+    export.given()  # and it was given to nobody
+    export._thread.join(10)
+    assert export.end
     export.close()

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -188,10 +189,11 @@ def test_a_disk_is_mirrored_and_each_write_comes_before_the_guest_hears_of_it(ma
         )
 
     disks.connect(send)
-    export = Export(disks.exported(0), pid=process.pid)
+    export = Export(disks.exported(0))
     made.callback(export.close)
     assert mirror.states(process, 1)[0].trouble
-    mirror.begin(process, 0, export.path)
+    mirror.begin(process, 0, export.client)
+    export.given()
     wait_until(lambda: mirror.states(process, 1)[0].ready)
     assert bool(copy == Path(spec.path).read_bytes())  # bool: no minutes of telling how megabytes differ
     for n in range(1, 9):
@@ -211,16 +213,19 @@ def test_a_mirror_that_lost_its_export_says_so_and_the_guest_goes_on(made: ExitS
     spec = disk(tmp_path / "disk")
     process = qemu(made, Nodes.of_primary([spec]))
     disks = MirroredDisks([SIZE])
-    export = Export(disks.exported(0), pid=process.pid)
-    mirror.begin(process, 0, export.path)
+    export = Export(disks.exported(0))
+    mirror.begin(process, 0, export.client)
+    export.given()
     wait_until(lambda: mirror.states(process, 1)[0].ready)
     export.close()
     guest_does(process, 0, "write -P 7 0 512")
     assert Path(spec.path).read_bytes()[:512] == bytes([7]) * 512
     wait_until(lambda: bool(mirror.states(process, 1)[0].trouble))
     mirror.end(process, 1)
-    with pytest.raises(QemuError):
-        mirror.begin(process, 0, "/nowhere")
+    ours, theirs = socket.socketpair()
+    ours.close()
+    with theirs, pytest.raises(QemuError):
+        mirror.begin(process, 0, theirs)
 
 
 def test_a_disk_is_read_through_qemu_whatever_its_format(made: ExitStack, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ MAGIC, OPTION_MAGIC = b"NBDMAGIC", b"IHAVEOPT"
 REPLY_MAGIC, REQUEST_MAGIC, SIMPLE_REPLY_MAGIC = 0x3E889045565A9, 0x25609513, 0x67446698
 FIXED_NEWSTYLE, NO_ZEROES = 1, 2
 OPTION_BYTES_MAX, OPTIONS_MAX = 4096, 64
-HANDSHAKE_SECONDS = 10.0
+HANDSHAKE_SECONDS = 30.0
+ROOM_BYTES = 2 * DATA_BYTES_MAX  # of a client's bytes that are read at once
 
 EXPORT_NAME, ABORT, LIST, INFO, GO = 1, 2, 3, 6, 7
 ACK, SERVER, INFORMATION = 1, 2, 3
@@ -59,7 +60,8 @@ class Session:
     def __init__(self, client: socket.socket, disk: Disk) -> None:
         self._client = client
         self._disk = disk
-        self._room = memoryview(bytearray(DATA_BYTES_MAX))
+        self._room = memoryview(bytearray(ROOM_BYTES))
+        self._first = self._end = 0  # what is in the room and not taken yet
 
     def serve(self) -> str:
         """Until the client says that it goes, or is gone: why it is over, in a sentence."""
@@ -77,13 +79,21 @@ class Session:
         return "the client went in order"
 
     def _receive(self, n_bytes: int) -> memoryview:
-        room, done = self._room[:n_bytes], 0
-        while done < n_bytes:
-            n = self._client.recv_into(room[done:])
+        """The next bytes, until more are asked for. A request's head and its data come with one call, if they can."""
+        if self._first + n_bytes > len(self._room):
+            n_left = self._end - self._first
+            self._room[:n_left] = self._room[self._first : self._end]
+            self._first, self._end = 0, n_left
+        while self._end - self._first < n_bytes:
+            n = self._client.recv_into(self._room[self._end :])
             if n == 0:
                 raise NbdError("the client closed the connection")
-            done += n
-        return room
+            self._end += n
+        found = self._room[self._first : self._first + n_bytes]
+        self._first += n_bytes
+        if self._first == self._end:
+            self._first = self._end = 0
+        return found
 
     # ---- handshake ----
 

@@ -13,10 +13,9 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from types import TracebackType
 
-from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
+from colocache import Cache, Sender, SendResult, message_header
 from colocache.disks.write import Write
 from colocache.errors import (
     BlockError,
@@ -31,6 +30,7 @@ from colocache.errors import (
 )
 from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
+from colocache.replication.incoming import Incoming
 from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, parse_message
 from colocache.replication.page_packets import PagePackets
 from colocache.replication.read_ahead import ReadAhead
@@ -60,9 +60,9 @@ class Channel:
         self.peer_timeout = peer_timeout
         self._device_state_max = device_state_max
         self._send_lock = threading.Lock()
+        self._turn = threading.Lock()  # held by who waits for it: a lock alone is often had again by who gave it back
         self._heartbeat: Heartbeat | None = None
-        self._begun = bytearray()  # of a message that is not whole yet, which began to come at _begun_at
-        self._begun_at = 0.0
+        self._coming = Incoming(self._receive, self._parse)
         self._packets = PagePackets() if transport.plain_fd is None else None
         self._closed = False
         self._limit: tuple[float, str] | None = None
@@ -93,14 +93,20 @@ class Channel:
         """Send a DISK message; `timeout` is the longest wait without a byte taken by the peer."""
         head = write.head()
         header = message_header(int(MessageType.DISK), 0, len(head) + len(write.data))
-        with self._send_lock:
+        with self._turn:
+            self._send_lock.acquire()
+        try:
             self._send_all([memoryview(header + head), *([memoryview(write.data)] if write.data else [])], timeout)
+        finally:
+            self._send_lock.release()
 
     def send_pages(
         self, sender: Sender, *, epoch: int, timeout: float, max_pages: int = 0, stripe: int = 0, n_stripes: int = 1
     ) -> SendResult:
         """Send pending pages of `epoch`; `timeout` is the longest wait without a byte taken by the peer."""
-        with self._send_lock:
+        with self._turn:  # a write to a disk that waits goes before more pages, however soon they follow
+            self._send_lock.acquire()
+        try:
             self._check_open()
             try:
                 part = {"epoch": epoch, "max_pages": max_pages, "stripe": stripe, "n_stripes": n_stripes}
@@ -115,6 +121,8 @@ class Channel:
                 raise
             finally:
                 self.last_sent = time.monotonic()
+        finally:
+            self._send_lock.release()
 
     def abort(self, kind: AbortKind, reason: str, *, epoch: int = 0, n_pages: int = 0) -> None:
         """Tell the peer what is given up and why. Never raises: a peer that is gone needs no telling."""
@@ -200,10 +208,10 @@ class Channel:
 
     @property
     def _awaited(self) -> str:
-        return "finish its message" if self._begun else "say anything"
+        return "finish its message" if self._coming.begun else "say anything"
 
     def _patient_until(self, begin: float) -> float:
-        return (self._begun_at if self._begun else begin) + self.peer_timeout
+        return (self._coming.began_at if self._coming.begun else begin) + self.peer_timeout
 
     def spin(self) -> None:
         """Wait a moment for the peer's next byte without going to sleep. For a machine that stands: while it does, a
@@ -220,28 +228,10 @@ class Channel:
         return self._take_message()
 
     def _take_message(self) -> Message | None:
-        message = None
-        while True:
-            if message is None and len(self._begun) >= HEADER_BYTES:
-                try:
-                    message = self._parse(bytes(self._begun[:HEADER_BYTES]))
-                    if message.type in (MessageType.PAGES, MessageType.VMSTATE_SIZE):
-                        raise ProtocolError(f"the peer sent {message}, which may not come here")
-                except ProtocolError:
-                    self._begun.clear()
-                    raise
-            wanted = HEADER_BYTES + (message.body_len if message else 0)
-            if message is not None and len(self._begun) == wanted:
-                body = bytes(self._begun[HEADER_BYTES:])
-                self._begun.clear()
-                return replace(message, body=body)
-            more = bytearray(wanted - len(self._begun))
-            n = self._receive(memoryview(more))
-            if n is None:
-                return None
-            if n == 0:
-                raise PeerLostError("the peer closed the connection")
-            self._begin(more[:n])
+        try:
+            return self._coming.take()
+        finally:
+            self.last_heard = max(self.last_heard, self._coming.last_heard)
 
     def receive_past_pages(self, cache: Cache, epoch: int = 0) -> tuple[Message, int]:
         """Take pages into the cache until another message comes: that message and the number of pages.
@@ -259,7 +249,7 @@ class Channel:
         message = self._parse(header)
         if message.type is MessageType.VMSTATE_SIZE:
             return message, n_pages
-        self._begin(header)
+        self._coming.begin(header)
         return self.receive(), n_pages
 
     def _past_pages(self, cache: Cache, epoch: int) -> tuple[bytes, int]:
@@ -271,13 +261,13 @@ class Channel:
         """What the peer had said when the connection broke, for whoever needs it: messages, their pages taken into the
         cache, a device state thrown away. The error that ends it says nothing new."""
         while not self._closed and (self._readable.poll(0) or (self._ahead is not None and self._ahead.has_some())):
-            if not self._begun:
+            if not self._coming.begun:
                 header, _ = self._past_pages(cache, 0)
                 message = self._parse(header)
                 if message.type is MessageType.VMSTATE_SIZE:
                     self._skip(message.body_len)
                     continue
-                self._begin(header)
+                self._coming.begin(header)
             while (found := self._take_message()) is None:
                 self._wait(select.POLLIN, self._awaited)
             yield found
@@ -314,12 +304,6 @@ class Channel:
                 raise PeerLostError("the peer closed the connection")
             done += n
             self.last_heard = time.monotonic()
-
-    def _begin(self, data: bytes | bytearray) -> None:
-        self.last_heard = time.monotonic()
-        if not self._begun:
-            self._begun_at = self.last_heard
-        self._begun += data
 
     def _parse(self, header: bytes) -> Message:
         return parse_message(header, self._device_state_max)

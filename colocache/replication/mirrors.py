@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,12 +37,9 @@ class MachineDisks(Protocol):
 
     sizes: tuple[int, ...]
 
-    @property
-    def pid(self) -> int:
-        """The process that an export is for."""
-
-    def begin_mirror(self, paths: Sequence[str], *, speed: int = 0) -> None:
-        """Copy each disk to the NBD server at its path, and each write before the guest hears that it is done."""
+    def begin_mirror(self, exports: Sequence[socket.socket], *, speed: int = 0) -> None:
+        """Copy each disk to the NBD server at the other end of its export, and each write before the guest hears that
+        it is done."""
 
     def mirrors(self) -> Sequence[MirrorState]:
         """How they are."""
@@ -80,10 +78,13 @@ class Mirrors:
         self.end()
         try:
             for number in range(len(self.disks.sizes)):
-                self._exports.append(Export(self._disks.exported(number), pid=self._machine.pid))
-            self._machine.begin_mirror([one.path for one in self._exports], speed=self._speed)
+                self._exports.append(Export(self._disks.exported(number)))
+            self._machine.begin_mirror([one.client for one in self._exports], speed=self._speed)
         except (ColocacheError, OSError) as error:
             raise SecondaryLostError(f"the guest's disks can't be mirrored: {error}") from error
+        finally:
+            for one in self._exports:
+                one.given()
         self._events.emit(
             "mirroring", f"{sum(self.disks.sizes) / 1e6:.0f} MB of disks are copied", bytes=sum(self.disks.sizes)
         )

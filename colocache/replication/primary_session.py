@@ -29,6 +29,7 @@ from colocache.replication.stages import Span, Stages
 from colocache.replication.streams_out import OutStreams
 from colocache.replication.trace import Trace
 
+PART_PAGES = 1024  # at once in the background, if there are disks: their writes wait for no more
 INITIAL_ROUND_PAGES = 8192  # between two of these the secondary copies what has come to its guest RAM
 INITIAL_PASSES = 3  # over what the guest dirtied during the pass before
 BACKGROUND_ROUNDS = 4  # per interval
@@ -143,7 +144,9 @@ class PrimarySession:
 
     def _send_round(self) -> int:
         """In the background: nothing that the secondary would refuse. In the checkpoint it has more room."""
-        return 0 if self._pvm.beyond(self._pvm.allowance) else self._send()
+        if self._pvm.beyond(self._pvm.allowance):
+            return 0
+        return sum(iter(lambda: self._send(PART_PAGES), 0)) if self._pvm.disks.sizes else self._send()
 
     def _send_output(self) -> None:
         """What the machine sent travels before its epoch is sealed, for a secondary that takes over from that."""

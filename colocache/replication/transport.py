@@ -14,6 +14,8 @@ from typing import Protocol
 
 from colocache.errors import PeerLostError, reason_of
 
+UNIX_BUFFER_BYTES = 4 << 20  # on their way; the kernel may take less of it
+
 
 class Transport(Protocol):
     """A connected byte stream. `receive` and `send` raise PeerLostError when it is broken."""
@@ -45,6 +47,8 @@ class PlainTransport:
         connection.settimeout(None)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # small messages leave at once
+        else:  # TCP's grows by itself; a write to a disk that is cut in parts wakes both sides for each
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, UNIX_BUFFER_BYTES)
         self._socket = connection
         self._fd = connection.fileno()
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 
 from colocache.vmm.qemu import mirror
@@ -26,18 +27,12 @@ class GuestDisks:
         """For a new process: of a secondary's, or of a primary's."""
         return Nodes.of_secondary(self._disks, self._folder) if incoming else Nodes.of_primary(self._disks)
 
-    @property
-    def pid(self) -> int:
-        """The process that an export is for."""
-        return self._alive().pid
-
     # ---- a primary's ----
 
-    def begin_mirror(self, paths: Sequence[str], *, speed: int = 0) -> None:
-        """Copy each disk to the export at its path, and every write from now on before the guest hears that it is
-        done."""
-        for disk, path in enumerate(paths):
-            mirror.begin(self._alive(), disk, path, speed)
+    def begin_mirror(self, exports: Sequence[socket.socket], *, speed: int = 0) -> None:
+        """Copy each disk to its export, and every write from now on before the guest hears that it is done."""
+        for disk, export in enumerate(exports):
+            mirror.begin(self._alive(), disk, export, speed)
 
     def mirrors(self) -> list[MirrorState]:
         """How the mirror of each disk is."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +35,17 @@ def _target(disk: int) -> str:
     return f"colocache.export{disk}"
 
 
-def begin(process: QemuProcess, disk: int, path: str, speed: int = 0) -> None:
-    """Copy all of the disk to the export at `path`, `speed` bytes in a second (0 = as fast as it goes), and every write
-    from now on before the guest hears that it is done."""
-    server = {"type": "unix", "path": path}
-    process.qmp.execute("blockdev-add", driver="nbd", node_name=_target(disk), server=server)
+def begin(process: QemuProcess, disk: int, export: socket.socket, speed: int = 0) -> None:
+    """Copy all of the disk to `export`, the end of a connection with an NBD server, `speed` bytes in a second (0 = as
+    fast as it goes), and every write from now on before the guest hears that it is done."""
+    name = _target(disk)
+    process.qmp.give(export.fileno(), name)
+    try:
+        process.qmp.execute("blockdev-add", driver="nbd", node_name=name, server={"type": "fd", "str": name})
+    except QemuError:
+        with contextlib.suppress(QemuError):  # most failures have taken it
+            process.qmp.execute("closefd", fdname=name)
+        raise
     try:
         process.qmp.execute(
             "blockdev-mirror",

@@ -33,6 +33,7 @@ class Qmp:
         self._on_event = on_event
         self._client: QMPClient | None = None
         self._watcher: asyncio.Task[None] | None = None
+        self._connected = connected
         try:
             self._driver.call(self._open(connected), "greet", timeout)
         except (QMPError, OSError, EOFError) as error:
@@ -65,6 +66,17 @@ class Qmp:
         A command that fails does not keep those after it from being done.
         """
         return self._driver.call(self._execute_all(commands), f"answer `{commands[0][0]}`", timeout)
+
+    def give(self, fd: int, name: str) -> None:
+        """QEMU gets a copy of this descriptor, which commands of its monitor call by `name`. Errors as of execute."""
+        self._driver.call(self._give(fd, name), "take a descriptor", COMMAND_SECONDS)
+
+    async def _give(self, fd: int, name: str) -> None:
+        try:
+            socket.send_fds(self._connected, [b" "], [fd])  # beside a blank, which means nothing
+        except OSError as error:
+            raise QemuDiedError(f"QEMU takes no descriptor: {error}") from error
+        await self._execute_all([("getfd", {"fdname": name})])
 
     async def _execute_all(self, commands: list[tuple[str, dict[str, Any]]]) -> list[Any]:
         if self._client is None:
