@@ -209,7 +209,7 @@ def test_both_sides_end_when_the_demo_itself_is_killed() -> None:
     left = left_by(running.pid)
     assert len(left) == 1, "nobody was there to remove the folder"
     ran = subprocess.run(command("clean"), capture_output=True, text=True, check=True)
-    assert f"removed {left[0]}: the folder of a killed demo" in ran.stdout
+    assert f"removed {left[0]}: the folder of a killed process" in ran.stdout
     assert left_by(running.pid) == []
 
 

@@ -18,16 +18,16 @@ from colocache.commands.options import foreseen, json_option, print_json
 def clean(name: str | None, as_json: bool) -> None:
     """Remove region NAME, or every region, that no process owns or holds.
 
-    Without NAME, the folders that killed demos left in the temporary directory go too. What a live process owns is left
-    and named. Exit status 0: nothing that was asked for is left.
+    Without NAME, the folders that killed processes left in the temporary directory go too. What a live process owns is
+    left and named. Exit status 0: nothing that was asked for is left.
     """
     import colocache
-    from colocache.demo.meeting import remove_abandoned
+    from colocache.scratch import remove_abandoned
 
     report = colocache.clean(name)
     folders = remove_abandoned() if name is None else []
     for folder in folders:
-        click.echo(f"removed {folder}: the folder of a killed demo")
+        click.echo(f"removed {folder}: the folder of a killed process")
     if not folders or report.removed or report.busy:
         click.echo(str(report))
     if as_json:

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
+
+from colocache import scratch
 
 READ_BYTES_MAX = 1 << 16  # at a time
 LINE_BYTES_MAX = 200  # shown of one
@@ -17,10 +18,9 @@ class ConsoleTail:
     lines() are those that came since, of a file."""
 
     def __init__(self, path: str) -> None:
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._stack = contextlib.ExitStack()
         if path in ("", "-"):
-            self._folder = tempfile.TemporaryDirectory(prefix="colocache-console-")
-            path = os.path.join(self._folder.name, "console")  # noqa: PTH118 -- a string for a command line
+            path = str(self._stack.enter_context(scratch.folder("console")) / "console")
         self.path = path
         self.is_file = not path.startswith("unix:")
         self._at = self._start = 0
@@ -67,5 +67,4 @@ class ConsoleTail:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._folder is not None:
-            self._folder.cleanup()
+        self._stack.close()

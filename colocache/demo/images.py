@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from colocache import scratch
 
 
 @contextlib.contextmanager
@@ -20,10 +21,10 @@ def images_for(disks: Sequence[str]) -> Iterator[list[str]]:
     from colocache.vmm.qemu.option_strings import escape
 
     specs = disks_of(disks)
-    with tempfile.TemporaryDirectory(prefix=".colocache-demo-", dir=Path(specs[0].path).parent) as folder:
+    with scratch.folder("images", Path(specs[0].path).parent) as folder:
         made = []
         for number, spec in enumerate(specs):
-            path = Path(folder) / f"disk{number}"
+            path = folder / f"disk{number}"
             path.touch(0o600)
             os.truncate(path, spec.size)
             made.append(f"{escape(str(path))},format=raw")

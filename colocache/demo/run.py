@@ -12,7 +12,6 @@ import random
 import secrets
 import signal
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from colocache import list_regions
+from colocache import list_regions, scratch
 from colocache.children import python_command
 from colocache.demo import network
 from colocache.demo.console import ConsoleTail
@@ -224,7 +223,7 @@ class DemoRun:
             address = stack.enter_context(meeting_place(self._name, self.options.transport))
             if self.options.trace:
                 begin_trace(self.options.trace)  # before a machine runs for a file that can't be written
-                self._traces = stack.enter_context(tempfile.TemporaryDirectory(prefix="colocache.trace-"))
+                self._traces = str(stack.enter_context(scratch.folder("trace")))
                 stack.callback(self._join_traces)
             ours, theirs = _halves() if self.options.cores_apart else (frozenset(), frozenset())
             secondary = Side("secondary", self._secondary_args(address), self._events, theirs)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import re
 import select
 import socket
 import struct
-import tempfile
 import termios
 import threading
 import time
@@ -16,9 +16,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
+from colocache import scratch
 from colocache.demo.tally import summary_of
 
 PACE_SECONDS = 0.01  # between an answer and the next number
@@ -159,8 +159,8 @@ class ConsoleClient(Client):
 
     def __init__(self) -> None:
         super().__init__()
-        self._folder = tempfile.TemporaryDirectory(prefix="colocache-console-")
-        self._socket = Path(self._folder.name) / "console"
+        self._stack = contextlib.ExitStack()
+        self._socket = self._stack.enter_context(scratch.folder("console")) / "console"
         self.path = f"unix:{self._socket}"
         self._listens = False  # until it has said something: what is typed before is lost
         self._told: dict[int, int] = {}  # the guest's numbers, and what it told
@@ -168,7 +168,7 @@ class ConsoleClient(Client):
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self._folder.cleanup()
+        self._stack.close()
 
     def _connect(self) -> socket.socket:
         made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Protocol
 
+from colocache import scratch
 from colocache.disks import mirrored
 from colocache.disks.export import Export
 from colocache.disks.mirrored import MirroredDisks
@@ -102,8 +101,8 @@ class Mirrors:
         runs = [(disk, run) for disk in range(len(self.disks.sizes)) for run in self._disks.unacked_runs(disk)]
         if not runs:
             return
-        with tempfile.TemporaryDirectory(prefix="colocache.disk-") as folder:
-            path = str(Path(folder) / "nbd")
+        with scratch.folder("disk") as folder:
+            path = str(folder / "nbd")
             self._machine.serve(path)
             try:
                 for disk in sorted({disk for disk, _ in runs}):
