@@ -28,7 +28,9 @@ from colocache import spill
 from colocache.errors import ArgumentError, BusyError, ExistsError, NotColocacheError, SystemCallError, reason_of
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
-FILE = re.compile(r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|guest\.\d{1,3}|cache\.\d{1,3}|spill)")
+FILE = re.compile(
+    r"colocache\.(?P<name>[A-Za-z0-9._-]{1,64})\.(?P<part>control|disks|spill|guest\.\d{1,3}|cache\.\d{1,3})"
+)
 
 
 def check_name(name: str) -> str:

@@ -10,11 +10,12 @@ import re
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from colocache import backing as bk
 from colocache import spill
+from colocache.disk_files import check_free, remove_logs
 from colocache.errors import BusyError, ColocacheError, NotColocacheError
 from colocache.inspection import inspect
 from colocache.names import FILE, check_name, file_name, open_shm, remove_file
@@ -96,10 +97,12 @@ def clean(name: str | None = None) -> CleanReport:
 def remove_region(name: str) -> RegionName:
     """Remove one region's files, holding its locks meanwhile. BusyError with the pid of who owns it."""
     with _locked(name):
+        check_free(name)
         region = next((one for one in list_regions() if one.name == name), RegionName(name, (), 0))
+        logs = remove_logs(name)
         for path in region.files:
             remove_file(path.parent, path.name)
-    return region
+    return replace(region, files=(*logs, *region.files))
 
 
 @contextlib.contextmanager

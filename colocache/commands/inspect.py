@@ -13,25 +13,32 @@ from colocache.commands.options import foreseen, json_option, print_json
 
 @click.command()
 @click.argument("name", required=False)
+@click.option("--disk", "disks", multiple=True, metavar="FILE", help="Tell whose disk FILE was, instead of a region.")
 @json_option
 @foreseen
-def inspect(name: str | None, as_json: bool) -> None:
-    """Show the control region NAME; without NAME, all regions of this machine.
+def inspect(name: str | None, disks: tuple[str, ...], as_json: bool) -> None:
+    """Show the control region NAME with its disks; without NAME, all regions of this machine.
 
     Takes no lock and writes nothing: a secondary that runs is not disturbed.
     """
     import colocache
     from colocache.errors import ColocacheError
 
+    if disks:
+        marks = [_disk(path) for path in disks]
+        if as_json:
+            print_json({"disks": marks})
+        return
     if name is not None:
         found = colocache.inspect(name)
         click.echo(f"region {name}: {found}{_spill_file(name)}")
+        fields = _fields(name, found)
         click.echo(
             f"Next, if its owner (process {found.status.owner_pid}) is dead: "
             f"colocache secondary --attach --name {name} --listen ADDRESS"
         )
         if as_json:
-            print_json(_fields(name, found))
+            print_json(fields)
         return
     regions: list[dict[str, Any]] = []
     for region in colocache.list_regions():
@@ -49,6 +56,36 @@ def inspect(name: str | None, as_json: bool) -> None:
         print_json({"regions": regions})
 
 
+def _disk(path: str) -> dict[str, Any]:
+    """What a disk's file says of itself."""
+    from colocache.disks.mark import can_read, read_mark
+
+    mark = read_mark(path)
+    if mark is None:
+        why = "nothing tells whose it was" if can_read(path) else "it can't be read"
+        click.echo(f"{path}: {why}")
+    else:
+        click.echo(f"{path} {mark}")
+    return {"path": path, "mark": mark.as_json() if mark else None}
+
+
+def _of_disks(name: str, found: Any) -> dict[str, Any]:
+    """The images and logs of a region, as its keeper wrote them down."""
+    from colocache.disk_files import disk_files
+
+    files = disk_files(name)
+    if files is None:
+        return {}
+    status = found.status
+    logs = []
+    for slot, path in enumerate(files.logs):
+        sealed = bool(status.sealed_epoch) and slot == status.attachment_slot
+        what = f"sealed, {status.attachment_bytes} bytes of epoch {status.sealed_epoch}" if sealed else "open"
+        click.echo(f"log {path}: {what}")
+        logs.append({"path": path, "sealed": sealed, "bytes": status.attachment_bytes if sealed else None})
+    return {"images": [_disk(path) for path in files.images], "logs": logs}
+
+
 def _fields(name: str, found: Any) -> dict[str, Any]:
     from colocache.regions import spill_file
 
@@ -56,8 +93,13 @@ def _fields(name: str, found: Any) -> dict[str, Any]:
     status["history_id"] = found.status.history_id.hex()
     status["phase"] = found.status.phase.name.lower()
     path = spill_file(name)
-    blocks = [dataclasses.asdict(block) for block in found.blocks]
-    return {"name": name, **status, "spill_file": str(path) if path else None, "blocks": blocks}
+    return {
+        "name": name,
+        **status,
+        "spill_file": str(path) if path else None,
+        "blocks": [dataclasses.asdict(block) for block in found.blocks],
+        "disks": _of_disks(name, found),
+    }
 
 
 def _spill_file(name: str) -> str:

@@ -116,7 +116,8 @@ def secondary(**given: Any) -> None:
     TCP beyond this machine needs certificates; `colocache doctor --help` tells how to make them.
     """
     from colocache.children import die_with_parent, keep_to_cores
-    from colocache.disks.apart import remove_logs
+    from colocache.disk_files import KeptDiskFiles
+    from colocache.disks.apart import log_paths
     from colocache.replication.address import Address
     from colocache.replication.arbiter import make_arbiter
     from colocache.replication.events import Events
@@ -164,7 +165,8 @@ def secondary(**given: Any) -> None:
             check_plain(listener.family, listener.getsockname())
         memory = _memory(given, guest, stack)
         images = [disk.path for disk in disks_of(guest.options.disks)]
-        stack.callback(remove_logs, images, guest.options.disk_log, memory.name)
+        logs = log_paths(images, guest.options.disk_log, memory.name) if images else ()
+        stack.enter_context(KeptDiskFiles(memory.name, images, logs))
         blocks, spills = [image.spec for image in memory.images], memory.spill_fd >= 0 and bool(given["memory_limit"])
         check_limit(given["memory_limit"], blocks, memory.memory_mode, spills=spills)
         events.emit(

@@ -252,6 +252,7 @@ class DemoRun:
                 if self.options.memory_limit
                 else {}
             ),
+            **({"disks": self.tally.disks.report()} if self.options.disks else {}),
             **({"world": world} if world else {}),
             **({"client": {"over": self._client.over, **client}} if self._client and client else {}),
             **({"guest_report": self.guest_report.as_json()} if self.guest_report else {}),

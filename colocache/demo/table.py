@@ -19,7 +19,7 @@ from colocache.fitted_table import Column, fitted
 COLUMNS = (
     Column("epoch"), Column("PVM\nonly"), Column("SVM\nonly"), Column("both", 4), Column("flushed", 2),
     Column("MB", 5), Column("flush\nGB/s", 3), Column("SVM\npause ms"), Column("SVM\nstop ms", 1),
-    Column("PVM\npause ms"), Column("wrong"),
+    Column("PVM\npause ms"), Column("disk\nMB", 6), Column("wrong"),
 )  # fmt: skip
 CONSOLE_LINES = 4  # newest lines of the guest's console shown
 ROWS = 12  # newest checkpoints shown
@@ -89,6 +89,7 @@ class DemoTable:
             f"{row['pause_ms']:.2f}",
             f"{row['stop_ms']:.2f}",
             "?" if pause is None else f"{pause:.2f}",  # not told yet
+            f"{row['disk_bytes'] / 1e6:.1f}" if row.get("disk_writes") else "",
             (f"[red]{row['wrong_pages']}[/]" if row["wrong_pages"] else "0") if row["verified_pages"] else "–",
         ]
 

@@ -66,6 +66,34 @@ class Limited:
 
 
 @dataclass
+class OfDisks:
+    """What the guest wrote to its disks in the epochs that were sealed, and what that cost."""
+
+    writes: int = 0
+    bytes: int = 0
+    apply_ms: list[float] = field(default_factory=list)  # on the secondary, a part of its pause
+    unacked_blocks: list[float] = field(default_factory=list)  # of 64 KiB: what would come again
+
+    def add(self, event: dict[str, Any]) -> None:
+        """Count a checkpoint of either side."""
+        if event["side"] == "primary":
+            self.unacked_blocks.append(event.get("unacked_blocks", 0))
+        else:
+            self.writes += event.get("disk_writes", 0)
+            self.bytes += event.get("disk_bytes", 0)
+            self.apply_ms.append(event["stages"].get("apply_ms", 0.0))
+
+    def report(self) -> dict[str, Any]:
+        """The field `disks` of `demo --json`."""
+        return {
+            "writes": self.writes,
+            "bytes": self.bytes,
+            "apply_ms": summary_of(self.apply_ms),
+            "unacked_blocks": summary_of(self.unacked_blocks),
+        }
+
+
+@dataclass
 class Tally:
     """Sums over the checkpoints of one run, and its takeover."""
 
@@ -84,6 +112,7 @@ class Tally:
     primary_stages: dict[str, list[float]] = field(default_factory=dict)
     progress: list[tuple[int, int]] = field(default_factory=list)  # of the primary's guest: ns, steps since it booted
     memory: Limited = field(default_factory=Limited)
+    disks: OfDisks = field(default_factory=OfDisks)
     lost: dict[str, Any] | None = None
     promoted: dict[str, Any] | None = None
     takeover: dict[str, Any] | None = None
@@ -94,6 +123,8 @@ class Tally:
         """Count one event of either side."""
         name, side = event["event"], event["side"]
         self.memory.add(event)
+        if name == "checkpoint":
+            self.disks.add(event)
         if side == "primary":
             if name == "checkpoint":
                 self.primary_pauses.append(event["pause_ms"])

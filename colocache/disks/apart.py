@@ -24,24 +24,38 @@ attach     empty                   as the commit record names it, applied   beco
 
 from __future__ import annotations
 
-import contextlib
+import fcntl
 import os
 import threading
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from colocache import Attachment
 from colocache.disks.epoch_log import EpochLog, Extent
 from colocache.disks.image import Image
+from colocache.disks.mark import Mark, Was, can_mark, read_mark, write_mark
 from colocache.disks.write import RESERVE_BYTES, Total, unpack
 from colocache.errors import ArgumentError, CorruptError, IncompleteError, OrderError, TooLargeError, reason_of
 
 LOG_LIMIT_DEFAULT = 1 << 30
 
 
+@dataclass(frozen=True)
+class Applied:
+    """What the newest `apply` did to the images: writes, bytes of log, nanoseconds."""
+
+    n_writes: int = 0
+    n_bytes: int = 0
+    ns: int = 0
+
+
 class Disks(Protocol):
     """What a secondary's machine is told of its disks: ApartDisks, NoDisks, or a test's own."""
+
+    epoch: int  # newest that is sealed; whoever seals says it
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -69,6 +83,13 @@ class Disks(Protocol):
     def apply(self) -> None:
         """The images become the sealed epoch. CorruptError, SystemCallError: not wholly, and it may be repeated."""
 
+    def tidy(self) -> None:
+        """No machine stands: what took room and is not needed goes."""
+
+    @property
+    def applied(self) -> Applied:
+        """The newest."""
+
     def take_over(self) -> None:
         """The images are the world's: nothing that comes is theirs any more."""
 
@@ -78,6 +99,9 @@ class NoDisks:
 
     sizes: tuple[int, ...] = ()
     limit_bytes = 0
+    applied = Applied()
+    epoch = 0
+    were: tuple[Mark | None, ...] = ()
 
     def come(self, body: bytes) -> None:
         """See Disks."""
@@ -105,6 +129,9 @@ class NoDisks:
     def apply(self) -> None:
         """See Disks."""
 
+    def tidy(self) -> None:
+        """See Disks."""
+
     def take_over(self) -> None:
         """See Disks."""
 
@@ -113,7 +140,12 @@ class ApartDisks:
     """See the head of this file. One thread. Owns images and logs."""
 
     def __init__(
-        self, images: Sequence[Image], logs: tuple[EpochLog, EpochLog], *, limit_bytes: int = LOG_LIMIT_DEFAULT
+        self,
+        images: Sequence[Image],
+        logs: tuple[EpochLog, EpochLog],
+        *,
+        limit_bytes: int = LOG_LIMIT_DEFAULT,
+        mark: Mark | None = None,
     ) -> None:
         self.images = tuple(images)
         self.sizes = tuple(image.size for image in images)
@@ -124,7 +156,10 @@ class ApartDisks:
         self._over = False
         self._total = Total()
         self._told: Total | None = None
-        self.applied_bytes = 0  # in the newest `apply`
+        self.applied = Applied()
+        self.epoch = 0
+        self._mark = mark
+        self.were = tuple(read_mark(image.fd) for image in images)  # before this process
 
     @property
     def open(self) -> EpochLog:
@@ -178,10 +213,20 @@ class ApartDisks:
 
     def apply(self) -> None:
         """See Disks."""
-        log = self.sealed_log
+        log, begin, n_writes = self.sealed_log, time.monotonic_ns(), 0
+        if self._mark:
+            self._write_mark(self._mark.at(self._mark.epoch, self.epoch))
         for write in log.read(log.extent, self.sizes):
             self.images[write.disk].apply(write)
-        self.applied_bytes = log.extent.n_bytes
+            n_writes += 1
+        if self._mark:
+            self._write_mark(self._mark.at(self.epoch))
+        self.applied = Applied(n_writes, log.extent.n_bytes, time.monotonic_ns() - begin)
+
+    def _write_mark(self, mark: Mark) -> None:
+        self._mark = mark
+        for image in self.images:
+            write_mark(image.fd, mark)
 
     def attach(self, sealed_epoch: int, found: Attachment) -> None:
         """In a process that attached to a region: the images become its sealed epoch.
@@ -190,7 +235,9 @@ class ApartDisks:
         """
         for log in self._logs:
             log.take(Extent())
+        self.epoch = sealed_epoch
         if sealed_epoch:
+            self._check_marks(sealed_epoch)
             if found.slot not in (0, 1):
                 raise CorruptError(f"epoch {sealed_epoch} names log {found.slot} of two")
             self._direct = False
@@ -201,12 +248,34 @@ class ApartDisks:
             self.apply()
         else:
             self.sealed_log.empty()
+            if self._mark:
+                self._write_mark(self._mark)
         self.open.empty()
+        self.tidy()
+
+    def _check_marks(self, sealed_epoch: int) -> None:
+        """ArgumentError: an image is not the one that the region's epochs were applied to."""
+        for image, was in zip(self.images, self.were, strict=True):
+            if self._mark is None or (was is None and not can_mark(image.fd)):
+                continue  # nobody can tell
+            if was is None or was.ahead or was.region_id != self._mark.region_id:
+                raise ArgumentError(
+                    f"the image {image.path} is not of epoch {sealed_epoch} of region {self._mark.region}: it "
+                    f"{was or 'has no mark, as one has that another program made'}",
+                    hint="give the region's own image; another is used for a fresh region, which takes a whole copy",
+                )
+            self._mark = replace(was, pair=self._mark.pair, region=self._mark.region)
+
+    def tidy(self) -> None:
+        """See Disks."""
+        self.open.give_back()
 
     def take_over(self) -> None:
         """See Disks. What was written to the images goes to their medium, beside the guest."""
         if not self._over:
             self._over = True
+            if self._mark:
+                self._write_mark(replace(self._mark, was=Was.TOOK_OVER, epoch=self.epoch, applying=0))
             for image in self.images:
                 threading.Thread(target=image.sync, name="colocache-sync", daemon=True).start()
 
@@ -224,19 +293,18 @@ def log_paths(images: Sequence[str], folder: str, name: str) -> tuple[str, str]:
     return str(where / f"{name}.disk-log.0"), str(where / f"{name}.disk-log.1")
 
 
-def remove_logs(images: Sequence[str], folder: str, name: str) -> None:
-    """The region is gone: nobody attaches to it."""
-    for path in log_paths(images, folder, name) if images else ():
-        with contextlib.suppress(OSError):
-            Path(path).unlink()
-
-
 def open_disks(
-    paths: Sequence[str], folder: str, name: str, *, limit_bytes: int = LOG_LIMIT_DEFAULT
+    paths: Sequence[str],
+    folder: str,
+    name: str,
+    *,
+    limit_bytes: int = LOG_LIMIT_DEFAULT,
+    mark: Mark | None = None,
 ) -> ApartDisks | NoDisks:
     """The disks whose images lie at `paths`, with the logs of region `name` in `folder` ("" = beside the first image).
 
-    Attach to them, whatever they hold. ArgumentError, BusyError.
+    `mark` is what they are from now on, before their first epoch. Attach to them, whatever they hold. ArgumentError,
+    BusyError.
     """
     if not paths:
         return NoDisks()
@@ -254,6 +322,7 @@ def open_disks(
         for path in log_paths(paths, folder, name):
             try:
                 fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                fcntl.flock(fd, fcntl.LOCK_SH)  # `clean` leaves what has a lock
             except OSError as error:
                 raise ArgumentError(
                     f"the log of disk writes {path} can't be made: {reason_of(error)}",
@@ -266,4 +335,4 @@ def open_disks(
         for log in logs:
             log.close()
         raise
-    return ApartDisks(images, (logs[0], logs[1]), limit_bytes=limit_bytes)
+    return ApartDisks(images, (logs[0], logs[1]), limit_bytes=limit_bytes, mark=mark)

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from colocache.disks.blocks import Blocks
@@ -35,6 +36,14 @@ from colocache.errors import PeerLostError, TimedOutError
 LOOK_SECONDS = 0.05
 
 Send = Callable[[Write], None]
+
+
+@dataclass(frozen=True)
+class Flight:
+    """What an epoch has of the disks: what its connection carried for it, and the blocks that are unacked with it."""
+
+    carried: Total = field(default_factory=Total)
+    unacked_blocks: int = 0
 
 
 class Disks(Protocol):
@@ -54,6 +63,10 @@ class Disks(Protocol):
     def stopping(self, on: bool) -> None:
         """The machine is about to be stopped, which waits for its writes; False: it runs again."""
 
+    @property
+    def flight(self) -> Flight:
+        """What the epoch in flight, or the newest that was, has of the disks."""
+
     def in_flight(self) -> Total:
         """The machine stands, and the epoch is about to be sent whole: what this connection has carried."""
 
@@ -68,6 +81,7 @@ class NoDisks:
     """Of a machine without any."""
 
     sizes: tuple[int, ...] = ()
+    flight = Flight()
 
     def connect(self, send: Send, *, limit_bytes: int = 0) -> None:
         """See Disks."""
@@ -103,7 +117,9 @@ class MirroredDisks:
         self._bytes = 0  # that this connection brought into its open log
         self._flight_bytes = 0
         self._stopping = False
-        self._total = Total()
+        # That the connection carried: so far, for sealed epochs, with the one in flight.
+        self._total = self._sealed_total = self._flight_total = Total()
+        self.flight = Flight()
         self.n_bytes = 0  # written by the machine, in all
         self.held_up = 0  # writes that waited for room
 
@@ -179,7 +195,7 @@ class MirroredDisks:
         """See Disks."""
         with self._change:
             self._send = send
-            self._total = Total()
+            self._total = self._sealed_total = self._flight_total = Total()
             self._bytes = self._flight_bytes = 0
             self._room = max(1, limit_bytes - self.reserve) if limit_bytes else 0
 
@@ -210,6 +226,8 @@ class MirroredDisks:
                 flight.add_all(unacked)
                 unacked.clear()
             self._flight_bytes = self._bytes
+            self.flight = Flight(self._total.minus(self._sealed_total), sum(map(len, self._flight)))
+            self._flight_total = self._total
             return self._total
 
     def received(self) -> None:
@@ -219,6 +237,7 @@ class MirroredDisks:
                 flight.clear()
             self._bytes -= self._flight_bytes
             self._flight_bytes = 0
+            self._sealed_total = self._flight_total
             self._change.notify_all()
 
     def give_up(self) -> None:

@@ -90,5 +90,9 @@ class Total:
             raise PacketError(f"the count of disk writes has {TOTAL.size} bytes, not {len(body)}")
         return cls(*TOTAL.unpack(body))
 
+    def minus(self, other: Total) -> Total:
+        """Without those that came before."""
+        return Total(self.n_writes - other.n_writes, self.n_bytes - other.n_bytes)
+
     def __str__(self) -> str:
         return f"{self.n_writes} writes of {self.n_bytes} bytes"

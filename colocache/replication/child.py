@@ -19,7 +19,9 @@ from typing import Any, BinaryIO, TextIO
 
 from colocache import Cache, Memory
 from colocache.children import die_with_parent
+from colocache.disk_files import disk_files
 from colocache.disks.apart import ApartDisks, NoDisks, open_disks
+from colocache.disks.mark import Mark, Was
 from colocache.errors import ColocacheError, LoadFailedError, NoStateError, NotColocacheError, PeerLostError
 from colocache.outputs.apart import ApartOutput
 from colocache.outputs.connect import connect
@@ -139,7 +141,7 @@ def _run(
         closing(TypedInput()) as typed,
         trace,
         open_cache(memory, threads=config.threads, copy=config.copy, device_state_max=config.device_state_max) as cache,
-        closing(_open_disks(config, guest_options, memory, cache)) as disks,
+        closing(_open_disks(config, guest_options, memory, cache, events)) as disks,
     ):
         rams = rams_of_blocks(cache.blocks.values(), memory.images, private=memory.memory_mode == "bounded")
         machine = make_machine(config.guest, rams, guest_options, cache.mark_dirty)
@@ -208,11 +210,19 @@ def open_cache(memory: Memory, *, threads: int, copy: str, device_state_max: int
     return Cache.create(memory, threads=threads, copy=copy, device_state_max=device_state_max)
 
 
-def _open_disks(config: ChildConfig, options: GuestOptions, memory: Memory, cache: Cache) -> ApartDisks | NoDisks:
+def _open_disks(
+    config: ChildConfig, options: GuestOptions, memory: Memory, cache: Cache, events: Events
+) -> ApartDisks | NoDisks:
     """The images, which are of the newest sealed epoch afterwards: what an earlier child left is finished."""
     paths = [disk.path for disk in disks_of(options.disks)] if options.disks else []
-    disks = open_disks(paths, options.disk_log, memory.name, limit_bytes=config.disk_log_limit)
+    files = disk_files(memory.name)
+    pair = str(config.options.get("pair", ""))
+    mark = Mark(Was.COPYING, pair, region=memory.name, region_id=files.identity) if files else None
+    disks = open_disks(paths, options.disk_log, memory.name, limit_bytes=config.disk_log_limit, mark=mark)
     try:
+        for path, was in zip(paths, disks.were, strict=True):
+            if was and not cache.status().sealed_epoch:
+                events.emit("disk", f"{path} {was}; it takes a whole copy", path=path, mark=was.as_json())
         status = cache.status()
         disks.attach(status.sealed_epoch, status.attachment)
     except BaseException:

@@ -11,6 +11,7 @@ from typing import Protocol
 from colocache import scratch
 from colocache.disks import mirrored
 from colocache.disks.export import Export
+from colocache.disks.mark import Mark
 from colocache.disks.mirrored import MirroredDisks
 from colocache.disks.nbd_client import Reader
 from colocache.disks.write import Write
@@ -40,6 +41,9 @@ class MachineDisks(Protocol):
         """Copy each disk to the NBD server at the other end of its export, and each write before the guest hears that
         it is done."""
 
+    def become_primary(self, pair: str, epoch: int) -> Sequence[tuple[str, Mark]]:
+        """Mark each disk as a primary's, ahead of this epoch: those whose marks said something else, with them."""
+
     def mirrors(self) -> Sequence[MirrorState]:
         """How they are."""
 
@@ -63,6 +67,11 @@ class Mirrors:
         self._events = events
         self._speed = speed
         self._exports: list[Export] = []
+
+    def primary_from(self, pair: str, epoch: int) -> None:
+        """Before its machine runs, and whenever it has met a secondary: its disks are ahead of this epoch."""
+        for path, was in self._machine.become_primary(pair, epoch):
+            self._events.emit("disk", f"{path} {was}; it is a primary's now", path=path, mark=was.as_json())
 
     def connected(self, send: Callable[[Write], None], *, fresh: bool, limit_bytes: int) -> None:
         """A connection stands. `fresh`: all of every disk goes over it. SecondaryLostError."""
@@ -150,6 +159,9 @@ class NoMirrors:
 
     def __init__(self) -> None:
         self.disks: mirrored.Disks = mirrored.NoDisks()
+
+    def primary_from(self, pair: str, epoch: int) -> None:
+        """See Mirrors."""
 
     def connected(self, send: Callable[[Write], None], *, fresh: bool, limit_bytes: int) -> None:
         """See Mirrors."""

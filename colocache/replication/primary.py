@@ -125,6 +125,7 @@ class Primary:
     def run(self) -> PrimarySummary:
         """Boot the machine and keep its secondary in step. Raises when the two never become a pair, or when this
         machine must not run on; a secondary that is lost later makes it go on alone."""
+        self._mirrors.primary_from(self.options.pair, 0)
         self.pvm.boot()
         self.events.emit("booted", "the machine runs", steps=self.pvm.machine.steps)
         self._deadline = time.monotonic() + self.timing.connect_limit
@@ -268,6 +269,7 @@ class Primary:
         meeting = self._judge(channel, own, peer)
         open_streams(channel, self._address, self._wrap, peer, self.timing.checkpoint_timeout)
         self.pvm.meet(meeting, peer)
+        self._mirrors.primary_from(self.options.pair, self.pvm.pair.sealed_epoch)
         while not answer(State.ACCEPTED, ready := channel.receive()):
             pass
         self.pvm.allowance = join_u64(ready.a, ready.b)

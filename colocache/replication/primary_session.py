@@ -361,6 +361,7 @@ class PrimarySession:
             pause_ns=max(0, running - stopped - saved.extra_ns),
             extra_ns=saved.extra_ns,
             stood_ns=stood_ns,
+            **pvm.of_disks(),
         )
 
     def _sealed(self, received: Message) -> None:

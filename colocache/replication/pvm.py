@@ -219,6 +219,16 @@ class Pvm:
         self.typed.in_flight(self._epoch)
         return self.disks.in_flight()
 
+    def of_disks(self) -> dict[str, int]:
+        """What the newest epoch that was sent has of the disks: fields of its result."""
+        flight = self.disks.flight
+        carried = flight.carried
+        return {
+            "disk_writes": carried.n_writes,
+            "disk_bytes": carried.n_bytes,
+            "unacked_blocks": flight.unacked_blocks,
+        }
+
     def received(self) -> None:
         """The epoch in flight is sealed: its pages are acknowledged, and its output may leave."""
         epoch = self._pair.in_flight

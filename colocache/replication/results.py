@@ -9,7 +9,7 @@ from typing import Any
 from colocache.replication.stages import Span, Stages
 
 # The secondary's. `sync` is a part of `receive`; those after it are parts of its pause and, with `rest`, all of it.
-STAGES = ("receive", "sync", "check", "union", "seal", "answer", "copy", "forget", "load", "resume", "rest")
+STAGES = ("receive", "sync", "check", "union", "seal", "answer", "apply", "copy", "forget", "load", "resume", "rest")
 # The primary's: before its machine stands, while it stands, and after.
 SENT_STAGES = ("ask", "stop", "state", "log", "pages", "answer", "resume", "loaded")
 
@@ -50,6 +50,9 @@ class CheckpointResult:
     stop_ns: int
     verified_pages: int
     wrong_pages: int
+    apply_ns: int = 0  # the log of disk writes into the images
+    disk_writes: int = 0  # that this epoch's log has
+    disk_bytes: int = 0
 
     @property
     def rest_ns(self) -> int:
@@ -65,7 +68,7 @@ class CheckpointResult:
     def parts(self, stages: Stages) -> list[Span]:
         """What the engine did within two of its stages, in its order; the engine tells how long, not when."""
         made = []
-        for whole, names in (("seal", ("check", "union", "seal")), ("flush", ("copy", "forget"))):
+        for whole, names in (("seal", ("check", "union", "seal")), ("flush", ("apply", "copy", "forget"))):
             begin = stages.span(whole).begin
             for name in names:
                 end = begin + int(getattr(self, f"{name}_ns"))
@@ -90,14 +93,17 @@ class CheckpointResult:
             "verify_ms": ms(self.verify_ns),
             "verified_pages": self.verified_pages,
             "wrong_pages": self.wrong_pages,
+            "disk_writes": self.disk_writes,
+            "disk_bytes": self.disk_bytes,
         }
 
     def __str__(self) -> str:
         checked = f", {self.verified_pages} pages verified, {self.wrong_pages} wrong" if self.verified_pages else ""
+        disks = f", {self.disk_writes} writes to disks, {self.disk_bytes / 1e6:.1f} MB" if self.disk_writes else ""
         return (
             f"epoch {self.epoch}: flushed {self.flushed_pages} pages ({self.pvm_pages} PVM, {self.svm_pages} SVM, "
             f"{self.both_pages} both) at {self.flush_gb_per_s:.1f} GB/s, pause {self.pause_ns / 1e6:.2f} ms, "
-            f"stop {self.stop_ns / 1e6:.2f} ms{checked}"
+            f"stop {self.stop_ns / 1e6:.2f} ms{disks}{checked}"
         )
 
 
@@ -126,6 +132,9 @@ class SentCheckpoint:
     pause_ns: int
     extra_ns: int  # of the observer, for what is no part of a checkpoint: hashes
     stood_ns: int = 0  # before the pause: the secondary's memory limit left its VM no room to write in
+    disk_writes: int = 0  # of its disks, that the connection carried since the newest sealed epoch
+    disk_bytes: int = 0
+    unacked_blocks: int = 0  # of its disks, of 64 KiB, until RECEIVED: what would come again
 
     def to_event(self) -> dict[str, Any]:
         """The fields of the `checkpoint` event."""

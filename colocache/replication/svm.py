@@ -175,6 +175,7 @@ class Svm:
         except IncompleteError as error:  # what is lost of a connection does not come on it again
             raise ProtocolError(str(error)) from error
         sealed = self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state, attachment=log)
+        self.disks.epoch = epoch
         self.disks.sealed()
         return sealed
 
@@ -216,6 +217,9 @@ class Svm:
                 stop_ns=max(0, now - stages.begin - report.verify_ns),
                 verified_pages=report.epoch_hashes_checked,
                 wrong_pages=len(report.wrong_pages),
+                apply_ns=self.disks.applied.ns,
+                disk_writes=self.disks.applied.n_writes,
+                disk_bytes=self.disks.applied.n_bytes,
             ),
             take_over,
         )
@@ -235,6 +239,7 @@ class Svm:
 
     def tidy(self) -> None:
         """What needs not be done while the machine stands. An error costs nothing: it is tried at the next page."""
+        self.disks.tidy()
         try:
             self.cache.free_staged()
         except ColocacheError as error:

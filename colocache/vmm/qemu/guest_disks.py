@@ -6,6 +6,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Sequence
 
+from colocache.disks.mark import Mark, Was, read_mark, write_mark
 from colocache.vmm.qemu import mirror
 from colocache.vmm.qemu.command_line import CommandLine
 from colocache.vmm.qemu.disk import Nodes, node_of
@@ -28,6 +29,14 @@ class GuestDisks:
         return Nodes.of_secondary(self._disks, self._folder) if incoming else Nodes.of_primary(self._disks)
 
     # ---- a primary's ----
+
+    def become_primary(self, pair: str, epoch: int) -> list[tuple[str, Mark]]:
+        """Each disk is marked as a primary's, ahead of this epoch: those whose marks said something else, with them."""
+        found = [(disk.path, read_mark(disk.path)) for disk in self._disks]
+        for path, was in found:
+            if was is None or (was.was, was.pair, was.epoch) != (Was.PRIMARY, pair, epoch):
+                write_mark(path, Mark(Was.PRIMARY, pair, epoch))
+        return [(path, was) for path, was in found if was and was.was is not Was.PRIMARY]
 
     def begin_mirror(self, exports: Sequence[socket.socket], *, speed: int = 0) -> None:
         """Copy each disk to its export, and every write from now on before the guest hears that it is done."""
