@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from qemu_support import guest, needs_qemu
 
 import colocache
 from colocache import Attachment, scratch
@@ -25,6 +26,8 @@ from colocache.disks.apart import ApartDisks, open_disks
 from colocache.disks.mark import ATTRIBUTE, Mark, Was, can_mark, read_mark, write_mark
 from colocache.disks.write import Kind, Total, Write
 from colocache.errors import ArgumentError, BusyError
+from colocache.vmm.qemu.disk import DiskSpec
+from colocache.vmm.qemu.guest_disks import GuestDisks
 
 SIZE = 64 << 10
 OURS = Mark(Was.COPYING, "pair", region="here", region_id="id")
@@ -171,6 +174,21 @@ def test_a_mark_of_another_run_of_the_host_says_what_may_be_lost(image: Path, mo
     assert "newest start" not in str(mark_of(image))
     monkeypatch.setattr(marks, "boot_id", lambda: "another")
     assert "newest start" in str(mark_of(image))
+
+
+@needs_qemu
+def test_a_primarys_disks_say_so_and_what_they_said_before(image: Path) -> None:
+    line = guest()
+    line.disks = (DiskSpec.of(str(image)),)
+    disks = GuestDisks(line, lambda: pytest.fail("no machine is asked"))
+    assert disks.become_primary("pair", 0) == []
+    assert disks.become_primary("pair", 5) == []
+    assert str(mark_of(image)) == "was the disk of a primary of pair pair, ahead of epoch 5 and of everybody"
+    was = Mark(Was.SECONDARY, "other", 3, region="there")
+    write_mark(str(image), was)
+    ((path, found),) = disks.become_primary("pair", 6)
+    assert (path, found.was, found.epoch) == (str(image), Was.SECONDARY, 3)
+    assert mark_of(image).ahead
 
 
 def test_inspect_tells_whose_a_disk_was(image: Path) -> None:

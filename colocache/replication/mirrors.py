@@ -69,7 +69,8 @@ class Mirrors:
         self._exports: list[Export] = []
 
     def primary_from(self, pair: str, epoch: int) -> None:
-        """Before its machine runs, and whenever it has met a secondary: its disks are ahead of this epoch."""
+        """Before its machine runs, whenever it has met a secondary, and after each checkpoint, while it runs: its disks
+        are ahead of this epoch."""
         for path, was in self._machine.become_primary(pair, epoch):
             self._events.emit("disk", f"{path} {was}; it is a primary's now", path=path, mark=was.as_json())
 

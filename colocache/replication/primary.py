@@ -217,6 +217,7 @@ class Primary:
 
     def _checkpoint_done(self, result: SentCheckpoint) -> None:
         """A checkpoint is through: the pair is in step."""
+        self._mirrors.primary_from(self.options.pair, result.epoch)
         self._protocol_errors = 0
         if self._alone is not None:
             self._alone = None
