@@ -38,7 +38,7 @@ def test_doctor_tries_each_thing_and_gives_a_command_for_what_is_missing() -> No
     names = {finding["name"] for finding in report["findings"]}
     assert names == {
         "KVM", "huge pages", "hugetlbfs", "POSIX shm", "THP", "bounded memory", "memory", "PAGEMAP_SCAN", "userfaultfd",
-        "QEMU", "CPU",
+        "QEMU", "CPU", "spill folder",
     }  # fmt: skip
     for finding in report["findings"]:
         assert finding["found"]
