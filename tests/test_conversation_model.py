@@ -10,73 +10,16 @@ To look at a counter-example: the commands stand at the top of the model; add th
 
 from __future__ import annotations
 
-import re
-import shutil
-import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from spin_search import MODELS, mutants_of, needs_spin, search
 
 from colocache.replication.conversation import Meaning, State
 from colocache.replication.messages import AbortKind, MessageType
 
-MODEL = Path(__file__).parent / "model" / "conversation.pml"
-MEMORY_LIMIT_MB = 1500
-SECONDS_LIMIT = 600  # a guard against a search that never ends, not a measure
-
-pytestmark = [
-    pytest.mark.skipif(shutil.which("spin") is None, reason="the model checker is not installed: apt-get install spin"),
-    pytest.mark.skipif(shutil.which("gcc") is None, reason="spin's search is a C program and gcc is not installed"),
-]
-
-
-@dataclass(frozen=True)
-class Search:
-    """What one run of spin's search found."""
-
-    errors: int
-    states: int
-    depth: int
-    seconds: float
-    megabytes: float
-    complete: bool
-    broken: str | None  # the promise a counter-example breaks, or pan's own words for another error
-    events: dict[str, int]  # how often each event of the model was taken
-
-    def __str__(self) -> str:
-        found = f"breaks {self.broken}, " if self.errors else ""
-        return f"{found}{self.states} states, depth {self.depth}, {self.seconds:.1f} s, {self.megabytes:.0f} MB"
-
-
-def search(directory: Path, *defines: str, optimise: str) -> Search:
-    """Build the model's search with `defines` in `directory` and run it to its end or to the first counter-example."""
-    subprocess.run(["spin", *(f"-D{define}" for define in defines), "-a", str(MODEL)], cwd=directory, check=True)
-    # DNOREDUCE: no partial-order reduction, which finds nothing to leave out here; DMEMLIM: stop, and say so, above it.
-    gcc = ["gcc", optimise, "-w", "-DSAFETY", "-DNOREDUCE", f"-DMEMLIM={MEMORY_LIMIT_MB}", "-o", "pan", "pan.c"]
-    subprocess.run(gcc, cwd=directory, check=True)
-    run = subprocess.run(
-        ["./pan", "-m10000"], cwd=directory, check=False, capture_output=True, text=True, timeout=SECONDS_LIMIT
-    )
-    out = run.stdout
-
-    def number(pattern: str) -> float:
-        match = re.search(pattern, out)
-        assert match is not None, f"pan's output has no {pattern!r}:\n{out}{run.stderr}"
-        return float(match[1])
-
-    violation = re.search(r"pan:\d+: (?:assertion violated \((promise_\w+)|(.*) \(at depth)", out)
-    return Search(
-        errors=int(number(r"errors: (\d+)")),
-        states=int(number(r"(\d+) states, stored")),
-        depth=int(number(r"depth reached (\d+)")),
-        seconds=number(r"elapsed time ([\d.e+-]+)"),
-        megabytes=number(r"([\d.]+)\s+total actual memory usage"),
-        complete="Search not completed" not in out and "max search depth too small" not in out,
-        broken=None if violation is None else violation[1] or violation[2],
-        events={name: int(n) for name, n in re.findall(r"^event (\w+) (\d+)$", out, re.MULTILINE)},
-    )
-
+MODEL = MODELS / "conversation.pml"
+pytestmark = needs_spin
 
 # Complete searches, each with other bounds: no search can have many epochs, failures and aborts together.
 BOUNDS = {
@@ -92,7 +35,7 @@ def test_no_failure_breaks_a_promise_of_the_conversation(
     bounds: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No reachable state breaks a promise, and the search really went through every event the model knows."""
-    result = search(tmp_path, *BOUNDS[bounds], optimise="-O2")
+    result = search(MODEL, tmp_path, *BOUNDS[bounds], optimise="-O2")
     with capsys.disabled():
         print(f"\nmodel of the conversation, {bounds}: {result}")
     assert result.errors == 0, f"{result}: {result.broken}; see {tmp_path}/conversation.pml.trail"
@@ -149,7 +92,7 @@ LEFT_OUT_MEANINGS = {
     Meaning.SESSION_ENDS,
     Meaning.REFUSED,
     Meaning.ENDED,
-    Meaning.DISK,  # it has no number and no state: tests/test_disks_laws.py has its laws
+    Meaning.DISK,  # it has no number and no state: disks.pml has its laws
     Meaning.DISKS,
 }
 LEFT_OUT = {"S_IDLE_hears_OUTPUT"}  # output that travels while the machines run
@@ -172,7 +115,7 @@ def heard_in_the_program() -> set[str]:
 
 def test_the_program_hears_what_the_model_hears(tmp_path: Path) -> None:
     """The table that both sides read, and what the search saw them hear, are the same."""
-    result = search(tmp_path, "MAX_EPOCH=3", "MAX_FAILURES=1", optimise="-O2")
+    result = search(MODEL, tmp_path, "MAX_EPOCH=3", "MAX_FAILURES=1", optimise="-O2")
     assert result.errors == 0
     heard = {event for event, times in result.events.items() if "_hears_" in event and times}
     assert heard - MODEL_ONLY == heard_in_the_program()
@@ -221,9 +164,9 @@ MUTANTS = {
 def test_checker_finds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With one rule of the conversation broken, spin finds a way to a state in which that promise is broken."""
     mutant, promise, bounds = MUTANTS[name]
-    assert f"MUTANT_{mutant}\n" in MODEL.read_text(encoding="utf-8"), "the model does not know this mutant"
+    assert mutant in mutants_of(MODEL)
     # -O0: these searches are so short that the compiler would be the longer part
-    result = search(tmp_path, f"MUTANT_{mutant}", f"ONLY={promise}", *bounds, optimise="-O0")
+    result = search(MODEL, tmp_path, f"MUTANT_{mutant}", f"ONLY={promise}", *bounds, optimise="-O0")
     with capsys.disabled():
         print(f"\nmodel with {mutant}: {result}")
     assert result.broken == PROMISES[promise]
@@ -231,5 +174,4 @@ def test_checker_finds(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_every_mutant_of_the_model_is_tried() -> None:
     """A mutant that no test runs would be decoration."""
-    known = set(re.findall(r"^#ifn?def MUTANT_(\w+)$", MODEL.read_text(encoding="utf-8"), re.MULTILINE))
-    assert known == {mutant for mutant, _, _ in MUTANTS.values()}
+    assert mutants_of(MODEL) == {mutant for mutant, _, _ in MUTANTS.values()}

@@ -14,7 +14,7 @@
  * Epoch 1 is committed at the start; the initial copy happens in here after the SVM's host has died.
  * What each side hears in which state is recorded (HEARS), and the test compares it with the table that the program
  * reads, colocache/replication/conversation.py.
- * Left out: several streams, console input, writes to disks (they have no number and no state: tests/test_disks_laws.py has their laws), output that travels while the machines run (what counts is that the rest of it comes in time), the lazy flush, preflush, PING (a time limit that passes is a lost connection), checkpoints
+ * Left out: several streams, console input, writes to disks (they have no number and no state: disks.pml has their laws), output that travels while the machines run (what counts is that the rest of it comes in time), the lazy flush, preflush, PING (a time limit that passes is a lost connection), checkpoints
  * the SVM asks for, a death during attach (it would be the second failure; the crash tests have it).
  */
 
