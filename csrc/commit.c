@@ -55,7 +55,8 @@ int cc_commit_read(const struct cc_control *control, struct cc_record *out)
     if (rc)
         return rc;
     if (out->generation != generation || out->epoch == 0 || out->epoch > COLOCACHE_EPOCH_MAX || out->committed > 1 ||
-        out->device_area > 1 || out->device_bytes > device_max || out->attachment_slot > 1 || out->spill_pages > out->flush_pages)
+        out->device_area > 1 || out->device_bytes > device_max || out->attachment_slot > 1 || out->spill_pages > out->flush_pages ||
+        (out->spill_pages == 0 && (out->spill_bytes | out->spill_checksum | out->spill_device | out->spill_inode)))
         return cc_fail(COLOCACHE_E_CORRUPT, "commit record %llu does not fit its region (generation %llu, epoch %llu): not used",
                        (unsigned long long)generation, (unsigned long long)out->generation, (unsigned long long)out->epoch);
     uint64_t n_blocks, reserved = out->reserved1; /* the count is stored before a record that knows it, and only grows */

@@ -49,7 +49,7 @@ struct cc_record {
     uint64_t attachment_bytes, attachment_checksum; /* the caller's words about what of the epoch lies elsewhere: only carried */
     uint32_t attachment_slot;                       /* 0 or 1 */
     uint32_t reserved1;
-    uint64_t spill_pages, spill_bytes; /* of the flush set, in a spill file; 0 = none, and then the next three are 0 as well */
+    uint64_t spill_pages, spill_bytes; /* of the flush set, in a spill file; 0 pages = none, and then all five are 0 */
     uint64_t spill_checksum;           /* over the bitmaps of spilled pages */
     uint64_t spill_device, spill_inode;
     uint64_t reserved[9];

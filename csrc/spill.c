@@ -241,6 +241,10 @@ int cc_spill_seal(struct colocache *cc, struct cc_record *record)
     if (write_back(cc) != 0 || fstat(cc->spill.fd, &st) != 0)
         return cc_fail_errno("writing the spill file");
     told(cc, record);
+    if (record->spill_pages == 0) { /* all of them broke off */
+        record->spill_checksum = 0;
+        return 0;
+    }
     record->spill_device = (uint64_t)st.st_dev;
     record->spill_inode = (uint64_t)st.st_ino;
     return 0;

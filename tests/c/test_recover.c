@@ -226,8 +226,8 @@ static void every_damaged_byte_of_the_record_is_refused(void)
         }
         /* also one that sums up but makes no sense */
         struct cc_record right = *record;
-        struct cc_record wrongs[12];
-        for (int i = 0; i < 12; i++)
+        struct cc_record wrongs[14];
+        for (int i = 0; i < 14; i++)
             wrongs[i] = right;
         wrongs[0].epoch = 0;
         wrongs[1].committed = 2;
@@ -238,10 +238,12 @@ static void every_damaged_byte_of_the_record_is_refused(void)
         wrongs[6].epoch = 4; /* newer than any page that ever came */
         wrongs[7].n_blocks = 3;
         wrongs[8].blocks[3] |= 1; /* a block that there never was */
-        wrongs[9].reserved[13] = 1;
+        wrongs[9].reserved[8] = 1;
         wrongs[10].reserved1 = 1;
         wrongs[11].attachment_slot = 2;
-        for (int i = 0; i < 12; i++) {
+        wrongs[12].spill_pages = wrongs[12].flush_pages + 1;
+        wrongs[13].spill_inode = 1; /* without a page in it */
+        for (int i = 0; i < 14; i++) {
             *record = wrongs[i];
             reseal(record);
             /* a whole record of another build's strategy is no damage: it says what to attach with, and not to remove it */
