@@ -50,7 +50,7 @@ def test_an_answer_that_is_wrong_doubled_or_left_out_is_counted() -> None:
         client._line(b"\x1b[0ma line to show")
         assert list(client.lines()) == ["[0ma line to show"]
     finally:
-        client._folder.cleanup()
+        client._stack.close()
 
 
 def test_a_tcp_connection_that_ends_is_an_error_and_a_wrong_answer_is_counted() -> None:
