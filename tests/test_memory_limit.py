@@ -130,8 +130,7 @@ def test_a_checkpoint_that_the_limit_can_never_hold_ends_the_pair_with_the_prima
     pair.make_primary(interval=0.02)
     primary, secondary = pair.run_primary(), pair.run_secondary()
     pair.events_s.wait("checkpoint", 2)
-    for pfn in range(250):
-        pair.pvm.write(1, pfn, 77)
+    pair.pvm.write_all(1, range(250), 77)
     ended = primary.join()
     assert ended.alone
     assert "memory limit of the secondary leaves room for" in ended.end
@@ -204,8 +203,7 @@ def test_a_primary_near_its_share_takes_a_checkpoint_before_its_time(bounded_pai
     pair.run_primary()
     pair.run_secondary()
     pair.events_s.wait("checkpoint", 1)
-    for pfn in range(600):
-        pair.pvm.write(1, pfn, 77)
+    pair.pvm.write_all(1, range(600), 77)
     pair.events_s.wait("checkpoint", 2)
     no_wrong = [event["wrong_pages"] for event in pair.events_s.all("checkpoint")]
     assert no_wrong == [0, 0]
@@ -229,8 +227,7 @@ def test_an_epoch_larger_than_the_limit_is_spilled_and_loses_no_page(
     pair.run_primary()
     pair.run_secondary()
     pair.events_s.wait("checkpoint", 2)
-    for pfn in range(250):
-        pair.pvm.write(1, pfn, 77)
+    pair.pvm.write_all(1, range(250), 77)
     spills = pair.events_s.wait("spills")
     assert "the others go into the spill file" in spills["sentence"]
     assert spills["wanted_pages"] > spills["room_pages"]
@@ -275,8 +272,7 @@ def test_a_checkpoint_that_neither_memory_nor_disk_can_hold_ends_the_pair_with_t
     pair.make_primary(interval=0.02)
     primary, secondary = pair.run_primary(), pair.run_secondary()
     pair.events_s.wait("checkpoint", 2)
-    for pfn in range(250):
-        pair.pvm.write(1, pfn, 77)
+    pair.pvm.write_all(1, range(250), 77)
     assert "memory limit of the secondary leaves room for" in primary.join().end
     assert "the primary goes on alone" in secondary.join().end
     no_page_wrong(pair)

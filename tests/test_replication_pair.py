@@ -83,8 +83,7 @@ def test_many_dirty_pages_call_for_a_checkpoint_before_its_time(pair: Pair) -> N
     pair.events_s.wait("checkpoint", 1)
     time.sleep(0.3)
     assert len(pair.events_s.all("checkpoint")) == 1
-    for pfn in range(200):
-        pair.pvm.write(1, pfn, pfn)
+    pair.pvm.write_all(1, range(200), 77)
     pair.events_s.wait("checkpoint", 2)
     no_page_wrong(pair)
 
@@ -95,8 +94,7 @@ def test_many_dirty_pages_on_the_secondary_make_it_ask(pair: Pair) -> None:
     pair.run_primary()
     pair.run_secondary()
     pair.events_s.wait("checkpoint", 1)
-    for pfn in range(200):
-        pair.svm.write(1, pfn, pfn)
+    pair.svm.write_all(1, range(200), 77)
     pair.events_s.wait("checkpoint", 2)
     no_page_wrong(pair)
 

@@ -157,8 +157,7 @@ def test_after_the_loss_of_one_stream_all_are_opened_anew_and_only_what_is_missi
     before = pair.link.pages()
     assert before >= WIDE_PAGES
     pair.link.rule = once_on(pair, 2, M.PAGES, "cut")
-    for pfn in range(3 * 4096):
-        pair.pvm.write(1, pfn, pfn)
+    pair.pvm.write_all(1, range(3 * 4096), 77)
     pair.primary.request_checkpoint()
     pair.events_s.wait("lost")
     pair.events_s.wait("checkpoint", 2)

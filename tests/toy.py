@@ -9,8 +9,9 @@ import json
 import socket
 import struct
 import threading
+import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,11 +69,24 @@ class ToyMachine:
         self.wrong: tuple[tuple[str, int], ...] = ()
 
     def write(self, block: int, pfn: int, value: int) -> None:
-        """A guest's write: the page, then the log."""
+        """A guest's write: the page, then the log. Not for a machine that may be stopped meanwhile: see write_all."""
         with self._lock:
-            self.views[block][pfn] = value % 251
-            self._log[block][pfn // 64] |= np.uint64(1 << pfn % 64)
-            self.steps += 1
+            self._store(block, pfn, value)
+
+    def write_all(self, block: int, pfns: Iterable[int], value: int) -> None:
+        """Writes of another thread than the pair's: between two pauses, and so all of them in one epoch."""
+        while True:
+            with self._lock:
+                if self.running:
+                    for pfn in pfns:
+                        self._store(block, pfn, value)
+                    return
+            time.sleep(0.0005)
+
+    def _store(self, block: int, pfn: int, value: int) -> None:
+        self.views[block][pfn] = value % 251
+        self._log[block][pfn // 64] |= np.uint64(1 << pfn % 64)
+        self.steps += 1
 
     def boot(self) -> None:
         for block, view in enumerate(self.views):
@@ -88,7 +102,8 @@ class ToyMachine:
             self.write(1, pfn, self._own + step + self.resumes)
 
     def pause(self) -> None:
-        self.running = False
+        with self._lock:
+            self.running = False
 
     def sync_dirty_log(self, target: Cache | Sender) -> None:
         with self._lock:
