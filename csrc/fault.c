@@ -10,6 +10,7 @@
 
 #ifdef COLOCACHE_FAULTS
 
+#include <errno.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -42,6 +43,17 @@ void cc_fault_half(void *dst, const void *src, uint64_t n_bytes, const char *nam
 {
     memcpy(dst, src, n_bytes / 2);
     cc_fault_pass(name);
+}
+
+/* cc_fault_half_written -- the same into a file: 0, or -1 with errno */
+int cc_fault_half_written(int fd, uint64_t at, const void *src, uint64_t n_bytes, const char *name)
+{
+    ssize_t n;
+    do {
+        n = pwrite(fd, src, n_bytes / 2, (off_t)at);
+    } while (n < 0 && errno == EINTR);
+    cc_fault_pass(name);
+    return n < 0 ? -1 : 0;
 }
 
 /* cc_fault_copy_run -- a run page by page, each with a death in its middle and one after it */

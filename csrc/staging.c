@@ -84,6 +84,11 @@ static void map_now(const struct cc_block *block, uint64_t first_pfn, uint64_t n
     errno = keep;
 }
 
+static int not_written(const struct cc_block *block)
+{
+    return errno == ENOSPC || errno == ENOMEM ? cc_staging_no_room(block) : cc_fail_errno("writing a page into the cache");
+}
+
 int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t first_pfn, uint64_t n_pages, const void *data)
 {
     const uint8_t *from = data;
@@ -96,14 +101,14 @@ int cc_staging_write(struct colocache *cc, struct cc_block *block, uint64_t firs
             cc_spill_done(cc, block, first_pfn, n_pages);
         return rc;
     }
-    if (rc == 0)
-        CC_HALF(block->cache.addr + (first_pfn << block->page_shift), data, left, "receive: half a page, staged");
+    if (rc == 0 && CC_HALF_WRITTEN(block->cache.fd, (uint64_t)at, data, left, "receive: half a page, staged") != 0)
+        return not_written(block);
     while (rc == 0 && left) {
         ssize_t n = pwrite(block->cache.fd, from, left, at);
         if (n < 0 && errno == EINTR)
             continue;
         if (n < 0)
-            return errno == ENOSPC || errno == ENOMEM ? cc_staging_no_room(block) : cc_fail_errno("writing a page into the cache");
+            return not_written(block);
         from += n;
         at += n;
         left -= (uint64_t)n;
