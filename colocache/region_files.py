@@ -146,12 +146,13 @@ class RegionFiles:
         if self._opened:
             self._unlink_opened()
             return
-        made, self._made = self._made, []
-        _unfinished.discard(self)
-        # The control object goes last: as long as it is there, the images have a lock to ask.
-        for folder, file, which in reversed(made):
+        # The control object goes last: as long as it is there, the images have a lock to ask. What Ctrl-C keeps from
+        # being removed here is still noted, and goes when Python exits.
+        for folder, file, which in reversed(self._made):
             if is_still(folder, file, which):
                 remove_file(folder, file)
+        self._made = []
+        _unfinished.discard(self)
 
     def _unlink_opened(self) -> None:
         self.check_open()

@@ -93,11 +93,21 @@ if sys.argv[2] == "exit":
     sys.exit(3)
 if sys.argv[2] == "error":
     raise RuntimeError
+if sys.argv[2] == "interrupted while it removes":
+    from colocache import region_files
+    remove, removed = region_files.remove_file, []
+    def interrupted(folder, file):
+        remove(folder, file)
+        removed.append(file)
+        if len(removed) == 1:
+            raise KeyboardInterrupt
+    region_files.remove_file = interrupted
+    memory.unlink()
 sys.stdin.read()
 """
 
 
-@pytest.mark.parametrize("ending", ["exit", "error", "interrupt"])
+@pytest.mark.parametrize("ending", ["exit", "error", "interrupt", "interrupted while it removes"])
 def test_a_process_that_ends_without_closing_leaves_nothing(region_name: str, ending: str) -> None:
     with child(ENDINGS, region_name, ending) as process:
         assert line_of(process) == "made"
