@@ -59,9 +59,9 @@ def summed(results: list[dict[str, int]]) -> dict[str, int]:
 def test_no_death_at_any_point_leaves_a_mix_or_no_state(
     programs: Path, memory: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All pairs of bitmaps; of a sparse cache, a mirror too but for where its pages come from, each fourth pair."""
+    """All pairs of bitmaps; of a sparse cache, a mirror too but for where its pages come from, each sixteenth pair."""
     crash = [str(programs / "crash"), "--memory", memory]
-    each = 4 if memory == "sparse" else 1
+    each = 16 if memory == "sparse" else 1
     cases = 256 // each
     total = summed(run_together(*([*crash, "--cases", f"{half * each}:{2 * each}"] for half in (0, 1))))
     assert total["cases"] == cases
