@@ -8,6 +8,7 @@ The keeper holds a lock on the file, which the kernel drops at its death.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -18,9 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 from colocache import backing as bk
-from colocache.errors import BusyError, ColocacheError
+from colocache.errors import BusyError, ColocacheError, SystemCallError, reason_of
 from colocache.names import NAME, file_name
 
 FILE_BYTES_MAX = 1 << 20
@@ -40,9 +42,19 @@ def _path(name: str) -> Path:
     return bk.SHM_DIR / file_name(name, "disks")
 
 
+def _opened(name: str) -> BinaryIO:
+    """OSError: there is none, or something that another user put there, which may be no file at all."""
+    fd = os.open(_path(name), os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    about = os.fstat(fd)
+    if not stat.S_ISREG(about.st_mode) or os.geteuid() not in (0, about.st_uid):
+        os.close(fd)
+        raise PermissionError(errno.EPERM, "not a file of this user", str(_path(name)))
+    return os.fdopen(fd, "r+b", buffering=0)
+
+
 def disk_files(name: str) -> DiskFiles | None:
     """Those of region `name`; None: it has none."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError), _path(name).open("rb") as file:
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError), _opened(name) as file:
         fields = json.loads(file.read(FILE_BYTES_MAX))
         images, logs, identity = fields["images"], fields["logs"], fields["identity"]
         if all(isinstance(one, str) for one in [*images, *logs, identity]):
@@ -61,21 +73,36 @@ class KeptDiskFiles:
             return
         before = disk_files(name)
         files = DiskFiles(tuple(images), tuple(logs), before.identity if before else secrets.token_hex(8))
+        try:
+            self._write(json.dumps(files.__dict__).encode(), again=before is not None)
+        except BaseException as error:
+            if self._fd >= 0:
+                os.close(self._fd)
+            if isinstance(error, OSError):
+                raise SystemCallError(
+                    f"{_path(name)} can't be written: {reason_of(error)}", errno=error.errno or 0
+                ) from error
+            raise
+
+    def _write(self, data: bytes, *, again: bool) -> None:
+        """`again`: in the place of a keeper's that is gone, whose region this one has by now. In one write, which no
+        death divides: without it nobody would know any more that the images are this region's."""
+        path = _path(self._name)
+        if again:
+            self._fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            fcntl.flock(self._fd, fcntl.LOCK_SH)
+            os.pwrite(self._fd, data.ljust(os.fstat(self._fd).st_size), 0)
+            return
         # Without a name until it is whole and locked: nobody finds a part of it, and nothing is left by a death.
         self._fd = os.open(bk.SHM_DIR, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.write(self._fd, data)
+        fcntl.flock(self._fd, fcntl.LOCK_SH)
+        path.unlink(missing_ok=True)  # what nobody can read
+        folder = os.open(bk.SHM_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.write(self._fd, json.dumps(files.__dict__).encode())
-            fcntl.flock(self._fd, fcntl.LOCK_SH)
-            with contextlib.suppress(FileNotFoundError):
-                _path(name).unlink()  # of a keeper that is gone, whose region this one has by now
-            folder = os.open(bk.SHM_DIR, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.link(f"/proc/self/fd/{self._fd}", _path(name).name, dst_dir_fd=folder)
-            finally:
-                os.close(folder)
-        except BaseException:
-            os.close(self._fd)
-            raise
+            os.link(f"/proc/self/fd/{self._fd}", path.name, dst_dir_fd=folder)
+        finally:
+            os.close(folder)
 
     def __enter__(self) -> KeptDiskFiles:
         return self
@@ -93,7 +120,7 @@ class KeptDiskFiles:
 
 def check_free(name: str) -> None:
     """BusyError: a keeper lives that has disks for this region."""
-    with contextlib.suppress(FileNotFoundError, PermissionError), _path(name).open("rb") as file:
+    with contextlib.suppress(FileNotFoundError, PermissionError), _opened(name) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

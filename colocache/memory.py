@@ -7,6 +7,7 @@ the last process that holds it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -239,11 +240,12 @@ class Memory(RegionFiles):
         return memory
 
     def _find_spill(self) -> None:
-        """A file that is gone is missed by attach, if anything in it counts."""
+        """A file that is gone or can't be opened is missed by attach, if anything in it counts."""
         self.spill_path = spilling.target_of(bk.SHM_DIR / file_name(self.name, spilling.PART))
-        if self.spill_path is not None and self.spill_path.exists():
-            self.spill_fd = open_file(self.spill_path.parent, self.spill_path.name)
-            self._fds.append(self.spill_fd)
+        if self.spill_path is not None:
+            with contextlib.suppress(SystemCallError):
+                self.spill_fd = open_file(self.spill_path.parent, self.spill_path.name)
+                self._fds.append(self.spill_fd)
 
     # ---- handing over ----
 

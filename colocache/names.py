@@ -83,11 +83,13 @@ def open_file(folder: Path, file: str, *, create: bool = False) -> int:
 
 
 def remove_file(folder: Path, file: str) -> None:
-    """Remove a name; one that is gone already is fine. With a link to a spill file that file goes first."""
+    """Remove a name; one that is gone already is fine. With a link to a spill file that file goes first, if its disk
+    lets it: one that has become read-only must not keep a region in memory."""
     try:
         target = spill.target_of(folder / file) if file.endswith(spill.SUFFIX) else None
         if target is not None:
-            target.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                target.unlink(missing_ok=True)
         if folder == bk.SHM_DIR:
             posix_ipc.unlink_shared_memory(f"/{file}")
         else:

@@ -205,6 +205,11 @@ def test_what_a_killed_keeper_left_is_inspected_recovered_and_attached(sides: Si
     assert (report["action"], report["epoch"], report["restartable"]) == ("restart", 3, True)
     assert recovered.output.splitlines()[0] == report["sentence"]
     assert f"\nNext: colocache secondary --attach --name {sides.name} --listen ADDRESS\n" in recovered.output
+    # A wrong word to the one that attaches must not cost the checkpoint.
+    for wrong in (("--memory-spill", "/nowhere"), ("--memory-limit", "1")):
+        command = ("secondary", "--attach", "--name", sides.name, "--listen", f"unix:{sides._folder}/wrong", *wrong)
+        refused = runner.invoke(cli, command)
+        assert refused.exit_code, refused.output
     again = sides.secondary("--attach")
     assert again.until("attached")["epoch"] == 3
     assert again.until("hello")["sealed_epoch"] == 3

@@ -20,7 +20,7 @@ import colocache
 from colocache import Attachment, scratch
 from colocache.commands.clean import clean
 from colocache.commands.inspect import inspect
-from colocache.disk_files import KeptDiskFiles, disk_files, remove_lost_logs
+from colocache.disk_files import KeptDiskFiles, check_free, disk_files, remove_lost_logs
 from colocache.disks import mark as marks
 from colocache.disks.apart import ApartDisks, open_disks
 from colocache.disks.mark import ATTRIBUTE, Mark, Was, can_mark, read_mark, write_mark
@@ -264,6 +264,16 @@ def test_a_keeper_that_ends_in_order_leaves_nothing_and_one_that_attaches_keeps_
     assert second == first
     assert sorted(image.parent.iterdir()) == [image]
     assert disk_files(name) is None
+
+
+def test_what_others_put_in_its_place_is_no_file_of_a_regions_disks_and_holds_nobody_up(region_name: str) -> None:
+    path = Path("/dev/shm") / f"colocache.{region_name}.disks"
+    os.mkfifo(path)
+    try:
+        assert disk_files(region_name) is None
+        check_free(region_name)
+    finally:
+        path.unlink()
 
 
 def test_logs_of_regions_that_a_restarted_host_has_forgotten_are_found_by_their_folder(image: Path) -> None:

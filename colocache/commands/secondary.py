@@ -166,9 +166,14 @@ def secondary(**given: Any) -> None:
         memory = _memory(given, guest, stack)
         images = [disk.path for disk in disks_of(guest.options.disks)]
         logs = log_paths(images, guest.options.disk_log, memory.name) if images else ()
-        stack.enter_context(KeptDiskFiles(memory.name, images, logs))
         blocks, spills = [image.spec for image in memory.images], memory.spill_fd >= 0 and bool(given["memory_limit"])
         check_limit(given["memory_limit"], blocks, memory.memory_mode, spills=spills)
+        kept = KeptDiskFiles(memory.name, images, logs)
+        if given["attach"]:
+            # From here on it goes with this process, but not when its machine failed (`kept` below). Not before this: a
+            # wrong option must not cost the only checkpoint that there is.
+            stack.callback(memory.unlink)
+        stack.enter_context(kept)
         events.emit(
             "start",
             f"guest {guest.kind} ({guest.why}); "
@@ -201,7 +206,7 @@ def secondary(**given: Any) -> None:
 
 
 def _memory(given: dict[str, Any], guest: GuestChoice, stack: contextlib.ExitStack) -> Memory:
-    """The region: fresh, or one that a killed secondary left. It goes with this process, in order or not."""
+    """The region: fresh, which goes with this process however that ends, or one that a killed secondary left."""
     from colocache import Memory
 
     if not given["attach"]:
@@ -216,7 +221,6 @@ def _memory(given: dict[str, Any], guest: GuestChoice, stack: contextlib.ExitSta
         )
     memory = Memory.open(given["name"])
     stack.callback(memory.close)
-    stack.callback(memory.unlink)  # not when its machine failed: see `kept` above
     if given["memory_spill"]:
         memory.add_spill(given["memory_spill"])  # unless it has one
     return memory

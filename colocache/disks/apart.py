@@ -24,6 +24,7 @@ attach     empty                   as the commit record names it, applied   beco
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import threading
@@ -293,6 +294,21 @@ def log_paths(images: Sequence[str], folder: str, name: str) -> tuple[str, str]:
     return str(where / f"{name}.disk-log.0"), str(where / f"{name}.disk-log.1")
 
 
+def _open_log(path: str) -> int:
+    """Open and locked: `clean` leaves what has a lock. One that it removed between the two is made anew. OSError."""
+    while True:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH)
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), os.stat(path)):  # noqa: PTH116 -- samestat's own kind
+                    return fd
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+
+
 def open_disks(
     paths: Sequence[str],
     folder: str,
@@ -321,8 +337,7 @@ def open_disks(
         images += [Image(path) for path in paths]
         for path in log_paths(paths, folder, name):
             try:
-                fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-                fcntl.flock(fd, fcntl.LOCK_SH)  # `clean` leaves what has a lock
+                fd = _open_log(path)
             except OSError as error:
                 raise ArgumentError(
                     f"the log of disk writes {path} can't be made: {reason_of(error)}",

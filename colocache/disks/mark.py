@@ -118,9 +118,9 @@ def can_read(path: str) -> bool:
 
 
 def can_mark(disk: int | str) -> bool:
-    """Is there a place for one?"""
+    """Is there a place for one? A long one: a full file system may still have room for a byte beside the inode."""
     try:
-        os.setxattr(disk, f"{ATTRIBUTE}.probe", b"x")
+        os.setxattr(disk, f"{ATTRIBUTE}.probe", b"x" * MARK_BYTES_MAX)
         os.removexattr(disk, f"{ATTRIBUTE}.probe")
     except OSError:
         return False

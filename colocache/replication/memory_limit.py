@@ -155,7 +155,10 @@ class MemoryLimit:
         something private to give up: a checkpoint that has grown meanwhile is told anew, and then that goes first."""
         if self._spill_fd < 0 or self._private:
             return 0
-        free = spill.free_bytes(self._spill_fd)
+        try:
+            free = spill.free_bytes(self._spill_fd)
+        except OSError:  # a disk that nobody can ask takes nothing
+            return 0
         if wanted_pages * PAGE > left:
             sentence = (
                 f"the memory limit of {self._n_bytes} bytes leaves room for {left // PAGE} pages of a checkpoint of "

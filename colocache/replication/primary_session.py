@@ -336,6 +336,7 @@ class PrimarySession:
             stages.done("loaded")
         # The epoch can't be lost by one failure any more, so the machine need not wait for the secondary's flush, nor
         # for what RECEIVED frees. What it writes belongs to the next epoch, of which nothing goes out before LOADED.
+        pvm.room_again()
         running = stages.done("resume", pvm.resume())
         self._rounds.running()
         if self._options.resume_at != "loaded":

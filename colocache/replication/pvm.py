@@ -229,13 +229,18 @@ class Pvm:
             "unacked_blocks": flight.unacked_blocks,
         }
 
+    def room_again(self) -> None:
+        """The epoch in flight is sealed, and the secondary's log of its disks has room again: else a machine that runs
+        before `received` would wait for it."""
+        self.disks.received()
+
     def received(self) -> None:
         """The epoch in flight is sealed: its pages are acknowledged, and its output may leave."""
         epoch = self._pair.in_flight
         if not epoch:
             raise OrderError("no epoch is in flight that could have been received")
         self.sender.received()
-        self.disks.received()
+        self.room_again()
         self._pair = replace(self._pair, in_flight=0, sealed_epoch=epoch)
         self.output.received(epoch)
         self.typed.received(epoch)

@@ -76,6 +76,7 @@ class QemuProcess:
         self._qmp: Qmp | None = None
         self._quick: Quick | None = None
         self._open: list[socket.socket | int] = []  # what close() closes
+        self._ends: list[Console | Card] = []
         self._readers = Readers(self._driver)
         self._state = self._mine(os.memfd_create("colocache-device-state", os.MFD_CLOEXEC))
         self._stream: socket.socket | None = None
@@ -100,6 +101,7 @@ class QemuProcess:
         theirs = {name: pair[1].fileno() for name, pair in ends.items()}
         self.console = Console(ends["console"][0], self._mine(ends["console"][1]))
         self.card = Card(ends["card"][0])
+        self._ends = [self.console, self.card]
         wiring = Wiring(
             image,
             shared,
@@ -346,7 +348,7 @@ class QemuProcess:
         reading = self._readers.let_go()
         opened, self._open = self._open, []
         self._stream = self._preloaded = None
-        for end in (self.console, self.card):
+        for end in self._ends:
             end.close()
         self.pidfd = -1
 

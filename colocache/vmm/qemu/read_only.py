@@ -55,7 +55,10 @@ def _path(pairs: Mapping[str, str]) -> str:
         if value := pairs.get(key):
             if not value.startswith("{"):
                 return value
-            inner = json.loads(value)
+            try:
+                inner = json.loads(value)
+            except ValueError:
+                return value  # a file of a strange name
             return _path({str(k): str(v) if not isinstance(v, dict) else json.dumps(v) for k, v in inner.items()})
     return ""
 
