@@ -9,6 +9,8 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -81,6 +83,28 @@ def test_an_image_says_what_it_is_from_its_first_byte_to_the_takeover(image: Pat
     assert mark_of(image).ahead
     assert "took over at epoch 2" in str(mark_of(image))
     disks.close()
+
+
+def test_an_image_is_free_as_soon_as_it_is_closed_though_it_is_still_on_its_way_to_its_medium(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, go_on = [], threading.Event()
+
+    def slow(fd: int) -> None:
+        synced.append(os.stat(fd).st_ino)
+        go_on.wait(20)
+
+    disks = opened(image)
+    disks.attach(0, Attachment())
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", slow)
+        disks.take_over()
+        while not synced:
+            time.sleep(0.001)
+        disks.close()
+        opened(image).close()
+        go_on.set()
+    assert synced == [image.stat().st_ino]
 
 
 def test_a_death_while_a_log_is_applied_is_told_and_the_next_process_goes_on(

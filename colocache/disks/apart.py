@@ -27,7 +27,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -278,7 +277,7 @@ class ApartDisks:
             if self._mark:
                 self._write_mark(replace(self._mark, was=Was.TOOK_OVER, epoch=self.epoch, applying=0))
             for image in self.images:
-                threading.Thread(target=image.sync, name="colocache-sync", daemon=True).start()
+                image.sync_beside()
 
     def close(self) -> None:
         """Let go of the files."""
