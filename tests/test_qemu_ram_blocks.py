@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import struct
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from qemu_support import QEMU, Pair, guest, image_file, needs_qemu, wait_until
@@ -13,7 +15,7 @@ from colocache.vmm.errors import DeviceStateError
 from colocache.vmm.qemu import memory_access, ram_blocks, refusals
 from colocache.vmm.qemu.command_line import CommandLineError
 from colocache.vmm.qemu.description import describe
-from colocache.vmm.qemu.errors import QemuError
+from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.state import CarriedPage, SavedState, pack, parse
 from colocache.vmm.workload import GuestOptions
@@ -25,6 +27,14 @@ RAM = 32 << 20
 def block(process: QemuProcess, name: str) -> bytes:
     (found,) = (one for one in ram_blocks.other_blocks(process) if one.name.endswith(name))
     return bytes(memory_access.read(process.pid, found.address, found.len_bytes))
+
+
+def test_a_process_that_is_being_taken_apart_has_ended() -> None:
+    """It is still there for whoever waits for it, and has no memory any more."""
+    with subprocess.Popen(["true"]) as ended:
+        wait_until(lambda: Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
+        with pytest.raises(QemuDiedError, match="has ended"):
+            memory_access.read(ended.pid, 4096, 8)
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ def write(pid: int, address: int, data: bytes) -> None:
 def _each(pid: int, mode: int, parts: Sequence[tuple[int, memoryview]], transfer: Callable[..., int]) -> None:
     try:
         fd = os.open(f"/proc/{pid}/mem", mode | os.O_CLOEXEC)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ProcessLookupError) as error:  # the second while it is being taken apart
         raise QemuDiedError(f"QEMU (process {pid}) has ended") from error
     except PermissionError as error:
         raise QemuError(f"the memory of process {pid} is closed to this one: {error.strerror}") from error
