@@ -11,7 +11,7 @@ import numpy as np
 from colocache.vmm.history import Words
 from colocache.vmm.machine import LoadReport
 from colocache.vmm.qemu import ram_blocks
-from colocache.vmm.qemu.errors import QemuError
+from colocache.vmm.qemu.errors import QemuDiedError, QemuError
 from colocache.vmm.qemu.pool import Pool
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.ram_blocks import Content
@@ -100,8 +100,8 @@ def compare_others(process: QemuProcess, hashes: Words, report: LoadReport) -> L
     begin = time.perf_counter_ns()
     try:
         found = ram_blocks.hashes(process)
-    except QemuError:
-        if process.alive:
+    except QemuError as error:
+        if process.alive and not isinstance(error, QemuDiedError):  # its memory goes before it counts as dead
             raise
         return report  # it ended just now, which harms nobody: another will take its place
     pages = [(one.name, page) for one in ram_blocks.other_blocks(process) for page in range(one.len_bytes // PAGE)]
