@@ -45,6 +45,16 @@ def seal(cache: Cache, epoch: int) -> None:
     cache.seal(epoch)
 
 
+def begin(cache: Cache) -> None:
+    """Epoch 1 is loaded, and all of epoch 2 has come, more than may be staged."""
+    fill(cache, 1)
+    seal(cache, 1)
+    cache.flush()
+    cache.loaded()
+    cache.limit_staged(LIMIT * PAGE)
+    fill(cache, 2)
+
+
 @pytest.fixture
 def spilling(make_memory: Callable[..., Memory], tmp_path: Path) -> Memory:
     return make_memory(memory_mode="bounded", spill=disk_folder(tmp_path))
@@ -53,12 +63,7 @@ def spilling(make_memory: Callable[..., Memory], tmp_path: Path) -> Memory:
 def sealed_and_dead(memory: Memory) -> str:
     """Epoch 2 is sealed with most of its pages in the file, and nobody owns the region; its name."""
     with Cache.create(memory) as cache:
-        fill(cache, 1)
-        seal(cache, 1)
-        cache.flush()
-        cache.loaded()
-        cache.limit_staged(LIMIT * PAGE)
-        fill(cache, 2)
+        begin(cache)
         assert cache.status().spilled_bytes == (N - LIMIT) * PAGE
         seal(cache, 2)
     memory.close()
@@ -67,12 +72,7 @@ def sealed_and_dead(memory: Memory) -> str:
 
 def test_an_epoch_larger_than_the_limit_is_flushed_from_memory_and_from_the_file(spilling: Memory) -> None:
     with Cache.create(spilling) as cache:
-        fill(cache, 1)
-        seal(cache, 1)
-        cache.flush()
-        cache.loaded()
-        cache.limit_staged(LIMIT * PAGE)
-        fill(cache, 2)
+        begin(cache)
         seal(cache, 2)
         flushed = cache.flush()
         assert (flushed.n_pages, flushed.spilled_pages) == (N, N - LIMIT)
