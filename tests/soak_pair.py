@@ -204,11 +204,15 @@ class Pair(Watched):
         if not qemus:
             return  # between two of them
         killed = time.monotonic_ns()
+        self._qemu_dies = True
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.rng.choice(qemus), signal.SIGKILL)
         self.counts.add("kills: a QEMU of the secondary")
         for _ in range(2):  # the first may have been sealed before
-            killed = self._wait("secondary", "checkpoint", killed)["t"]
+            checkpoint = self._wait("secondary", "checkpoint", killed)
+            killed = checkpoint["t"]
+        self._qemu_dies = False
+        self._check_all(checkpoint)
 
     def _kill_keeper(self) -> None:
         self.moment += ", with its keeper"
