@@ -89,6 +89,23 @@ static int take_region(const struct colocache_uffd_range *range, const struct cc
     return 0;
 }
 
+static int has_ended(void)
+{
+    return cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended");
+}
+
+/* still_there -- the process whose memory was scanned has it still, and so had it in all scans before.  Some kernels scan memory that is
+ * gone as memory that nobody has written; a read of its pagemap has an end there in each. */
+static int still_there(const struct uffd_source *source)
+{
+    uint64_t entry;
+    const off_t at = (off_t)((uintptr_t)source->ranges[0].addr / CC_SOURCE_PAGE * sizeof entry);
+    const ssize_t n = pread(source->pagemap, &entry, sizeof entry, at);
+    if (n == (ssize_t)sizeof entry)
+        return 0;
+    return n == 0 || errno == ESRCH ? has_ended() : cc_source_lost("reading the pagemap");
+}
+
 /* scan -- the next regions with written pages in [*at, end), protected again if `protect`; moves *at to where it ended */
 static int scan(const struct uffd_source *source, uint64_t *at, uint64_t end, struct cc_page_region *regions, bool protect)
 {
@@ -104,8 +121,7 @@ static int scan(const struct uffd_source *source, uint64_t *at, uint64_t end, st
     };
     int n = cc_ioctl(source->pagemap, CC_PAGEMAP_SCAN, &arg);
     if (n < 0)
-        return errno == ESRCH ? cc_fail(COLOCACHE_E_LOG_LOST, "the process whose memory is logged has ended")
-                              : cc_source_lost("PAGEMAP_SCAN");
+        return errno == ESRCH ? has_ended() : cc_source_lost("PAGEMAP_SCAN");
     *at = arg.walk_end > *at ? arg.walk_end : end;
     return n;
 }
@@ -164,7 +180,7 @@ static int uffd_sync(struct colocache_source *base, cc_take_fn *take, void *cont
         if (rc)
             return rc;
     }
-    return 0;
+    return source->foreign ? still_there(source) : 0;
 }
 
 static void uffd_close(struct colocache_source *base)
