@@ -46,7 +46,11 @@ The object of --json; times are in seconds:
                    of fewer than 3
     gb_per_s, of_peak      of_peak: share of the same round's peak
     baseline, baseline_seconds, baseline_ratio   "qemu" (one thread),
-                   "socket" (and QEMU's flush) or "numpy"; its time / ours
+                   "socket" (bytes through it that stay in the CPU's
+                   caches, then QEMU's flush) or "numpy"; its time / ours
+    ratios         {p10, p50, p90} of the rounds' own, of every baseline
+                   that the case has; "in_place": dirty pages through a
+                   socket from and to where they lie, then QEMU's flush
     numpy_ratio, more      numpy's time / ours; what only this case has
     error          why the cell is not to be believed, or null
 With --dirty:

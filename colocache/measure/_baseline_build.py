@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the compiled module `colocache.measure._baseline`: what a flush is measured against (baseline.c).
+"""Builds the compiled module `colocache.measure._baseline`: what is measured against (baseline.c, transfer.c).
 
-The engine's copy variants, thread pool and bitmaps are compiled in from csrc/, so that both are measured with one code.
+The engine's copy variants, thread pool and bitmaps are compiled in from csrc/, so that both are measured with one code;
+the checkpoints of transfer.c are libcolocache's own.
 """
 
 from __future__ import annotations
@@ -35,16 +36,36 @@ uint64_t baseline_bitmap_move(struct baseline_bitmap *flush_set, struct baseline
 void baseline_touch(const void *memory, uint64_t n_bytes);
 bool baseline_evict(const void *memory, uint64_t n_bytes);
 bool baseline_copies(int variant);
+struct transfer {
+    int near, far, timeout_ms;
+    void *cc, *sender;
+    uint64_t epoch, n_pages, state_bytes;
+    const uint64_t *words;
+    uint64_t arrived_ns;
+    uint64_t *received;
+    const uint64_t *log;
+    const char *primary;
+    char *cache, *guest;
+    ...;
+};
+int64_t transfer_ours(struct transfer *transfer);
+int64_t transfer_hot(struct transfer *transfer, uint64_t n_bytes);
+int64_t transfer_in_place(struct transfer *transfer);
 """
 
 ffibuilder = FFI()
 ffibuilder.cdef(DECLARATIONS)
 ffibuilder.set_source(
     "colocache.measure._baseline",
-    '#define _GNU_SOURCE\n#include "baseline.c"\n#include "page_copy.c"\n#include "pool.c"\n',
+    '#define _GNU_SOURCE\n#include "baseline.c"\n#include "transfer.c"\n#include "page_copy.c"\n#include "pool.c"\n',
     sources=[f"csrc/{name}.c" for name in BITMAPS],
     include_dirs=[str(HERE), str(CSRC), str(CSRC / "include")],
-    depends=[str(HERE / "baseline.c"), str(CSRC / "page_copy.c"), str(CSRC / "pool.c"), str(CSRC / "bitmap.h")],
+    libraries=[":libcolocache.so.0"],  # setup.py adds the directory of the one it has just linked
+    runtime_library_dirs=["$ORIGIN/../lib"],
+    depends=[
+        *(str(HERE / name) for name in ("baseline.c", "transfer.c")),
+        *(str(CSRC / name) for name in ("page_copy.c", "pool.c", "bitmap.h", "include/colocache.h")),
+    ],
     extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread"],
     py_limited_api=True,
 )

@@ -67,6 +67,7 @@ def _sample(rig: Rig, pattern: Pattern, ns: dict[str, int]) -> Sample:
         qemu_ns=ns.get("qemu"),
         numpy_ns=ns.get("numpy"),
         socket_ns=ns.get("socket"),
+        in_place_ns=ns.get("in_place"),
         peak_ns=ns.get("peak"),
         peak_bytes=rig.ram_bytes if "peak" in ns else 0,
     )
@@ -224,29 +225,37 @@ def measure_receive(rig: Rig, cell: Cell, pattern: Pattern) -> Sample:
 def measure_checkpoint(rig: Rig, cell: Cell, pattern: Pattern) -> Sample:
     """A whole checkpoint over a socket: receive, sync of the SVM's log (the same pages), seal, flush, loaded.
 
-    Beside it: the same bytes through the same socket into one buffer, then QEMU's union and flush.
+    Beside it, each with QEMU's union and flush: the same bytes through the same socket from one hot buffer into
+    another, which no checkpoint could do; and the same pages from and to where they lie, the least that one must do.
     """
     with Transfer(rig) as transfer:
 
-        def ours() -> int:
+        def new_pages() -> None:
             transfer.stamp(pattern)
             rig.note_plain()
             rig.poison(pattern)
             _cold(rig, cell)
+
+        def ours() -> int:
+            new_pages()
             took = transfer.checkpoint(pattern)
             rig.check(pattern, f"our checkpoint ({cell})")
             return took
 
         def socket() -> int:
-            received, log = np.zeros_like(pattern.words), pattern.words.copy()
+            rig.poison(pattern)
             _cold(rig, cell)
-            took = transfer.raw(pattern.n_dirty * PAGE)
-            start = perf_counter_ns()
-            baseline.qemu_union(received, log)
-            baseline.qemu_flush(received, rig.n_pages, rig.guest_addr, rig.plain_addr)
-            return took + perf_counter_ns() - start
+            took = transfer.hot(pattern)
+            rig.check(pattern, f"QEMU's way after the raw socket ({cell})")
+            return took
 
-        return _sample(rig, pattern, _interleaved(rig, {"ours": ours, "socket": socket}))
+        def in_place() -> int:
+            new_pages()
+            took = transfer.in_place(pattern)
+            rig.check(pattern, f"QEMU's way after pages in place ({cell})")
+            return took
+
+        return _sample(rig, pattern, _interleaved(rig, {"ours": ours, "socket": socket, "in_place": in_place}))
 
 
 MEASURES: dict[str, Callable[[Rig, Cell, Pattern], Sample]] = {

@@ -48,6 +48,7 @@ class Sample:
     qemu_ns: int | None = None
     numpy_ns: int | None = None
     socket_ns: int | None = None
+    in_place_ns: int | None = None
     peak_ns: int | None = None  # for peak_bytes
     peak_bytes: int = 0
     more: dict[str, float] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from colocache.writing import write_file
 CSV_FIELDS = (
     "case", "backing", "strategy", "ram_bytes", "dirty_ratio", "run_pages", "threads", "pattern", "warm", "n_pages",
     "n_runs", "n_bytes", "rounds", "seconds_p10", "seconds_p50", "seconds_p90", "gb_per_s", "of_peak", "baseline",
-    "baseline_ratio", "numpy_ratio", "error",
+    "baseline_ratio", "numpy_ratio", "in_place_ratio", "error",
 )  # fmt: skip
 NUMBERS = ("ram_bytes", "dirty_ratio", "run_pages", "threads", "gb_per_s")  # of a row, besides its times
 TEXTS = ("case", "backing", "strategy")
@@ -49,7 +49,8 @@ def write_csv(result: Result, path: Path) -> None:
     writer.writeheader()
     for row in result.rows:
         times = {f"seconds_{name}": value for name, value in row.seconds.to_json().items()}
-        writer.writerow({**row.__dict__, **times})
+        in_place = row.ratios.get("in_place")
+        writer.writerow({**row.__dict__, **times, "in_place_ratio": in_place.p50 if in_place else None})
     write_file(path, text.getvalue().encode())
 
 

@@ -92,5 +92,5 @@ def show(result: Result, console: Console) -> None:
     for case in reversed(CASES):
         tables.show(result.rows, case, console)
     console.print()
-    for line in (words.GB_PER_S, tables.QEMU_NOTE, *verdicts(result)):
+    for line in (words.GB_PER_S, tables.QEMU_NOTE, tables.CHECKPOINT_NOTE, *verdicts(result)):
         say(console, line)

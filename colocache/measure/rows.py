@@ -12,7 +12,7 @@ from colocache.measure.cells import Cell, Sample
 from colocache.measure.clock import MIN_ROUNDS, Spread
 
 PEAK_LIMIT = 1.03  # of peak: above it, something was measured wrongly
-BASELINES = ("qemu", "socket", "numpy")  # the first that there is gives baseline_ratio
+BASELINES = ("qemu", "socket", "in_place", "numpy")  # the first that there is gives baseline_ratio
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Row:
     gb_per_s: float
     of_peak: float | None
     baseline_ratio: float | None  # the baseline's time over ours
-    baseline: str | None  # qemu, socket (raw transfer, then QEMU's flush) or numpy
+    baseline: str | None  # qemu, socket (bytes through it and no further, then QEMU's flush) or numpy
     baseline_seconds: Spread | None
     numpy_ratio: float | None
     pattern: str
@@ -39,6 +39,7 @@ class Row:
     n_runs: int
     n_bytes: int
     rounds: int
+    ratios: dict[str, Spread] = field(default_factory=dict)  # of every baseline; in_place: see cases.measure_checkpoint
     more: dict[str, float] = field(default_factory=dict)
     error: str | None = None
 
@@ -76,6 +77,7 @@ class Row:
             n_runs=round(median(one.n_runs for one in samples)),
             n_bytes=round(median(one.n_bytes for one in samples)),
             rounds=len(samples),
+            ratios={name: Spread.of(values) for name, values in ratios.items() if values},
             more={name: median(one.more[name] for one in samples) for name in samples[0].more},
         )
         return row.judged()
@@ -95,7 +97,7 @@ class Row:
         none = Spread(0.0, 0.0, 0.0)
         return cls(
             cell.case, backing, "copy", ram_bytes, cell.share, cell.run_pages, threads, none, 0.0, None, None, None,
-            None, None, cell.pattern, cell.warm, 0, 0, 0, 0, {}, sentence,
+            None, None, cell.pattern, cell.warm, 0, 0, 0, 0, {}, {}, sentence,
         )  # fmt: skip
 
     @property
@@ -115,6 +117,7 @@ class Row:
         """The fields of a row, with times in seconds."""
         made = dict(self.__dict__)
         made["seconds"] = self.seconds.to_json()
+        made["ratios"] = {name: spread.to_json() for name, spread in self.ratios.items()}
         made["baseline_seconds"] = self.baseline_seconds.to_json() if self.baseline_seconds else None
         return made
 

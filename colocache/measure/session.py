@@ -109,7 +109,7 @@ def cells_for(plan: Plan, n_pages: int, n_threads: int, most: int) -> list[Cell]
         wanted += [Cell("pause", share, run) for share in shares for run in ((8,) if plan.quick else runs)]
         wanted += [Cell(case, share, 1) for case in ("union", "receive") for share in some]
         wanted += [Cell(case, 1.0, max(RUNS)) for case in ("union", "receive") if 1.0 in some]
-        wanted += [Cell("checkpoint", share, 8) for share in some if share < 1]
+        wanted += [Cell("checkpoint", share, 8) for share in ((0.1,) if plan.quick else (0.0001, *shares)) if share < 1]
     if n_threads == most or plan.full:
         wanted += [Cell("pause", PAUSE_BYTES / PAGE / n_pages, run) for run in (1, 8)]
     if n_threads in (1, most) or plan.full:

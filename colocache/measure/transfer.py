@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The primary's end of a checkpoint that is measured: a thread that sends from the rig's plain memory over a socket."""
+"""A checkpoint that is measured, from its first byte to loaded, and what it is compared with: transfer.c in Python.
+
+Both ends are C, ours too, so that Python's part is in none of the times.
+"""
 
 from __future__ import annotations
 
 import socket
-import threading
+import struct
 from collections.abc import Callable
-from time import perf_counter_ns
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from colocache import Sender, message_header
+from colocache import Sender
+from colocache._native import error_from
+from colocache.measure import baseline
+from colocache.measure._baseline import ffi, lib
 from colocache.measure.patterns import Pattern
 
 if TYPE_CHECKING:
@@ -21,9 +26,7 @@ if TYPE_CHECKING:
 PAGE = 4096
 BLOCK = "pc.ram"
 STATE_BYTES = 4096
-MSG_STATE = 8
-TIMEOUT = 60.0
-PIECE = 1 << 20
+TIMEOUT = 60  # seconds without a byte
 
 
 class Transfer:
@@ -34,85 +37,67 @@ class Transfer:
         self._near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sender = Sender()
         self._sender.add_block(BLOCK, rig.plain_addr, rig.ram_bytes)
-        self._piece = bytearray(PIECE)
         self.arrived_ns = 0
-        for end in (self._near, self._far):
-            end.settimeout(TIMEOUT)
+        for end in (self._near, self._far):  # not settimeout, which would make them non-blocking
+            for limit in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                end.setsockopt(socket.SOL_SOCKET, limit, struct.pack("ll", TIMEOUT, 0))
 
     def stamp(self, pattern: Pattern) -> None:
         """New bytes into each dirty page of the primary, so that a page that did not come is noticed."""
         self._rig.change(self._rig.plain, np.flatnonzero(pattern.bits))
 
-    def _beside(self, send: Callable[[], None], receive: Callable[[], None]) -> int:
-        """Nanoseconds of `receive` while `send` runs in a thread, which begins when the clock does."""
-        go, failed = threading.Event(), []
-
-        def run() -> None:
-            go.wait()
-            try:
-                send()
-            except BaseException as error:  # noqa: BLE001 raised again by the thread that waits
-                failed.append(error)
-                self._far.shutdown(socket.SHUT_RDWR)
-
-        thread = threading.Thread(target=run, name="sender of the measurement")
-        thread.start()
-        try:
-            start = perf_counter_ns()
-            go.set()
-            receive()
-            return perf_counter_ns() - start
-        finally:
-            go.set()
-            if threading.current_thread() is not thread:
-                thread.join()
-            if failed:
-                raise failed[0]
+    def _run(self, way: Callable[..., int], *arguments: int, **fields: Any) -> int:
+        """One pass through the sockets: nanoseconds."""
+        rig = self._rig
+        job = ffi.new("struct transfer *")
+        job.near, job.far, job.timeout_ms = self._near.fileno(), self._far.fileno(), TIMEOUT * 1000
+        job.n_pages = rig.n_pages
+        for name, addr in (("primary", rig.plain_addr), ("cache", rig.cache_addr), ("guest", rig.guest_addr)):
+            setattr(job, name, ffi.cast("char *", addr))
+        for name, value in fields.items():
+            setattr(job, name, value)
+        took = way(job, *arguments)
+        if took < 0:
+            raise error_from(took)
+        self.arrived_ns = job.arrived_ns
+        return took
 
     def checkpoint(self, pattern: Pattern) -> int:
         """One epoch from its first byte to loaded: nanoseconds; `arrived_ns`: those until its last page was there."""
         rig, epoch = self._rig, self._rig.epoch + 1
         self._sender.sync_words(0, pattern.words)
-
-        def send() -> None:
-            self._sender.send(self._far, epoch=epoch, timeout=TIMEOUT)
-            self._far.sendall(message_header(MSG_STATE, epoch, STATE_BYTES, pattern.n_dirty))
-            self._far.sendall(bytes(STATE_BYTES))
-
-        def receive() -> None:
-            start = perf_counter_ns()
-            _, taken = rig.cache.receive_stream(self._near, timeout=TIMEOUT, epoch=epoch)
-            self.arrived_ns = perf_counter_ns() - start
-            state = rig.cache.device_state_buffer(epoch, STATE_BYTES)
-            got = 0
-            while got < STATE_BYTES:
-                got += self._near.recv_into(state[got:])
-            state.release()
-            del state
-            rig.cache.sync_words(BLOCK, pattern.words)
-            rig.cache.seal(epoch, n_pages=taken)
-            rig.cache.flush()
-            rig.cache.loaded()
-
-        took = self._beside(send, receive)
+        with rig.cache._handle as cc, self._sender._handle as sender:
+            took = self._run(
+                lib.transfer_ours,
+                cc=ffi.cast("void *", cc),
+                sender=ffi.cast("void *", sender),
+                epoch=epoch,
+                state_bytes=STATE_BYTES,
+                words=baseline.words_pointer(pattern.words),
+            )
         rig.epoch = epoch
         self._sender.received()
         return took
 
-    def raw(self, n_bytes: int) -> int:
-        """So many bytes through the same socket into one buffer: nanoseconds."""
-        piece, into = memoryview(self._piece), memoryview(bytearray(PIECE))
+    def _beside(self, way: Callable[..., int], pattern: Pattern, *arguments: int) -> int:
+        """What comes to QEMU's union and flush: half of the dirty pages as received, half as the log's."""
+        half = self._rig.rng.integers(0, 1 << 64, pattern.words.size, np.uint64)
+        received, log = pattern.words & half, pattern.words & ~half
+        return self._run(
+            way,
+            *arguments,
+            words=baseline.words_pointer(pattern.words),
+            received=baseline.words_pointer(received),
+            log=baseline.words_pointer(log),
+        )
 
-        def send() -> None:
-            for at in range(0, n_bytes, PIECE):
-                self._far.sendall(piece[: min(PIECE, n_bytes - at)])
+    def hot(self, pattern: Pattern) -> int:
+        """As many bytes from one buffer to another, both in the CPU's caches, then QEMU's flush: nanoseconds."""
+        return self._beside(lib.transfer_hot, pattern, pattern.n_dirty * PAGE)
 
-        def receive() -> None:
-            left = n_bytes
-            while left:
-                left -= self._near.recv_into(into[: min(PIECE, left)])
-
-        return self._beside(send, receive)
+    def in_place(self, pattern: Pattern) -> int:
+        """The dirty pages from where they lie into the cache's, and nothing else, then QEMU's flush: nanoseconds."""
+        return self._beside(lib.transfer_in_place, pattern)
 
     def __enter__(self) -> Transfer:
         return self

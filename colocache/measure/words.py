@@ -51,6 +51,11 @@ def ratio(value: float | None) -> str:
     return NONE if value is None or math.isnan(value) else f"{value:.2f}"
 
 
+def spread_of_ratio(ratios: Spread) -> str:
+    """p10 and p90 of the rounds' own ratios."""
+    return f"{ratios.p10:.2f}–{ratios.p90:.2f}" if ratios.known else NONE
+
+
 def threads(count: int) -> str:
     return f"{count} thread{'s' if count != 1 else ''}"
 
