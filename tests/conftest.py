@@ -21,6 +21,21 @@ from support import BLOCKS, checkpoint, ours, page
 _numbers = itertools.count()
 
 
+# Run C programs or a model to their end. They share nothing with other tests (no guest, no named memory, no huge pages,
+# no measured time), so that CI runs them beside those.
+PROGRAMS = {
+    "test_c_fuzz", "test_c_install", "test_c_step", "test_conversation_model", "test_crash", "test_disks_laws",
+    "test_disks_model", "test_failing_calls", "test_outputs_laws", "test_spill_faults",
+}  # fmt: skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.stem in PROGRAMS:
+            item.add_marker(pytest.mark.programs)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def away_from_the_source(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Children that run `python -c` or `-m` look into their working directory first: it must not be the clone."""
