@@ -4,6 +4,8 @@ another; and what a killed keeper leaves on disks is found and removed."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import secrets
@@ -11,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -22,7 +26,7 @@ import colocache
 from colocache import Attachment, scratch
 from colocache.commands.clean import clean
 from colocache.commands.inspect import inspect
-from colocache.disk_files import KeptDiskFiles, check_free, disk_files, remove_lost_logs
+from colocache.disk_files import DiskFiles, KeptDiskFiles, check_free, disk_files, remove_lost_logs
 from colocache.disks import mark as marks
 from colocache.disks.apart import ApartDisks, open_disks
 from colocache.disks.mark import ATTRIBUTE, Mark, Was, can_mark, read_mark, write_mark
@@ -288,6 +292,72 @@ def test_a_keeper_that_ends_in_order_leaves_nothing_and_one_that_attaches_keeps_
     assert second == first
     assert sorted(image.parent.iterdir()) == [image]
     assert disk_files(name) is None
+
+
+def test_the_file_of_a_regions_disks_is_there_whenever_the_one_that_attaches_dies(
+    image: Path, region_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without it nobody would know any more that the images are this region's."""
+    with KeptDiskFiles(region_name, [str(image)], ["first log", "second log"]):
+        before = disk_files(region_name)
+        assert before is not None
+        seen: list[DiskFiles | None] = []
+        looking = False
+
+        def looks_after(call: Callable[..., Any], *given: Any, **more: Any) -> Any:
+            nonlocal looking
+            done = call(*given, **more)
+            if not looking:
+                looking = True
+                seen.append(disk_files(region_name))
+                looking = False
+            return done
+
+        with monkeypatch.context() as patch:
+            for name in ("open", "write", "pwrite", "link", "unlink"):
+                patch.setattr(os, name, partial(looks_after, getattr(os, name)))
+            again = KeptDiskFiles(region_name, [str(image)], ["other"])
+        after = disk_files(region_name)
+        assert after is not None
+        assert (after.logs, after.identity) == (("other",), before.identity)
+        assert len(seen) > 1
+        assert all(found in (before, after) for found in seen)
+        again.__exit__(None, None, None)
+
+
+def test_a_log_that_clean_removed_before_it_was_locked_is_made_anew(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = image.parent / "here.disk-log.0"
+    removed: list[Path] = []
+
+    def flock(fd: int, how: int, real: Callable[[int, int], None] = fcntl.flock) -> None:
+        if log.exists():
+            monkeypatch.undo()
+            removed.extend(remove_lost_logs(str(image.parent), []))
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    disks = opened(image)
+    assert removed == [log]
+    assert log.exists()
+    assert remove_lost_logs(str(image.parent), []) == [], "they are locked"
+    disks.close()
+
+
+def test_a_file_system_with_room_for_less_than_a_mark_has_no_place_for_one(
+    image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full one may still have room for a byte beside the inode, and would refuse the mark later."""
+    real = os.setxattr
+
+    def setxattr(where: Any, name: str, value: bytes) -> None:
+        if len(value) > 60:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(where, name, value)
+
+    monkeypatch.setattr(os, "setxattr", setxattr)
+    assert not can_mark(str(image))
 
 
 def test_what_others_put_in_its_place_is_no_file_of_a_regions_disks_and_holds_nobody_up(region_name: str) -> None:

@@ -4,6 +4,7 @@ of the secondary's machine or the pair, never a page, and each is said."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -263,10 +264,18 @@ def test_private_pages_are_given_up_before_anything_is_spilled(
     assert pair.secondary.svm.wrong_pages == 0
 
 
+def nobody_can_ask(_: int) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize("free_bytes", [lambda _: 20 * PAGE, nobody_can_ask], ids=["full", "broken"])
 def test_a_checkpoint_that_neither_memory_nor_disk_can_hold_ends_the_pair_with_the_primary_alone(
-    bounded_pair: Callable[..., Pair], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bounded_pair: Callable[..., Pair],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    free_bytes: Callable[[int], int],
 ) -> None:
-    monkeypatch.setattr(spill, "free_bytes", lambda _: 20 * PAGE)
+    monkeypatch.setattr(spill, "free_bytes", free_bytes)
     pair = bounded_pair(spill=disk_folder(tmp_path))
     pair.make_secondary(memory_limit=SPILL_LIMIT)
     pair.make_primary(interval=0.02)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import shutil
@@ -189,6 +190,19 @@ def test_a_command_that_qemu_refuses_is_one_sentence(start: Start, primary_image
 def test_a_qemu_that_does_not_come_up_says_its_last_words(primary_image: int) -> None:
     with pytest.raises(QemuDiedError, match=r"exit status 1: .*no-such-cpu"):
         QemuProcess(guest("-cpu", "no-such-cpu"), primary_image, shared=True)
+
+
+def test_a_qemu_that_could_not_even_be_started_names_that_cause(
+    primary_image: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    QemuProcess(guest(), primary_image, shared=True).kill()  # makes the driver's own
+
+    def no_more(*_: Any) -> Any:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(socket, "socketpair", no_more)
+    with pytest.raises(OSError, match="Too many open files"):
+        QemuProcess(guest(), primary_image, shared=True)
 
 
 def test_an_unmigratable_device_is_refused_at_the_start(primary_image: int) -> None:

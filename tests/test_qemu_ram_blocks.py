@@ -3,19 +3,27 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from qemu_support import QEMU, Pair, guest, image_file, needs_qemu, wait_until
 
 from colocache.vmm.errors import DeviceStateError
-from colocache.vmm.qemu import memory_access, ram_blocks, refusals
+from colocache.vmm.history import Words
+from colocache.vmm.machine import LoadReport
+from colocache.vmm.qemu import memory_access, process_log, ram_blocks, refusals
 from colocache.vmm.qemu.command_line import CommandLineError
 from colocache.vmm.qemu.description import describe
 from colocache.vmm.qemu.errors import QemuDiedError, QemuError
+from colocache.vmm.qemu.loading import compare_others
 from colocache.vmm.qemu.process import QemuProcess
 from colocache.vmm.qemu.state import CarriedPage, SavedState, pack, parse
 from colocache.vmm.workload import GuestOptions
@@ -35,6 +43,33 @@ def test_a_process_that_is_being_taken_apart_has_ended() -> None:
         wait_until(lambda: Path(f"/proc/{ended.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         with pytest.raises(QemuDiedError, match="has ended"):
             memory_access.read(ended.pid, 4096, 8)
+
+
+def test_its_dirty_log_says_that_it_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(path: str, *_: Any) -> int:
+        raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH), path)
+
+    process: Any = SimpleNamespace(pid=1, address=lambda: 0)
+    ram: Any = SimpleNamespace(index=0, n_pages=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", gone)
+        with pytest.raises(QemuDiedError, match="has ended"):
+            process_log.log_of(process, ram, kvm_maps_it=False)
+
+
+def test_one_that_ends_while_its_blocks_are_compared_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory goes before it counts as dead. What a living one refuses is an error as ever."""
+    alive: Any = SimpleNamespace(alive=True)
+    report = LoadReport(0, (), 0)
+    errors: list[QemuError] = [QemuDiedError("has ended"), QemuError("refused")]
+
+    def hashes(_: QemuProcess) -> Words:
+        raise errors.pop(0)
+
+    monkeypatch.setattr(ram_blocks, "hashes", hashes)
+    assert compare_others(alive, np.zeros(1, np.uint64), report) is report
+    with pytest.raises(QemuError, match="refused"):
+        compare_others(alive, np.zeros(1, np.uint64), report)
 
 
 @pytest.fixture

@@ -49,6 +49,13 @@ def test_read_only_disks_are_compared_by_what_they_hold(tmp_path: Path) -> None:
     assert line.read_only[2].fingerprint() != prints[2], "any byte of a small one"
 
 
+def test_a_file_whose_name_looks_like_a_description_is_a_file(tmp_path: Path) -> None:
+    odd = "{odd"
+    (tmp_path / odd).write_bytes(b"x")
+    line = read_command_line([QEMU, "-drive", f"file={odd},format=raw,readonly=on,id=data"])
+    assert [(one.name, one.path) for one in line.read_only] == [("data", odd)]
+
+
 def test_a_pair_whose_read_only_disks_differ_is_told_the_disk() -> None:
     here = Description(**FACTS, read_only=(("cd, \u00e4", "1 bytes a"), ("data", "2 bytes b")))
     there = Description(**FACTS, read_only=(("cd, \u00e4", "1 bytes a"), ("data", "2 bytes c")))

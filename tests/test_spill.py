@@ -4,11 +4,14 @@ the file goes with its region. What it costs a pair, and by the kernel's figure,
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +23,7 @@ from colocache import backing as bk
 from colocache.cli import cli
 from colocache.names import file_name
 
-from support import disk_folder
+from support import disk_folder, files_of
 
 PAGE = 4096
 LIMIT = 4
@@ -142,6 +145,37 @@ def test_a_committed_epoch_needs_no_spill_file_and_another_may_be_made(spilling:
         memory.unlink()
     finally:
         memory.close()
+
+
+def test_a_disk_that_has_become_read_only_keeps_nobody_from_the_region(
+    spilling: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The committed epoch is attached without its spill file, and the names go though that stays."""
+    name, path = sealed_and_dead(spilling), spilling.spill_path
+    assert CliRunner().invoke(cli, ["recover", name]).exit_code == 0
+    assert path is not None
+    refused = []
+
+    def refuses(call: Callable[..., Any], where: Any, *given: Any, **more: Any) -> Any:
+        if Path(where) == path:
+            refused.append(call.__name__)
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return call(where, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", partial(refuses, os.open))
+        patch.setattr(os, "unlink", partial(refuses, os.unlink))
+        memory = Memory.open(name)
+        try:
+            assert memory.spill_fd < 0
+            with Cache.attach(memory) as cache:
+                assert (cache.blocks["pc.ram"].guest[:N] == 2).all()
+            memory.unlink()
+        finally:
+            memory.close()
+    assert refused == ["open", "unlink"]
+    assert files_of(name) == []
+    assert path.exists()
 
 
 def test_clean_removes_the_file_of_a_dead_region_and_its_link(region_name: str, tmp_path: Path) -> None:
