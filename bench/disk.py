@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from colocache.commands.options import print_json
-from colocache.demo.run import Side
+from colocache.demo.side import Side
 from colocache.fitted_table import Column, print_fitted
 from colocache.vmm.qemu.disk import DiskSpec, Nodes
 
