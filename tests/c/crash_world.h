@@ -115,7 +115,7 @@ void model_death(struct model *model, const struct history *history, const struc
 void model_attach_death(struct model *model, const struct history *history, const struct progress *progress);
 const char *kind_name(enum kind kind);
 
-/* crash_run.c: memory that outlives children, and the child's part */
+/* crash_memory.c: memory that outlives children */
 struct memory {
     int control, guest[2], cache[2], spill;
     uint8_t *guest_at[2]; /* the parent's mappings */
@@ -144,10 +144,12 @@ void memory_reset(struct memory *memory); /* as new: zeros, control region empty
 void memory_images(const struct memory *memory, struct colocache_images images[2]);
 struct colocache_options memory_options(const struct memory *memory);
 int memory_attach(const struct memory *memory, struct colocache_recovery *report, struct colocache **out);
-int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
 uint8_t *memory_page(const struct memory *memory, unsigned page); /* of guest RAM; sparse: a copy, as a look would fill a hole */
 uint8_t *vm_page(struct colocache *cc, unsigned page);            /* the same where the VM has it */
 bool cache_is_empty(const struct memory *memory);                 /* takes no memory */
+
+/* crash_run.c: the child's part */
+int in_child(void (*work)(void *context), void *context, uint64_t crash_at);
 void run_step(const struct memory *memory, const struct history *history, const struct step *step, struct colocache **cc,
               const struct model *before);
 void run_steps(const struct memory *memory, const struct history *history, bool check_bits);

@@ -48,8 +48,8 @@ build() { # DIR FLAGS...
     dir=$(cd "$1" && pwd)
     shift
     objects "$dir/csrc" -DCOLOCACHE_FAULTS "$@"
-    program "$dir" crash "$@" -- crash.c crash_world.c crash_run.c crash_check.c
-    program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_run.c crash_check.c
+    program "$dir" crash "$@" -- crash.c crash_world.c crash_memory.c crash_run.c crash_check.c
+    program "$dir" crash_damage "$@" -- crash_damage.c crash_world.c crash_memory.c crash_run.c crash_check.c
     program "$dir" crash_blocks "$@" -- crash_blocks.c
     program "$dir" crash_threads "$@" -- crash_threads.c
     program "$dir" crash_failover "$@" -- crash_failover.c
@@ -70,7 +70,7 @@ build-stepped)
     dir=$(cd "$2" && pwd)
     objects "$dir/csrc" -O3
     # At fixed addresses, for addr2line; bound at once, or the linker's instructions would be stepped as well.
-    program "$dir" step -O2 -no-pie -Wl,-z,now -- step.c step_trace.c crash_world.c crash_run.c crash_check.c
+    program "$dir" step -O2 -no-pie -Wl,-z,now -- step.c step_trace.c crash_world.c crash_memory.c crash_run.c crash_check.c
     ;;
 wrapped) echo $wrapped ;;
 run)
