@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from c_tools import run, tool
-from disk_life import Calls, failing
+from disk_calls import Calls, failing
 from qemu_support import guest, image_file, needs_qemu
 from test_replication_disks import SIZE, DiskMachine, ToyMirrors, Truth, check, pair_with_a_disk, truth
 from toy import QUICK, Recorder, once
