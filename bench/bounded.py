@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bounded memory beside the mirror: what a secondary needs beyond one image, how long it stands, how fast its guest is.
 
-    sudo .venv/bin/python bench/bounded.py [--ram 1G] [--share 10] [--rounds 1] [--spill DIR] [--json]
+    sudo .venv/bin/python bench/bounded.py [--ram 1G] [--share 10] [--working-set 8M] [--rounds 1] [--spill DIR]
 
 Memory: for each recorded trace a secondary in a memory control group of its own receives the pages of one interval
 after the other, while its VM writes those of another; each interval ends with a checkpoint, and bounded memory brings
@@ -56,8 +56,8 @@ PEAKS = ("memory.max_usage_in_bytes", "memory.peak")
 STEP_PAGES = 256  # that come, or are written, between two looks at the limit
 MARGIN_PAGES = 6 * STEP_PAGES  # a step of each, and what the kernel holds in stock for each core
 SPEED_RAM, SPEED_CHECKPOINTS, SPEED_SECONDS = 256 << 20, 12, 0.1
-SPEED_SETS = (2 << 20, 8 << 20, 32 << 20, 128 << 20)
-SPILL_RAM, SPILL_EPOCH = 256 << 20, 64 << 20
+SPEED_SETS = ("2M", "8M", "32M", "128M")
+SPILL_EVERY = 4  # th page of guest RAM comes
 
 
 @dataclass
@@ -229,17 +229,17 @@ def speed(mode: str, backing: str, working_set: int) -> SpeedFigures:
     return SpeedFigures(mode, working_set, statistics.median(rates[1:]), statistics.median(pauses[1:]))
 
 
-def spilling(folder: Path, spills: bool) -> SpillFigures:
+def spilling(folder: Path, n_bytes: int, spills: bool) -> SpillFigures:
     """Every fourth page comes, one by one."""
-    block = BlockSpec(BLOCK, SPILL_RAM)
+    block = BlockSpec(BLOCK, SPILL_EVERY * n_bytes)
     with (
         Memory.create(None, [block], backing="shm", memory_mode="bounded", spill=folder) as memory,
         Cache.create(memory) as cache,
     ):
         secondary = Secondary(cache)
         secondary.become_epoch_1()
-        cache.limit_staged(SPILL_EPOCH // 8 if spills else 0)
-        pfns = np.arange(0, secondary.n_pages, SPILL_RAM // SPILL_EPOCH, dtype=np.uint64)
+        cache.limit_staged(n_bytes // 8 if spills else 0)
+        pfns = np.arange(0, secondary.n_pages, SPILL_EVERY, dtype=np.uint64)
         pages = np.full((STEP_PAGES, PAGE), 7, np.uint8)
         begin = time.perf_counter()
         for first in range(0, pfns.size, STEP_PAGES):
@@ -276,12 +276,22 @@ def first_state(kind: Any, options: GuestOptions, cache: Cache) -> bytes:
 @click.option("--ram", type=parse_size, default="1G", help="guest RAM for the traces (default 1G)")
 @click.option("--share", type=click.FloatRange(1, 100), default=10.0, help="per cent of it that may be taken beside it")
 @click.option("--workload", "workloads", multiple=True, type=click.Choice(WORKLOADS), default=WORKLOADS)
+@click.option("--working-set", "sets", multiple=True, type=parse_size, default=SPEED_SETS, help="of the guest's speed")
 @click.option("--backing", type=click.Choice(("shm", "thp")), default="shm", help="pages of the images")
 @click.option("--rounds", type=click.IntRange(1), default=3, help="of the guest's speed, and of spilling")
 @click.option("--spill", default="/var/tmp", show_default=True, help="a folder on a disk")  # noqa: S108 -- names of its own
+@click.option("--spill-epoch", type=parse_size, default="64M", show_default=True, help="how much comes for that")
 @click.option("--json", "as_json", is_flag=True, help="every figure instead of the tables")
 def main(
-    ram: int, share: float, workloads: tuple[str, ...], backing: str, rounds: int, spill: str, as_json: bool
+    ram: int,
+    share: float,
+    workloads: tuple[str, ...],
+    sets: tuple[int, ...],
+    backing: str,
+    rounds: int,
+    spill: str,
+    spill_epoch: int,
+    as_json: bool,
 ) -> None:
     memory: list[MemoryFigures] = []
     speeds: list[SpeedFigures] = []
@@ -297,12 +307,12 @@ def main(
                         break
                     memory.append(in_a_process(replay, group, workload, mode, backing, ram, share))
                 progress.advance(task)
-        task = progress.add_task("speed", total=rounds * len(MODES) * len(SPEED_SETS))
+        task = progress.add_task("speed", total=rounds * len(MODES) * len(sets))
         if (trouble := kvm_trouble()) is not None:
             print(f"the guest's speed is left out: {trouble[0]}", file=sys.stderr)
         else:
             for _ in range(rounds):
-                for working_set in SPEED_SETS:
+                for working_set in sets:
                     for mode in MODES:
                         speeds.append(speed(mode, backing, working_set))
                         progress.advance(task)
@@ -311,7 +321,7 @@ def main(
         except ArgumentError as error:
             print(f"spilling is left out: {error}", file=sys.stderr)
         else:
-            spills = [spilling(folder, spills) for _ in range(rounds) for spills in (False, True)]
+            spills = [spilling(folder, spill_epoch, spills) for _ in range(rounds) for spills in (False, True)]
     if as_json:
         print(json.dumps({"ram_bytes": ram, "memory": [asdict(one) for one in memory],
                           "speed": [asdict(one) for one in speeds],
@@ -323,7 +333,7 @@ def main(
     if speeds:
         console.print(speed_table(speeds))
     if spills:
-        console.print(spill_table(spills))
+        console.print(spill_table(spills, spill_epoch))
 
 
 def in_a_process(work: Callable[..., None], *args: Any) -> Any:
@@ -356,7 +366,7 @@ def speed_table(figures: list[SpeedFigures]) -> Table:
     table = Table(box=SIMPLE, title="A KVM guest that writes flat out, a checkpoint every 100 ms")
     for title in ("working set", "memory", "steps a second (least, most)", "of the mirror's", "flush and load, ms"):
         table.add_column(title, justify="right")
-    for working_set in SPEED_SETS:
+    for working_set in dict.fromkeys(one.working_set_bytes for one in figures):
         mirror = 0.0
         for mode in MODES:
             mine = [one for one in figures if (one.mode, one.working_set_bytes) == (mode, working_set)]
@@ -370,8 +380,8 @@ def speed_table(figures: list[SpeedFigures]) -> Table:
     return table
 
 
-def spill_table(figures: list[SpillFigures]) -> Table:
-    table = Table(box=SIMPLE, title=f"An epoch of {SPILL_EPOCH >> 20} MiB of scattered pages")
+def spill_table(figures: list[SpillFigures], n_bytes: int) -> Table:
+    table = Table(box=SIMPLE, title=f"An epoch of {n_bytes >> 20} MiB of scattered pages")
     for title in ("on the disk", "to come, ms (least, most)", "seal, ms", "flush, ms (least, most)"):
         table.add_column(title, justify="right")
     for spilled in sorted({one.spilled_bytes for one in figures}):

@@ -18,6 +18,7 @@ def test_bounded_memory_is_measured_beside_the_mirror() -> None:
     if not SCRIPT.is_file():
         pytest.skip("these tests are not in a source tree")
     least = ["--ram", "64M", "--workload", "compile", "--rounds", "1", "--share", "8", "--json"]
+    least += ["--working-set", "8M", "--spill-epoch", "8M"]
     done = subprocess.run([sys.executable, SCRIPT, *least], capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     told = json.loads(done.stdout)
@@ -31,7 +32,8 @@ def test_bounded_memory_is_measured_beside_the_mirror() -> None:
         assert bounded["brought_forward"] > 0
         assert mirror["brought_forward"] == 0
     if "speed is left out" not in done.stderr:
-        assert [one["mode"] for one in told["speed"]] == 4 * ["mirror", "bounded"]
+        assert [one["mode"] for one in told["speed"]] == ["mirror", "bounded"]
+        assert {one["working_set_bytes"] for one in told["speed"]} == {8 << 20}
         assert all(one["steps_per_second"] > 0 for one in told["speed"])
     if "spilling is left out" not in done.stderr:
-        assert [one["spilled_bytes"] >> 20 for one in told["spill"]] == [0, 56]
+        assert [one["spilled_bytes"] >> 20 for one in told["spill"]] == [0, 7]
