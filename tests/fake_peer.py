@@ -20,6 +20,7 @@ from colocache.replication.messages import MessageType, decode_reason
 
 M = MessageType
 PAGE = 4096
+STATE = b'{"steps": 4, "sums": null}'  # of a toy machine
 
 
 class FakePeer:

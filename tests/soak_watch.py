@@ -105,9 +105,7 @@ class Watched:
             self._dirty_pages_max = QEMU_RAM_BYTES // 4096
             self._n_pages = self._dirty_pages_max + pages_beside_guest_memory()
             self._own_pages = own_pages_of_the_small_guest()
-        self._qemu_dies = (
-            False  # one of the secondary's: then its firmware and tables may be gone before they are compared
-        )
+        self._qemu_dies = False  # one of S's: then its firmware and tables may be gone before they are compared
         self._stack = contextlib.ExitStack()
         self._image: Path | None = None
         if disk:

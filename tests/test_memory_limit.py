@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_peer import FakePeer, accepted, fake_primary, packet
+from fake_peer import STATE, FakePeer, accepted, fake_primary, packet
 from toy import QUICK, TOY_BLOCKS, Pair, no_page_wrong, pair_of
 
 from colocache import ArgumentError, BlockSpec, Memory, spill
@@ -30,7 +30,6 @@ M = MessageType
 TROUBLE = kvm_trouble()
 needs_kvm = pytest.mark.skipif(TROUBLE is not None, reason=" -- ".join(TROUBLE or ()))
 PAGE = 4096
-STATE = b'{"steps": 4, "sums": null}'
 N_PAGES = 3000
 LARGER = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", N_PAGES * PAGE))
 SMALL_LIMIT = bookkeeping_of(TOY_BLOCKS) + 100 * PAGE
@@ -59,8 +58,8 @@ def slow_guest(monkeypatch: pytest.MonkeyPatch) -> None:
 def commit(peer: FakePeer, epoch: int, n_pages: int) -> None:
     peer.say(M.CHECKPOINT_REQUEST, epoch, a=n_pages)
     assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
-    peer.say(M.VMSTATE_SEND, epoch)
-    peer.say(M.VMSTATE_SIZE, epoch, STATE, n_pages)
+    peer.say(M.VMSTATE_SEND, epoch, STATE)
+    peer.say(M.VMSTATE_SIZE, epoch, a=n_pages)
     assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, epoch)
 
 

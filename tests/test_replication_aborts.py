@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello, packet
+from fake_peer import STATE, FakePeer, accepted, fake_primary, fake_secondary, its_hello, packet
 from toy import QUICK, TOY_BLOCKS, Pair, pair_of
 
 from colocache import Memory
@@ -19,7 +19,6 @@ from colocache.replication.messages import AbortKind, MessageType
 PAGE = 4096
 M = MessageType
 CHECKPOINT, SESSION, REFUSED, LOAD, END, TOOK_OVER = AbortKind
-STATE = b'{"steps": 4, "sums": null}'
 
 
 @pytest.fixture
@@ -40,8 +39,8 @@ def epoch_with_a_page(peer: FakePeer, epoch: int) -> None:
     peer.socket.sendall(page_of(epoch))
     peer.say(M.CHECKPOINT_REQUEST, epoch)
     assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
-    peer.say(M.VMSTATE_SEND, epoch)
-    peer.say(M.VMSTATE_SIZE, epoch, STATE, 1)
+    peer.say(M.VMSTATE_SEND, epoch, STATE)
+    peer.say(M.VMSTATE_SIZE, epoch, a=1)
     assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, epoch)
     assert peer.hear()[:2] == (M.VMSTATE_LOADED, epoch)
 
@@ -56,7 +55,7 @@ def bring_secondary_to(stage: str, peer: FakePeer) -> None:
         peer.say(M.CHECKPOINT_REQUEST, 2)
         assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, 2)
     if stage == "sending":
-        peer.say(M.VMSTATE_SEND, 2)
+        peer.say(M.VMSTATE_SEND, 2, STATE)
 
 
 @pytest.mark.parametrize(

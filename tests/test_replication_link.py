@@ -33,6 +33,7 @@ CUTS = [
     (MessageType.CHECKPOINT_REQUEST, "P→S", 3),
     (MessageType.CHECKPOINT_REPLY, "S→P", 3),
     (MessageType.VMSTATE_SEND, "P→S", 3),
+    (MessageType.PAGES, "P→S", 9),
     (MessageType.VMSTATE_SIZE, "P→S", 3),
     (MessageType.VMSTATE_RECEIVED, "S→P", 3),
     (MessageType.VMSTATE_LOADED, "S→P", 3),

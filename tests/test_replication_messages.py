@@ -135,7 +135,7 @@ def test_a_changed_byte_is_refused_or_is_another_valid_hello(position: int, valu
 @pytest.mark.parametrize(
     ("body", "what"),
     [
-        (raw(wire_version=1), "speaks version 1 of the conversation, this side 6"),
+        (raw(wire_version=1), "speaks version 1 of the conversation, this side 7"),
         (raw(wire_version=True), "wire_version is not a number"),
         (raw(drop=("lost",)), "its fields are not those"),
         (raw(more=1), "its fields are not those"),
@@ -236,14 +236,14 @@ def test_only_eight_messages_have_a_body_and_each_a_bound() -> None:
     assert with_body == {
         MessageType.HELLO,
         MessageType.ABORT,
-        MessageType.VMSTATE_SIZE,
+        MessageType.VMSTATE_SEND,
         MessageType.STREAM,
         MessageType.OUTPUT,
         MessageType.INPUT,
         MessageType.DISK,
         MessageType.DISKS,
     }
-    assert body_bytes_max(MessageType.VMSTATE_SIZE, 100) == 100
+    assert body_bytes_max(MessageType.VMSTATE_SEND, 100) == 100
 
 
 @given(st.sampled_from(list(MessageType)), st.integers(0, U64_MAX))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_peer import FakePeer, accepted, fake_primary, fake_secondary, its_hello, packet
+from fake_peer import STATE, FakePeer, accepted, fake_primary, fake_secondary, its_hello, packet
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy import QUICK, TOY_BLOCKS, Pair, Running, pair_of
@@ -39,9 +39,8 @@ def test_the_packets_of_these_tests_are_good_ones(pair: Pair) -> None:
         peer.socket.sendall(packet(1, [(5, 2, 0)], data=bytes([9]) * 2 * PAGE))
         peer.say(M.CHECKPOINT_REQUEST, 1)
         assert peer.hear() == (M.CHECKPOINT_REPLY, 1, b"")
-        peer.say(M.VMSTATE_SEND, 1)
-        low, high = split_u64(2)
-        peer.say(M.VMSTATE_SIZE, 1, b'{"steps": 4, "sums": null}', low, high)
+        peer.say(M.VMSTATE_SEND, 1, STATE)
+        peer.say(M.VMSTATE_SIZE, 1, b"", *split_u64(2))
         assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, 1)
         assert peer.hear()[:2] == (M.VMSTATE_LOADED, 1)
         assert np.all(pair.guest_ram()[1][5:7] == 9)
@@ -121,8 +120,8 @@ def test_pages_between_request_and_send_are_of_that_epoch(pair: Pair) -> None:
         peer.say(M.CHECKPOINT_REQUEST, 1)
         assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, 1)
         peer.socket.sendall(packet(1, [(3, 1, 0)], epoch=1, data=bytes([9]) * PAGE))
-        peer.say(M.VMSTATE_SEND, 1)
-        peer.say(M.VMSTATE_SIZE, 1, b'{"steps": 4, "sums": null}', 1)
+        peer.say(M.VMSTATE_SEND, 1, STATE)
+        peer.say(M.VMSTATE_SIZE, 1, a=1)
         assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, 1)
 
 
@@ -145,8 +144,8 @@ def test_a_count_that_does_not_agree_aborts_the_epoch_and_the_pair_goes_on(pair:
             peer.socket.sendall(packet(1, [(5, 1, 0)], epoch=epoch, data=bytes([9]) * PAGE))
             peer.say(M.CHECKPOINT_REQUEST, epoch)
             assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
-            peer.say(M.VMSTATE_SEND, epoch)
-            peer.say(M.VMSTATE_SIZE, epoch, b'{"steps": 4, "sums": null}', told)
+            peer.say(M.VMSTATE_SEND, epoch, STATE)
+            peer.say(M.VMSTATE_SIZE, epoch, a=told)
             kind, of, body = peer.hear()
             assert of == epoch
             if epoch == 1:
@@ -165,8 +164,7 @@ def test_a_device_state_above_its_bound_is_refused_before_memory_is_taken(pair: 
     with fake_primary(pair) as peer:
         accepted(peer)
         peer.say(M.CHECKPOINT_REQUEST, 1)
-        peer.say(M.VMSTATE_SEND, 1)
-        peer.socket.sendall(message_header(M.VMSTATE_SIZE, 1, 1 << 60))
+        peer.socket.sendall(message_header(M.VMSTATE_SEND, 1, 1 << 60))
         assert "announced 1152921504606846976 bytes" in peer.hear_end()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_replication_strangers import FakePeer, packet
+from fake_peer import STATE, FakePeer, packet
 from toy import PAGE, QUICK, Pair, Rule, pair_of
 
 from colocache import BlockSpec, Memory
@@ -29,7 +29,6 @@ M = MessageType
 # Pages are dealt out to the streams by 4096: with four streams each has some.
 WIDE_BLOCKS = (BlockSpec("boot", 13 * PAGE), BlockSpec("pc.ram", (3 * 4096 + 2100) * PAGE))
 WIDE_PAGES = 13 + 3 * 4096 + 2100
-STATE = b'{"steps": 4, "sums": null}'
 Make = Callable[..., Memory]
 
 
@@ -277,8 +276,8 @@ def checkpoint(control: FakePeer, epoch: int, n_pages: int) -> None:
     """All that a primary says until it waits for RECEIVED."""
     control.say(M.CHECKPOINT_REQUEST, epoch)
     assert control.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
-    control.say(M.VMSTATE_SEND, epoch)
-    control.say(M.VMSTATE_SIZE, epoch, STATE, n_pages)
+    control.say(M.VMSTATE_SEND, epoch, STATE)
+    control.say(M.VMSTATE_SIZE, epoch, a=n_pages)
 
 
 def test_a_count_that_is_never_reached_ends_the_session_with_one_sentence(

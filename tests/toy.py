@@ -161,6 +161,9 @@ class ToyMachine:
         if self.veto:
             raise DeviceStateError(self.veto)
 
+    def rehearse(self, state: bytes) -> None:
+        self.check_device_state(state)
+
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
         assert not self.running
         self.on_load()

@@ -43,6 +43,12 @@ DISCARD_BYTES = 1 << 18
 SPIN_SECONDS = 0.001  # that `spin` keeps a core awake: sleeping and waking costs more than most answers take
 
 
+def packed(message: MessageType, *, epoch: int = 0, a: int = 0, b: int = 0, body: bytes = b"") -> list[bytes]:
+    """A message as it goes over the wire, in its parts."""
+    header = message_header(int(message), epoch, len(body), a, b)
+    return [header, body] if body else [header]
+
+
 class Channel:
     """Messages over a transport, which it owns. Context manager; closing it twice is allowed.
 
@@ -85,9 +91,12 @@ class Channel:
 
     def send(self, message: MessageType, *, epoch: int = 0, a: int = 0, b: int = 0, body: bytes = b"") -> None:
         """Send one message whole."""
-        header = message_header(int(message), epoch, len(body), a, b)
+        self.send_together(packed(message, epoch=epoch, a=a, b=b, body=body))
+
+    def send_together(self, parts: list[bytes]) -> None:
+        """Send messages made by `packed`, one after the other, with one call of the system: the peer wakes once."""
         with self._send_lock:
-            self._send_all([memoryview(header), memoryview(body)] if body else [memoryview(header)])
+            self._send_all([memoryview(part) for part in parts])
 
     def send_write(self, write: Write, timeout: float) -> None:
         """Send a DISK message; `timeout` is the longest wait without a byte taken by the peer."""
@@ -236,7 +245,7 @@ class Channel:
     def receive_past_pages(self, cache: Cache, epoch: int = 0) -> tuple[Message, int]:
         """Take pages into the cache until another message comes: that message and the number of pages.
 
-        The body of a VMSTATE_SIZE is left in the socket: read it with `receive_into`.
+        The body of a VMSTATE_SEND is left in the socket: read it with `receive_into`.
         """
         self._check_open()
         try:
@@ -247,7 +256,7 @@ class Channel:
             raise PeerLostError(f"the connection broke while pages were received: {error}") from error
         self.last_heard = time.monotonic()
         message = self._parse(header)
-        if message.type is MessageType.VMSTATE_SIZE:
+        if message.type is MessageType.VMSTATE_SEND or not message.body_len:
             return message, n_pages
         self._coming.begin(header)
         return self.receive(), n_pages
@@ -264,7 +273,7 @@ class Channel:
             if not self._coming.begun:
                 header, _ = self._past_pages(cache, 0)
                 message = self._parse(header)
-                if message.type is MessageType.VMSTATE_SIZE:
+                if message.type is MessageType.VMSTATE_SEND:
                     self._skip(message.body_len)
                     continue
                 self._coming.begin(header)

@@ -12,7 +12,7 @@ How it goes when nothing is wrong, N being the epoch:
     P BETWEEN    PAGES(N), OUTPUT(N), INPUT -> S BETWEEN, both machines running; DISK -> at any time until both stand
                  CHECKPOINT_REQUEST(N) ->
     P REQUESTED  <- CHECKPOINT_REPLY(N)   S PAUSED
-                 PAGES(N), VMSTATE_SEND(N) ->  S COMPLETING
+                 PAGES(N), OUTPUT(N), VMSTATE_SEND(N) ->  S COMPLETING
                  PAGES(N), OUTPUT(N), INPUT(N), DISKS(N), VMSTATE_SIZE(N) ->
     P SENT       <- VMSTATE_RECEIVED(N)   after the seal; the secondary reads nothing until it runs again
     P SEALED     <- VMSTATE_LOADED(N)     S BETWEEN
@@ -150,6 +150,7 @@ class State(Enum):
         "VMSTATE_SEND",
         (
             Hears(M.PAGES, Meaning.PAGES, Of.THIS),  # of a far primary, which wrote much before it heard of this
+            Hears(M.OUTPUT, Meaning.OUTPUT, Of.THIS),
             Hears(M.VMSTATE_SEND, Meaning.ANSWER, Of.THIS),
             _TYPED,
             _DISK,
@@ -159,7 +160,7 @@ class State(Enum):
         ),
     )
     COMPLETING = Place(
-        "both machines stand, the last pages come",
+        "both machines stand, the device state is here, the last pages come",
         "primary",
         "VMSTATE_SIZE",
         (

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 from colocache import HEADER_BYTES
 from colocache.errors import PeerLostError
@@ -55,12 +54,12 @@ class Incoming:
             self.last_heard = time.monotonic()
         message, body = self._message, bytes(self._body)
         self._forget()
-        return replace(message, body=body) if body and message else message
+        return message._replace(body=body) if body and message else message
 
     def _see_header(self) -> None:
         try:
             message = self._parse(bytes(self._header))
-            if message.type in (MessageType.PAGES, MessageType.VMSTATE_SIZE):
+            if message.type in (MessageType.PAGES, MessageType.VMSTATE_SEND):
                 raise ProtocolError(f"the peer sent {message}, which may not come here")
         except ProtocolError:
             self._forget()

@@ -14,8 +14,8 @@ CHECKPOINT_READY      S→P        after HELLO: the secondary waits for pages; b
 CHECKPOINT_REQUEST    P→S        epoch N; b:a = about how many pages it has; S→P with epoch 0: "please take
                                  a checkpoint"
 CHECKPOINT_REPLY      S→P        epoch N: the secondary's VM stands still; b:a = pages that N may have (0 = any number)
-VMSTATE_SEND          P→S        epoch N: the primary's VM stands still, its last pages follow
-VMSTATE_SIZE          P→S        epoch N; b:a = pages sent for N (64 bits); body: the device state
+VMSTATE_SEND          P→S        epoch N: the primary's VM stands still, its last pages follow; body: the device state
+VMSTATE_SIZE          P→S        epoch N: that was all of it; b:a = pages sent for N (64 bits)
 VMSTATE_RECEIVED      S→P        epoch N is sealed; b:a as in CHECKPOINT_READY
 VMSTATE_LOADED        S→P        epoch N runs
 INPUT                 P→S        epoch 0: console input, kept for a takeover; body: offset of its first byte (64 bits),
@@ -31,16 +31,16 @@ STREAM                P→S        the first message on a further connection: a 
                                  body: see `Hello.stream_token`. Then PAGES, and PING(N) where they end for now
 ====================  =========  ======================================================================
 
-This is version 6 of it, which HELLO tells; version 5 had no disks, version 4 had no INPUT, in version 3 nobody said how
-many pages an epoch may have, and version 2 had no OUTPUT. The framing has a version of its own, in every header, which
-the C library looks at. Epoch numbers are below 2^48.
+This is version 7 of it, which HELLO tells; in version 6 the device state came last, with SIZE, version 5 had no disks,
+version 4 had no INPUT, in version 3 nobody said how many pages an epoch may have, and version 2 had no OUTPUT. The
+framing has a version of its own, in every header, which the C library looks at. Epoch numbers are below 2^48.
 """
 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import NamedTuple
 
 from colocache import MSG_PAGES, parse_header
 from colocache.choices import PAIR_BYTES_MAX
@@ -51,7 +51,7 @@ from colocache.outputs.travel import BODY_BYTES_MAX as OUTPUT_BYTES_MAX
 from colocache.outputs.typed import KEPT_BYTES_MAX
 from colocache.replication.errors import ProtocolError
 
-CONVERSATION_VERSION = 6
+CONVERSATION_VERSION = 7
 EPOCH_LIMIT = 1 << 48  # numbers are below it, COLOCACHE_EPOCH_MAX: no message drives a pair to the end of its numbers
 HELLO_BYTES_MAX = 512 << 10  # 256 blocks with the longest names, escaped, and some room
 REASON_BYTES_MAX = 1024
@@ -107,7 +107,7 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
         return HELLO_BYTES_MAX
     if message is MessageType.ABORT:
         return REASON_BYTES_MAX
-    if message is MessageType.VMSTATE_SIZE:
+    if message is MessageType.VMSTATE_SEND:
         return device_state_max
     if message is MessageType.STREAM:
         return STREAM_TOKEN_BYTES_MAX
@@ -122,8 +122,7 @@ def body_bytes_max(message: MessageType, device_state_max: int) -> int:
     return 0
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """A message's header, and its body once it was read (a device state is read straight into the cache instead)."""
 
     type: MessageType

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from colocache.disks.write import Write
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
 from colocache.outputs.travel import HEAD, pack
 from colocache.replication.apart import Apart
-from colocache.replication.channel import Channel
+from colocache.replication.channel import Channel, packed
 from colocache.replication.conversation import State
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
@@ -28,6 +29,7 @@ from colocache.replication.signals import Flag
 from colocache.replication.stages import Span, Stages
 from colocache.replication.streams_out import OutStreams
 from colocache.replication.trace import Trace
+from colocache.vmm.machine import REHEARSE_BYTES_MAX
 
 PART_PAGES = 1024  # at once in the background, if there are disks: their writes wait for no more
 INITIAL_ROUND_PAGES = 8192  # between two of these the secondary copies what has come to its guest RAM
@@ -78,6 +80,7 @@ class PrimarySession:
         self._trace = trace or Trace()
         self._save_failures = 0
         self._output_went = False  # since the last checkpoint
+        self._newest_state = b""  # to rehearse with
         self._rounds = Rounds(self._sync, self._send_round, pvm.machine.dirty_hint)
 
     def run(self, fresh: bool) -> None:
@@ -150,10 +153,16 @@ class PrimarySession:
 
     def _send_output(self) -> None:
         """What the machine sent travels before its epoch is sealed, for a secondary that takes over from that."""
-        output = self._pvm.output
+        if parts := self._packed_output():
+            self._channel.send_together(parts)
+
+    def _packed_output(self) -> list[bytes]:
+        output, epoch = self._pvm.output, self._pvm.epoch
+        parts = []
         for body in pack(output.take(), output.origin()):
-            self._channel.send(MessageType.OUTPUT, epoch=self._pvm.epoch, body=body)
-            self._output_went = True
+            parts += packed(MessageType.OUTPUT, epoch=epoch, body=body)
+        self._output_went = self._output_went or bool(parts)
+        return parts
 
     def _pass_on(self, offset: int, data: bytes) -> None:
         """What the world typed, before this side's machine is given it. In whatever thread has it."""
@@ -288,6 +297,7 @@ class PrimarySession:
         said = pvm.dirty_pages()
         low, high = split_u64(said)
         channel.send(MessageType.CHECKPOINT_REQUEST, epoch=epoch, a=low, b=high)
+        self._rehearse()
         reply = self._inbox.expect(State.REQUESTED, epoch, timeout)
         room = join_u64(reply.a, reply.b)
         self._see_room(epoch, room, said)
@@ -299,12 +309,17 @@ class PrimarySession:
 
         stopped = stages.done("stop", pvm.pause())
         stood_ns = self._room.stood_ns(stopped)
-        channel.send(MessageType.VMSTATE_SEND, epoch=epoch)
         try:
             saved = self._observer.save(pvm.machine, number)
         except ColocacheError as error:
             self._take_back(epoch, error)
             raise CheckpointAbortedError(f"its own device state can't be saved: {error}") from error
+        # What is the machine's before its pages: the secondary looks at it while those are taken from the log.
+        self._newest_state = saved.state if len(saved.state) <= REHEARSE_BYTES_MAX else b""
+        parts = packed(MessageType.VMSTATE_SEND, epoch=epoch, body=saved.state) + self._packed_output()
+        if pvm.typed.mark:
+            parts += packed(MessageType.INPUT, epoch=epoch, body=encode_input(pvm.typed.mark))
+        channel.send_together(parts)
         stages.done("state")
         steps = pvm.machine.steps
         pvm.sync()  # after the device state: saving it may itself write guest RAM
@@ -318,14 +333,10 @@ class PrimarySession:
         sent = pvm.sent
         low, high = split_u64(sent.n_pages)
         stages.done("pages")
-        self._send_output()
-        if pvm.typed.mark:
-            channel.send(MessageType.INPUT, epoch=epoch, body=encode_input(pvm.typed.mark))
         self._check_disks(epoch)
         total = pvm.in_flight()
-        if pvm.disks.sizes:
-            channel.send(MessageType.DISKS, epoch=epoch, body=total.pack())
-        channel.send(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high, body=saved.state)
+        parts = packed(MessageType.DISKS, epoch=epoch, body=total.pack()) if pvm.disks.sizes else []
+        channel.send_together(parts + packed(MessageType.VMSTATE_SIZE, epoch=epoch, a=low, b=high))
         answer = self._inbox.expect(State.SENT, epoch, timeout)
         stages.done("answer")
         channel.limit(None)
@@ -364,6 +375,13 @@ class PrimarySession:
             stood_ns=stood_ns,
             **pvm.of_disks(),
         )
+
+    def _rehearse(self) -> None:
+        """While the secondary stops its machine: what is done while both stand, as far as it can be done before."""
+        self._send_output()
+        if self._newest_state:
+            with contextlib.suppress(ColocacheError):
+                self._pvm.machine.rehearse(self._newest_state)
 
     def _sealed(self, received: Message) -> None:
         """RECEIVED was heard: what it frees, and the next epoch."""

@@ -291,23 +291,21 @@ class SecondarySession:
         if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
-        self._svm.rehearse()
-        stages.done("rehearse")
         self._svm.pause()
         stages.done("stop")
         may_have = self._limit.make_room(wanted_pages) if self._limit else 0
         self._say(MessageType.CHECKPOINT_REPLY, epoch, may_have)
         self._svm.sync()  # while the primary stops its machine and saves it
         stages.done("sync")
+        self._svm.rehearse()
+        stages.done("rehearse")
         limit = self._options.timing.checkpoint_timeout
         self._channel.limit(limit, f"the primary did not complete epoch {epoch} within {limit:g} s")
         try:
             self._state = State.PAUSED
-            self._expect(epoch)
-            stages.done("wait")
+            self._receive_state(self._expect(epoch), stages)
             self._state = State.COMPLETING
             size = self._expect(epoch)
-            stages.done("pages")
         except CheckpointGivenUpError as error:
             if self._streams:
                 # The primary waits for this: pages of the next epoch must not overtake its ABORT on another stream.
@@ -315,15 +313,9 @@ class SecondarySession:
             self._channel.limit(None)
             self._svm.resume()
             return
-        try:
-            room = self._cache.device_state_buffer(epoch, size.body_len)
-        except EpochError as error:
-            raise ProtocolError(f"pages of another epoch came in the checkpoint: {error}") from error
-        self._channel.receive_into(room)
-        room.release()
         n_pages = join_u64(size.a, size.b)
         self._wait_for_pages(epoch, n_pages)
-        stages.done("state")
+        stages.done("pages")
         self._channel.limit(None)
         try:
             sealed = self._svm.seal(epoch, n_pages)
@@ -337,6 +329,18 @@ class SecondarySession:
             return
         stages.done("seal")
         self._finish(epoch, sealed, stages)
+
+    def _receive_state(self, send: Message, stages: Stages) -> None:
+        """The device state goes straight into the cache, and is looked at while the last pages are still to come."""
+        stages.done("wait")
+        try:
+            room = self._cache.device_state_buffer(send.epoch, send.body_len)
+        except EpochError as error:
+            raise ProtocolError(f"pages of another epoch came in the checkpoint: {error}") from error
+        with room:
+            self._channel.receive_into(room)
+            self._svm.look_at(room)
+        stages.done("state")
 
     def _wait_for_pages(self, epoch: int, n_pages: int) -> None:
         timing = self._options.timing
@@ -371,7 +375,7 @@ class SecondarySession:
             epoch,
             stages,
             Span("the secondary's machine stands", stages.span("stop").end, stages.span("resume").end),
-            Span("pause", stages.span("state").end, stages.span("resume").end),
+            Span("pause", stages.span("pages").end, stages.span("resume").end),
             below=result.parts(stages),
         )
 

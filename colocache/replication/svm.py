@@ -42,9 +42,8 @@ from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.results import CheckpointResult
 from colocache.replication.stages import Stages
-from colocache.vmm.machine import LoadReport, Machine
+from colocache.vmm.machine import REHEARSE_BYTES_MAX, LoadReport, Machine
 
-REHEARSE_BYTES_MAX = 64 << 10
 FLUSH_TRIES = 3  # a flush may be repeated after an error: cache and flush set are still there
 
 
@@ -73,6 +72,7 @@ class Svm:
         self._order = threading.RLock()  # over the machine's running and standing
         self._branch_is_gone = False  # its memory is the image, and so it must become the sealed epoch again
         self._ran = False
+        self._looked_at: bytes | None = None  # a device state that this machine can load
         self.wrong_pages = 0  # found at any moment
         self.verified_pages = 0
 
@@ -128,12 +128,11 @@ class Svm:
         return report.n_pages, len(report.wrong)
 
     def rehearse(self) -> None:
-        """Before the machine stands: look at the newest state once more, so that the code which will look at the next
-        one is in the CPU's caches then. Cold it takes twenty times as long."""
+        """While the primary stops: with the newest state, what is about to be done with the next."""
         status = self.cache.status()
         if status.sealed_epoch and status.device_state_bytes <= REHEARSE_BYTES_MAX:
             with contextlib.suppress(ColocacheError):
-                self.machine.check_device_state(self.cache.device_state())
+                self.machine.rehearse(bytes(self.cache.device_state()))
 
     # ---- an epoch ----
 
@@ -158,6 +157,21 @@ class Svm:
         with self.cache.device_state_buffer(epoch, len(state)) as room:
             room[:] = state
 
+    def look_at(self, state: memoryview) -> None:
+        """The device state of the epoch that arrives, before its last pages are here. What is wrong with it the seal
+        tells, which looks at it again unless it is still the same."""
+        self._looked_at = None
+        with contextlib.suppress(ColocacheError):
+            copy = bytes(state)
+            self.machine.check_device_state(copy)
+            self._looked_at = copy
+
+    def _check(self, state: memoryview) -> None:
+        """As seal asks: bytes in shared memory, which could have changed since."""
+        looked_at, self._looked_at = self._looked_at, None
+        if looked_at is None or looked_at != bytes(state):
+            self.machine.check_device_state(state)
+
     def sync(self) -> None:
         """Get, OR into the SVM bitmap, clear, while the machine stands."""
         try:
@@ -174,13 +188,13 @@ class Svm:
             log = self.disks.sealing()
         except IncompleteError as error:  # what is lost of a connection does not come on it again
             raise ProtocolError(str(error)) from error
-        sealed = self.cache.seal(epoch, n_pages=n_pages, check=self.machine.check_device_state, attachment=log)
+        sealed = self.cache.seal(epoch, n_pages=n_pages, check=self._check, attachment=log)
         self.disks.epoch = epoch
         self.disks.sealed()
         return sealed
 
     def finish(self, seal: SealResult, stages: Stages) -> tuple[CheckpointResult, bool]:
-        """Flush, load, run. `stages` began at CHECKPOINT_REQUEST; `state` ended with the last byte.
+        """Flush, load, run. `stages` began at CHECKPOINT_REQUEST; `pages` ended with the last byte.
 
         True beside the result: failover was asked for meanwhile, take over now; the machine stands. SecondaryLostError:
         the device state did not load; this machine never runs again.
@@ -192,7 +206,7 @@ class Svm:
         if not take_over:
             self.resume()
         now = stages.done("resume")
-        received = stages.span("state").end
+        received = stages.span("pages").end
         return (
             CheckpointResult(
                 epoch=seal.epoch,

@@ -107,6 +107,9 @@ class ScriptedGuest:
         """Any text will do."""
         bytes(state).decode()
 
+    def rehearse(self, state: bytes) -> None:
+        """There is no hurry."""
+
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
         """Become that line of text."""
         self.registers = bytes(state).decode()

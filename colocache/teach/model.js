@@ -135,12 +135,12 @@ const model = (() => {
     {
       id: "device-state", side: "pvm", label: "Send the registers",
       why: (s) => notBoth(s) || whileFlushed(s) || needsAsked(s) ||
-        (unsent(s) ? "The device state goes last: pages still wait to be sent." : s.staged ? "It is there already." : ""),
+        (unsent(s) ? "That it was all goes last: pages still wait to be sent." : s.staged ? "It is there already." : ""),
       run: (s) => {
         openEpoch(s, s.asked);
         s.staged = s.asked;
         return {
-          title: `The registers of epoch ${s.asked} arrive`, actor: "wire", call: `cache.device_state_buffer(${s.asked}, n)`, message: `VMSTATE_SIZE(${s.asked})`,
+          title: `The registers of epoch ${s.asked} arrive`, actor: "wire", call: `cache.device_state_buffer(${s.asked}, n)`, message: `VMSTATE_SEND(${s.asked}), VMSTATE_SIZE(${s.asked})`,
           text: "Registers and devices of the PVM as it stood when it paused. Now all of the epoch is here, and nothing is decided yet.",
         };
       },

@@ -283,6 +283,10 @@ class ReferenceMachine(ABC):
         self._checked = None
         self._checked = copy, self._parse(copy)
 
+    def rehearse(self, state: bytes) -> None:
+        self._refuse_closed()
+        pack(self._shape, self._parse(state))
+
     def load_device_state(self, state: memoryview | bytes) -> LoadReport:
         self._standing("load_device_state")
         copy, checked = bytes(state), self._checked

@@ -47,7 +47,7 @@ enum abort_kind { ABORT_CHECKPOINT = 1, ABORT_LOAD = 4, ABORT_END = 5 };
 
 #define PEER_TIMEOUT_MS 10000
 #define HELLO_BYTES_MAX 65536u
-#define CONVERSATION_VERSION 6 /* of colocache/replication/messages.py */
+#define CONVERSATION_VERSION 7 /* of colocache/replication/messages.py */
 #define CHECKPOINT_GIVEN_UP 1  /* the primary gave up this epoch; the session goes on */
 
 struct header {
@@ -168,7 +168,7 @@ static int expect(struct vmm *vmm, uint32_t type, uint64_t epoch, struct header 
 
 /* ---- one checkpoint ------------------------------------------------------------------------------------------------ */
 
-/* receive_epoch -- from the request to the last byte of the device state */
+/* receive_epoch -- from the request to the last page */
 static int receive_epoch(struct vmm *vmm, uint64_t epoch, uint64_t *n_pages_out)
 {
     struct header message;
@@ -176,12 +176,12 @@ static int receive_epoch(struct vmm *vmm, uint64_t epoch, uint64_t *n_pages_out)
     int rc = send_message(vmm, CHECKPOINT_REPLY, epoch, 0, NULL, 0);
     if (rc == 0)
         rc = expect(vmm, VMSTATE_SEND, epoch, &message);
-    if (rc == 0)
-        rc = expect(vmm, VMSTATE_SIZE, epoch, &message);
     if (rc == 0) /* bounds the length before any memory is taken; the bytes go straight into the control region */
         rc = colocache_device_state_begin(vmm->cache, epoch, message.body_len, &room);
     if (rc == 0)
         rc = receive_bytes(vmm, room, message.body_len);
+    if (rc == 0)
+        rc = expect(vmm, VMSTATE_SIZE, epoch, &message);
     *n_pages_out = (uint64_t)message.b << 32 | message.a;
     return rc;
 }

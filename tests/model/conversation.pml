@@ -219,7 +219,7 @@ end:do
     :: d_step { p == P_IDLE && ROOM_S && (p_open || p_epoch < MAX_EPOCH) ->
         if :: !p_open -> p_epoch++; p_open = true :: else fi;
         tell_s(REQUEST, p_epoch, 0); p = P_REQUESTED }
-    /* remaining PAGES(N), then VMSTATE_SIZE(N) and the device state.  Now the SVM may seal N, and from then on could take
+    /* remaining PAGES(N), then VMSTATE_SIZE(N): the device state went with SEND, and here with nothing.  Now the SVM may seal N, and from then on could take
      * over from N: so what comes after N is withheld again, whatever the PVM was declared before. */
     :: d_step { p == P_SENDING && ROOM_S && pending -> tell_s(PAGES, p_epoch, memory); pending = false }
     :: d_step { p == P_SENDING && ROOM_S && !pending ->
@@ -367,7 +367,7 @@ end:do
             HAPPENED(S_IDLE_hears_REQUEST); s_open = epoch; s = S_PAUSED; tell_p(REPLY, epoch)
         :: msg == SEND && epoch > s_done -> HAPPENED(S_PAUSED_hears_SEND);
             if :: page == 1 -> HAPPENED(S_PAUSED_hears_OUTPUT); s_came = true :: else fi
-        /* VMSTATE_SIZE and device state: count checked, "S: sync dirty log" */
+        /* VMSTATE_SIZE, after the device state: count checked, "S: sync dirty log" */
         :: msg == SIZE && epoch > s_done ->
             PROMISE(promise_5_no_dead_end, s == S_PAUSED && epoch == s_open);
             HAPPENED(S_PAUSED_hears_SIZE);

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The device state comes before an epoch's last pages, and is looked at meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from fake_peer import PAGE, STATE, accepted, fake_primary, packet
+from toy import TOY_BLOCKS, Pair, no_page_wrong, once, pair_of
+
+from colocache import Memory, VetoError
+from colocache.replication.messages import AbortKind, MessageType
+from colocache.replication.svm import Svm
+
+M = MessageType
+
+
+@pytest.fixture
+def pair(make_memory: Callable[..., Memory], tmp_path: Path) -> Iterator[Pair]:
+    with pair_of(make_memory(TOY_BLOCKS), tmp_path) as made:
+        yield made
+
+
+def test_a_device_state_is_looked_at_while_the_last_pages_are_to_come(pair: Pair) -> None:
+    looks: list[bytes] = []
+    looked = threading.Event()
+    pair.make_secondary()
+    check = pair.svm.check_device_state
+
+    def look(state: memoryview | bytes) -> None:
+        looks.append(bytes(state))
+        check(state)
+        looked.set()
+
+    pair.svm.check_device_state = look  # type: ignore[method-assign]
+    running = pair.run_secondary()
+    with fake_primary(pair) as peer:
+        accepted(peer)
+        peer.say(M.CHECKPOINT_REQUEST, 1)
+        assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, 1)
+        peer.say(M.VMSTATE_SEND, 1, STATE)
+        assert looked.wait(10)
+        peer.socket.sendall(packet(1, [(5, 1, 0)], data=bytes([9]) * PAGE))
+        peer.say(M.VMSTATE_SIZE, 1, a=1)
+        assert peer.hear()[:2] == (M.VMSTATE_RECEIVED, 1)
+        assert peer.hear()[:2] == (M.VMSTATE_LOADED, 1)
+        peer.say(M.ABORT, a=int(AbortKind.END))
+        running.join()
+    assert looks == [STATE], "the same bytes were looked at twice"
+
+
+def test_a_device_state_that_changed_since_it_was_looked_at_is_looked_at_again(pair: Pair) -> None:
+    """It lies in shared memory: what counts is what is there at the seal."""
+    pair.make_secondary()
+    svm = Svm(pair.cache, pair.svm, pair.events_s)
+    with pair.cache.device_state_buffer(1, len(STATE)) as room:
+        room[:] = STATE
+        svm.look_at(room)
+        room[:] = b"x" * len(STATE)
+    with pytest.raises(VetoError):
+        svm.seal(1, 0)
+    assert pair.cache.status().sealed_epoch == 0
+
+
+def test_a_device_state_of_which_half_came_is_no_epoch(pair: Pair) -> None:
+    pair.link.rule = once(MessageType.VMSTATE_SEND, "half-cut", after=3)
+    primary, secondary = pair.start(checkpoints=6)
+    assert primary.join().checkpoints == 6
+    assert secondary.join().wrong_pages == 0
+    no_page_wrong(pair)
