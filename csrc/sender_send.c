@@ -43,6 +43,18 @@ static struct walk walk_from(struct colocache_sender *sender, uint32_t stripe, u
     return walk;
 }
 
+/* fetch_after -- the first line of each page that is pending in the next word: the zero check would wait for memory page by page.  Words that
+ * have a summary word of their own come without. */
+static void fetch_after(const struct cc_sender_block *block, uint64_t w)
+{
+    const uint64_t later = w % 64 == 63 ? 0 : cc_read_summary(&block->pending.summary[w / 64]) >> (w % 64 + 1);
+    if (!later)
+        return;
+    w += 1 + (uint64_t)__builtin_ctzll(later);
+    for (uint64_t bits = cc_peek(&block->pending.words[w]); bits; bits &= bits - 1)
+        __builtin_prefetch(block->addr + ((w * 64 + (uint64_t)__builtin_ctzll(bits)) << block->page_shift));
+}
+
 /* next_page -- take the next pending page; false if the stripe has none.  A word is looked at once: marks that go on can't hold it. */
 static bool next_page(struct walk *walk, uint64_t *pfn)
 {
@@ -56,8 +68,10 @@ static bool next_page(struct walk *walk, uint64_t *pfn)
         }
         struct cc_bitmap *pending = &walk->sender->blocks[walk->block].pending;
         uint64_t end = walk->group_end < pending->n_words ? walk->group_end : pending->n_words;
-        if (walk->word < end && cc_bitmap_take_next(pending, &walk->word, end, &walk->bits))
+        if (walk->word < end && cc_bitmap_take_next(pending, &walk->word, end, &walk->bits)) {
+            fetch_after(&walk->sender->blocks[walk->block], walk->word);
             break;
+        }
         if (walk->group_end < pending->n_words) {
             to_group(walk, walk->group_end + (uint64_t)(walk->n_stripes - 1) * GROUP_WORDS);
         } else {
@@ -130,6 +144,8 @@ int colocache_sender_next(struct colocache_sender *sender, uint32_t stripe, uint
 
 /* ---- packets ------------------------------------------------------------------------------------------------------------ */
 
+#define SOCKET_BYTES (512u << 10) /* of pages in a packet for a socket: the peer takes them in while the next are looked for */
+
 struct outgoing {
     uint8_t header[COLOCACHE_HEADER_BYTES];
     struct cc_run runs[COLOCACHE_PACKET_RUNS_MAX];
@@ -172,9 +188,12 @@ static bool goes_on(const struct outgoing *packet, uint64_t pfn, bool zero)
     return last && last->first_pfn + last->n_pages == pfn && last->flags == (zero ? CC_RUN_ZERO : 0);
 }
 
-static bool is_full(const struct outgoing *packet, uint64_t pfn, bool zero)
+static bool is_full(const struct writer *writer, const struct outgoing *packet, const struct cc_sender_block *block, uint64_t pfn,
+                    bool zero)
 {
-    return packet->n_pages == COLOCACHE_PACKET_PAGES_MAX || (packet->n_runs == COLOCACHE_PACKET_RUNS_MAX && !goes_on(packet, pfn, zero));
+    const bool goes = !writer->memory && (uint64_t)packet->n_data_pages << block->page_shift >= SOCKET_BYTES;
+    return goes || packet->n_pages == COLOCACHE_PACKET_PAGES_MAX ||
+           (packet->n_runs == COLOCACHE_PACKET_RUNS_MAX && !goes_on(packet, pfn, zero));
 }
 
 /* add_page -- to the last run if it goes on, else to a new one; the packet is not full */
@@ -245,7 +264,7 @@ static int send_stripe(struct colocache_sender *sender, struct writer *writer, u
     while (rc == 0 && (!max_pages || result.n_pages + packet.n_pages < max_pages) && next_page(&walk, &pfn)) {
         const struct cc_sender_block *block = &sender->blocks[walk.block];
         const bool zero = page_is_zero(block, pfn);
-        if (packet.n_pages && (packet.block != walk.block || is_full(&packet, pfn, zero)))
+        if (packet.n_pages && (packet.block != walk.block || is_full(writer, &packet, block, pfn, zero)))
             rc = send_packet(sender, writer, epoch, &packet, &result);
         packet.block = walk.block;
         if (rc == 0 && fits(writer, &packet, block, zero)) {

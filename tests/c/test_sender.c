@@ -22,6 +22,35 @@ static void end_mark(int fd, uint64_t epoch)
     REQUIRE(write(fd, header, sizeof header) == sizeof header);
 }
 
+static void *send_all(void *arg)
+{
+    struct colocache_send_result *result = arg;
+    CHECK_RC(0, colocache_sender_send(primary.sender, pair[0], 20000, 1, 0, 1, 0, result));
+    end_mark(pair[0], 1);
+    return NULL;
+}
+
+/* The peer takes in what has come while the sender looks for more: so much is sent at once, and no more, and zeros count as nothing. */
+static void a_socket_gets_packets_of_half_a_mebibyte(void)
+{
+    pthread_t thread;
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    struct colocache_send_result result = {.struct_size = sizeof result};
+    uint64_t n_pages;
+    begin();
+    memset(primary.ram[1], 5, 300 * 4096); /* and 60 pages of zeros after them */
+    CHECK_RC(0, colocache_sender_mark_dirty(primary.sender, 1, 0, 360));
+    REQUIRE(pthread_create(&thread, NULL, send_all, &result) == 0);
+    CHECK_RC(0, colocache_receive_stream(rig.cc, pair[1], 20000, 1, header, &n_pages));
+    pthread_join(thread, NULL);
+    CHECK_EQ(360, n_pages);
+    CHECK_EQ(3, result.n_packets);
+    CHECK_EQ(60, result.n_zero);
+    for (uint64_t pfn = 0; pfn < 360; pfn++)
+        CHECK(memcmp(rig.blocks[1].cache + pfn * 4096, primary.ram[1] + pfn * 4096, 4096) == 0);
+    end();
+}
+
 /* sent -- the oracle of a send of everything: the pages travel as they are now */
 static uint64_t sent(bool all)
 {
@@ -198,6 +227,7 @@ static void a_lost_or_silent_peer_ends_the_send(void)
 int main(void)
 {
     RUN(random_epochs_arrive_as_they_were_sent);
+    RUN(a_socket_gets_packets_of_half_a_mebibyte);
     RUN(an_aborted_epoch_is_sent_again);
     RUN(stripes_together_send_everything_once);
     RUN(a_lost_or_silent_peer_ends_the_send);
