@@ -101,4 +101,14 @@ static inline bool cc_decide32(uint32_t *word, uint32_t *expected, uint32_t desi
     return __atomic_compare_exchange_n(word, expected, desired, false, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 }
 
+/* In a loop that watches a word, or asks the kernel: the CPU's other thread goes faster meanwhile. */
+static inline void cc_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 #endif

@@ -32,15 +32,6 @@ struct cc_pool {
     pthread_t workers[];
 };
 
-static inline void relax(void)
-{
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
 /* watch_end -- until the workers are done; gives up after FINISH_NS.  A look without the lock is a hint only. */
 static void watch_end(const struct cc_pool *pool)
 {
@@ -49,7 +40,7 @@ static void watch_end(const struct cc_pool *pool)
         for (unsigned i = 0; i < 64; i++) {
             if (cc_observe32(&pool->running) == 0)
                 return;
-            relax();
+            cc_relax();
         }
     } while (cc_now_ns() - begin < FINISH_NS);
 }

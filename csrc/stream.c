@@ -25,6 +25,7 @@ struct packet {
 /* Where the bytes come from: a socket, or memory that holds `left` of them, enough for what is asked. */
 struct reader {
     int fd, timeout_ms;
+    struct cc_lookout lookout;
     const uint8_t *memory; /* NULL: the socket */
     uint64_t left;
 };
@@ -34,7 +35,7 @@ static int bring(void *context, struct iovec *iov, uint32_t n_iov)
 {
     struct reader *reader = context;
     if (!reader->memory)
-        return cc_read_all(reader->fd, iov, n_iov, reader->timeout_ms);
+        return cc_read_all(reader->fd, iov, n_iov, reader->timeout_ms, &reader->lookout);
     for (uint32_t i = 0; i < n_iov; i++) {
         memcpy(iov[i].iov_base, reader->memory, iov[i].iov_len);
         reader->memory += iov[i].iov_len;
@@ -110,7 +111,7 @@ static int read_header(struct reader *reader, bool only_what_is_there, struct pa
 {
     struct iovec iov = {.iov_base = packet->header, .iov_len = sizeof packet->header};
     if (!reader->memory) {
-        int rc = (only_what_is_there ? cc_read_if_there : cc_read_all)(reader->fd, &iov, 1, reader->timeout_ms);
+        int rc = (only_what_is_there ? cc_read_if_there : cc_read_all)(reader->fd, &iov, 1, reader->timeout_ms, &reader->lookout);
         if (rc)
             return rc > 0 ? COLOCACHE_READY_NOT : rc;
         return cc_message_get(packet->header, &packet->message);
