@@ -13,7 +13,8 @@ struct cc_region {
     struct cc_control *control;
     struct cc_block_entry *table;
     uint8_t *devices;
-    uint64_t head_bytes; /* mapped from offset 0: head, table, device areas */
+    uint64_t device_reserved[2]; /* bytes of each device-state area that this process knows to be there */
+    uint64_t head_bytes;         /* mapped from offset 0: head, table, device areas */
     uint64_t device_state_max_bytes;
     uint64_t end_bytes; /* first byte after the last block's bitmaps */
 };

@@ -21,7 +21,12 @@ static uint64_t area_bytes(const struct colocache *cc)
 /* reserve -- the first bytes of an area: read through the mapping a hole would be allocated, or be a SIGBUS */
 static int reserve(struct colocache *cc, uint32_t area, uint64_t n_bytes)
 {
-    return n_bytes ? cc_map_reserve(cc->region.fd, CC_DEVICES_OFFSET + area * area_bytes(cc), n_bytes, "the device-state area") : 0;
+    if (n_bytes <= cc->region.device_reserved[area])
+        return 0; /* nothing of the region is ever given back */
+    int rc = cc_map_reserve(cc->region.fd, CC_DEVICES_OFFSET + area * area_bytes(cc), n_bytes, "the device-state area");
+    if (rc == 0)
+        cc->region.device_reserved[area] = n_bytes;
+    return rc;
 }
 
 uint8_t *cc_device_area(struct colocache *cc, uint32_t area)
