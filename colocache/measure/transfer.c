@@ -26,6 +26,7 @@
 
 #define STATE_MESSAGE 8 /* VMSTATE_SIZE (colocache.h has no names for messages without pages) */
 #define HOT_BYTES (1u << 20)
+#define STACK_BYTES (64u << 10) /* more than sending needs */
 
 struct transfer {
     int near, far, timeout_ms; /* received from, sent to: stream sockets, blocking, with the same limit of their own */
@@ -74,9 +75,18 @@ static int move_bytes(int fd, void *bytes, uint64_t n_bytes, bool writing)
     return n_bytes ? move_all(fd, &iov, 1, writing) : 0;
 }
 
+/* have_stack -- as a thread that has sent before: the pages of its stack are there */
+static __attribute__((noinline)) void have_stack(void)
+{
+    volatile char stack[STACK_BYTES];
+    for (unsigned i = 0; i < sizeof stack; i += 4096)
+        stack[i] = 0;
+}
+
 static void *sending(void *context)
 {
     struct transfer *transfer = context;
+    have_stack();
     cc_publish32(&transfer->ready, 1);
     while (!cc_observe32(&transfer->go))
         sched_yield();
