@@ -79,6 +79,26 @@ def test_a_guest_with_a_rate_does_not_run_ahead_of_it(make: Make, guest: FakeGue
     assert guest.mailbox.box.step <= 1 + (time.monotonic() - begin) * 50
 
 
+def test_a_pause_costs_a_guest_with_a_rate_no_work(
+    make: Make, guest: FakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was due when it stood is done when it runs again."""
+    monkeypatch.setattr(runner, "SLICE", 3600.0)  # one step, then nothing until it is stopped
+    thread = make(rate=400)
+    thread.go()
+    while not guest.mailbox.box.step:
+        time.sleep(0.001)
+    time.sleep(0.05)  # of which 20 steps are due
+    thread.stop()
+    assert guest.mailbox.box.step == 1
+    thread.go()
+    deadline = time.monotonic() + 30
+    while guest.mailbox.box.step < 20 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    thread.stop()
+    assert guest.mailbox.box.step >= 20
+
+
 def test_a_guest_that_dies_is_told_with_its_reason_and_never_waited_for(make: Make) -> None:
     def die() -> None:
         raise MachineError("exit reason 8 (shutdown)")
