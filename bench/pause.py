@@ -8,8 +8,9 @@ once with `--no-background` (all pages in the pause), once with `--resume-at loa
 secondary's flush) and once with `--cores-apart` (each side on its half of the cores, as two hosts would be). Told are
 medians of the rounds' p50, p99 and max in milliseconds, of both machines with their stages, and the steps a second that
 the primary's guest did, beside those of two guests that nobody replicates and whose log is taken and cleared at the
-same interval. Both sides share this machine, so on two cores four threads want to run: other work shows in every
-figure, and the load before each round is told beside them.
+same interval, and how many of this machine's cores all that kept busy: where these are all there are, the guests had to
+give what the pair took. Both sides share this machine, so on two cores four threads want to run: other work shows in
+every figure, and the load before each round is told beside them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -49,7 +51,7 @@ SHOWN = ("pvm_pause_ms", "pause_ms")
 COLUMNS = (
     Column("set", justify="left"), Column("over", justify="left"), Column("way", justify="left"),
     Column("PVM ms\np50/p99/max"), Column("SVM ms\np50/p99/max"), Column("of it\ncopy"),
-    Column("guest's\nsteps/s"), Column("of one\nalone"),
+    Column("guest's\nsteps/s"), Column("of one\nalone"), Column("cores busy,\nwhile alone"),
 )  # fmt: skip
 
 
@@ -62,15 +64,24 @@ def one(given: dict[str, Any], size: str, transport: str, way: str) -> dict[str,
         "--checkpoints", str(given["checkpoints"]), "--interval", str(given["interval"]),
         "--verify", "none", "--transport", transport, "--json", *WAYS[way],
     )  # fmt: skip
+    begin, busy = time.perf_counter(), children_seconds()
     ran = subprocess.run(line, check=False, capture_output=True, text=True)
     if ran.returncode:
         raise click.ClickException(f"{size} over {transport}, {way}: {ran.stderr.strip().splitlines()[-1]}")
     report: dict[str, Any] = json.loads(ran.stdout.splitlines()[-1])
+    report["cores_busy"] = (children_seconds() - busy) / (time.perf_counter() - begin)
     return report
 
 
-def one_alone(given: dict[str, Any], size: str) -> float:
-    """Steps a second of a guest that nobody replicates; its log is taken and cleared at each interval."""
+def children_seconds() -> float:
+    """CPU time of all that this process has started and seen end, guests included."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def one_alone(given: dict[str, Any], size: str) -> tuple[float, float]:
+    """Steps a second of a guest that nobody replicates, and cores that it keeps busy; its log is taken and cleared at
+    each interval."""
     rate, working_set = (NOTHING_STEPS, "1M") if size == "nothing" else (STEPS_PER_SECOND, size)
     kind, _ = guest_kind_available(given["guest"])
     options = GuestOptions(steps_per_second=rate, working_set_bytes=parse_size(working_set))
@@ -87,15 +98,16 @@ def one_alone(given: dict[str, Any], size: str) -> float:
         machine.boot()
         machine.resume()
         time.sleep(given["interval"])
-        begin, steps = time.perf_counter(), machine.steps
+        begin, busy, steps = time.perf_counter(), time.process_time(), machine.steps
         for _ in range(min(given["checkpoints"], ALONE_MAX)):
             time.sleep(given["interval"])
             machine.sync_dirty_log(sender)
-        return (machine.steps - steps) / (time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return (machine.steps - steps) / seconds, (time.process_time() - busy) / seconds
 
 
-def two_alone(given: dict[str, Any], size: str) -> float:
-    """The slower of two at the same time, as the two sides of a pair are."""
+def two_alone(given: dict[str, Any], size: str) -> tuple[float, float]:
+    """The slower of two at the same time, as the two sides of a pair are, and cores that both keep busy."""
     line = [sys.executable, __file__, "--alone", size]
     for name in ("ram", "checkpoints", "interval", "guest", "backing"):
         line += [f"--{name}", str(given[name])]
@@ -103,10 +115,11 @@ def two_alone(given: dict[str, Any], size: str) -> float:
     told = [process.communicate()[0] for process in both]
     if any(process.returncode for process in both):
         raise click.ClickException(f"{size}, two guests that nobody replicates: one of them ended")
-    return min(float(text) for text in told)
+    steps, busy = zip(*(map(float, text.split()) for text in told), strict=True)
+    return min(steps), sum(busy)
 
 
-def medians(reports: list[dict[str, Any]], alone: list[float]) -> dict[str, Any]:
+def medians(reports: list[dict[str, Any]], alone: list[tuple[float, float]]) -> dict[str, Any]:
     """Of all rounds, figure by figure."""
 
     def of(*path: str) -> float:
@@ -125,7 +138,9 @@ def medians(reports: list[dict[str, Any]], alone: list[float]) -> dict[str, Any]
     return {
         **made,
         "pvm_steps_per_s": of("pvm_steps_per_s"),
-        "alone_steps_per_s": statistics.median(alone),
+        "alone_steps_per_s": statistics.median(steps for steps, _ in alone),
+        "cores_busy": of("cores_busy"),
+        "alone_cores_busy": round(statistics.median(busy for _, busy in alone), 4),
         "flush_gb_per_s": of("flush_gb_per_s"),
     }
 
@@ -136,7 +151,8 @@ def row(result: dict[str, Any]) -> list[str]:
     copy = f"{result['stages_ms']['copy']['p50']:.2f}"
     share = result["pvm_steps_per_s"] / result["alone_steps_per_s"]
     steps = f"{result['pvm_steps_per_s']:,.0f}"
-    return [result["set"], result["over"], result["way"], *pauses, copy, steps, f"{share:.2f}"]
+    busy = f"{result['cores_busy']:.2f}, {result['alone_cores_busy']:.2f}"
+    return [result["set"], result["over"], result["way"], *pauses, copy, steps, f"{share:.2f}", busy]
 
 
 @click.command(help=__doc__)
@@ -154,7 +170,7 @@ def main(
     sets: tuple[str, ...], ways: tuple[str, ...], rounds: int, as_json: bool, alone: str | None, **given: Any
 ) -> None:
     if alone:
-        print(one_alone(given, alone))
+        print(*one_alone(given, alone))
         return
     for size in sets:
         if size != "nothing":
@@ -162,7 +178,7 @@ def main(
     console = Console(stderr=True)
     cases = [(size, transport, way) for size in sets for transport in TRANSPORTS for way in ways]
     reports: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
-    unreplicated: dict[str, list[float]] = {size: [] for size in sets}
+    unreplicated: dict[str, list[tuple[float, float]]] = {size: [] for size in sets}
     loads = []
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("pairs", total=rounds * (len(cases) + len(sets)))
