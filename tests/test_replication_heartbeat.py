@@ -13,6 +13,7 @@ import pytest
 from colocache import PeerLostError, TimedOutError, message_header
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
+from colocache.replication.ending import end_with
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
@@ -128,8 +129,7 @@ def test_the_last_word_arrives_though_the_peer_was_still_sending(ends: tuple[soc
         for _ in range(50):
             mine.send(MessageType.ABORT, body=bytes(1024))  # unread by the peer when it closes
         with Channel(PlainTransport(far), peer_timeout=2) as peer:
-            peer.abort(AbortKind.CHECKPOINT, "enough", epoch=5)
-            peer.linger()
+            end_with(peer, AbortKind.CHECKPOINT, "enough", epoch=5)
         with pytest.raises(CheckpointAbortedError, match="enough"):
             inbox.expect(State.SENT, 5, 2.0)
         inbox.stop()
@@ -143,8 +143,7 @@ def test_a_load_that_failed_late_is_still_told(ends: tuple[socket.socket, socket
         with pytest.raises(TimedOutError) as caught:
             inbox.expect(State.SEALED, 5, 0.01)
         with Channel(PlainTransport(far), peer_timeout=2) as peer:
-            peer.abort(AbortKind.LOAD, "the disk is gone", epoch=5)
-            peer.linger()
+            end_with(peer, AbortKind.LOAD, "the disk is gone", epoch=5)
         why = inbox.why_ended(caught.value)
         assert isinstance(why, SecondaryLostError)
         assert "the disk is gone" in str(why)

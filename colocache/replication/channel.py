@@ -31,22 +31,14 @@ from colocache.errors import (
 from colocache.replication.errors import ProtocolError
 from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.incoming import Incoming
-from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, parse_message
+from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, packed, parse_message
 from colocache.replication.page_packets import PagePackets
 from colocache.replication.read_ahead import ReadAhead
 from colocache.replication.transport import Transport
 
-LINGER_SECONDS = 0.5  # how long a side that closes after an ABORT reads on, so that the ABORT is not lost by a reset
-LINGER_BYTES_MAX = 256 << 20
 WORD_SECONDS = 0.1
 DISCARD_BYTES = 1 << 18
 SPIN_SECONDS = 0.001  # that `spin` keeps a core awake: sleeping and waking costs more than most answers take
-
-
-def packed(message: MessageType, *, epoch: int = 0, a: int = 0, b: int = 0, body: bytes = b"") -> list[bytes]:
-    """A message as it goes over the wire, in its parts."""
-    header = message_header(int(message), epoch, len(body), a, b)
-    return [header, body] if body else [header]
 
 
 class Channel:
@@ -379,19 +371,6 @@ class Channel:
     def fileno(self) -> int:
         """For a poll."""
         return self._fd
-
-    def linger(self) -> None:
-        """After a last message: let the peer read it. Closing with unread bytes in the socket would reset the
-        connection and throw our message away with it."""
-        self.end_sending()
-        until, left = time.monotonic() + LINGER_SECONDS, LINGER_BYTES_MAX
-        poll = select.poll()
-        poll.register(self._fd, select.POLLIN)
-        while left > 0 and (wait := until - time.monotonic()) > 0 and poll.poll(wait * 1000):
-            n = self.discard()
-            if n == 0:
-                return
-            left -= n or 0
 
     def end_sending(self) -> None:
         """The peer reads to the end of what was sent."""

@@ -17,6 +17,7 @@ from colocache.errors import PeerLostError, TimedOutError
 from colocache.replication.blocks import next_blocks
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, Meeting, State, meaning_of, meet
+from colocache.replication.ending import end_with, linger
 from colocache.replication.errors import DeclaredLostError, ProtocolError, RefusedError
 from colocache.replication.events import Events
 from colocache.replication.hello import Hello
@@ -98,7 +99,7 @@ class Door:
                 channel.send(MessageType.HELLO, body=self._own_hello(lost=True).encode())
             except (PeerLostError, TimedOutError):
                 return
-            channel.linger()
+            linger(channel)
         self._events.emit("refused", "a primary came after the takeover and was told so", reason="took over")
 
     def refuse(self, reason: str) -> None:
@@ -143,8 +144,7 @@ class Door:
             self.refuse(str(error))
             return False
         if meeting is Meeting.DECLARED_LOST:
-            channel.abort(AbortKind.REFUSED, sentence)
-            channel.linger()
+            end_with(channel, AbortKind.REFUSED, sentence)
             raise DeclaredLostError(sentence)
         if meeting not in (Meeting.FRESH, Meeting.GO_ON, Meeting.HEARD_LATE):
             channel.abort(AbortKind.REFUSED, sentence)
@@ -167,8 +167,7 @@ class Door:
             low, high = split_u64(self._ready())
             channel.send(MessageType.CHECKPOINT_READY, a=low, b=high)
         except (TimedOutError, ProtocolError) as error:
-            channel.abort(AbortKind.SESSION, str(error))
-            channel.linger()
+            end_with(channel, AbortKind.SESSION, str(error))
             raise
         except RefusedError as error:
             self.refuse(str(error))

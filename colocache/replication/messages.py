@@ -42,7 +42,7 @@ import struct
 from enum import IntEnum
 from typing import NamedTuple
 
-from colocache import MSG_PAGES, parse_header
+from colocache import MSG_PAGES, message_header, parse_header
 from colocache.choices import PAIR_BYTES_MAX
 from colocache.disks.write import BODY_BYTES_MAX as DISK_BYTES_MAX
 from colocache.disks.write import TOTAL
@@ -134,6 +134,12 @@ class Message(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.type.name}({self.epoch})"
+
+
+def packed(message: MessageType, *, epoch: int = 0, a: int = 0, b: int = 0, body: bytes = b"") -> list[bytes]:
+    """A message as it goes over the wire, in its parts."""
+    header = message_header(int(message), epoch, len(body), a, b)
+    return [header, body] if body else [header]
 
 
 def parse_message(header: bytes, device_state_max: int = 0) -> Message:

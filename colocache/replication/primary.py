@@ -20,6 +20,7 @@ from colocache.replication.arbiter import Arbiter, LeaseLostError, Leave, Loss, 
 from colocache.replication.blocks import hello_blocks
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meeting, State, meet, out_of_order
+from colocache.replication.ending import end_with
 from colocache.replication.errors import (
     ProtocolError,
     RefusedError,
@@ -193,8 +194,7 @@ class Primary:
         try:
             fresh = self.greet(channel)
         except ProtocolError as error:
-            channel.abort(AbortKind.SESSION, str(error))
-            channel.linger()
+            end_with(channel, AbortKind.SESSION, str(error))
             raise
         self._in_session = True
         session = PrimarySession(
@@ -319,8 +319,7 @@ class Primary:
             else:
                 self._declare_alone(cause, verdict.sentence)
         if meeting in (Meeting.REFUSED, Meeting.DECLARED_LOST):
-            channel.abort(AbortKind.REFUSED, sentence)
-            channel.linger()
+            end_with(channel, AbortKind.REFUSED, sentence)
             raise RefusedError(sentence)
         return meeting
 

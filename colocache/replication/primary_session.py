@@ -12,12 +12,13 @@ from colocache.disks.write import Write
 from colocache.errors import ColocacheError, PeerLostError, TimedOutError
 from colocache.outputs.travel import HEAD, pack
 from colocache.replication.apart import Apart
-from colocache.replication.channel import Channel, packed
+from colocache.replication.channel import Channel
 from colocache.replication.conversation import State
+from colocache.replication.ending import end_with
 from colocache.replication.errors import ProtocolError, SecondaryLostError
 from colocache.replication.events import Events
 from colocache.replication.inbox import CheckpointAbortedError, Inbox
-from colocache.replication.messages import AbortKind, Message, MessageType, encode_input, join_u64, split_u64
+from colocache.replication.messages import AbortKind, Message, MessageType, encode_input, join_u64, packed, split_u64
 from colocache.replication.mirrors import Mirrors, NoMirrors
 from colocache.replication.observer import Observer
 from colocache.replication.options import PrimaryOptions
@@ -104,7 +105,7 @@ class PrimarySession:
                 now = False
                 last = self._pvm.machine.powered_off
                 if self._checkpoint() and last:
-                    self._end("its guest powered off")
+                    end_with(self._channel, AbortKind.END, "its guest powered off")
                     return
             if self._observer.stays():
                 self._stay()
@@ -113,15 +114,9 @@ class PrimarySession:
                 raise TimedOutError(self._channel.over) from error
             raise self._inbox.why_ended(error) from error
         except ProtocolError as error:
-            self._channel.abort(AbortKind.SESSION, str(error))
-            self._channel.linger()
+            end_with(self._channel, AbortKind.SESSION, str(error))
             raise
-        self._end("the primary was ended by its operator")
-
-    def _end(self, reason: str) -> None:
-        """Both sides end in order."""
-        self._channel.abort(AbortKind.END, reason)
-        self._channel.linger()
+        end_with(self._channel, AbortKind.END, "the primary was ended by its operator")
 
     def _look_round(self) -> None:
         """Now and then while this side waits."""
@@ -182,7 +177,7 @@ class PrimarySession:
                 self._check_machine()
                 self._inbox.arrived.wait(DISK_LOOK_SECONDS)
         except SecondaryLostError as error:
-            self._end(f"the primary goes on alone: {error}")  # as in _check_disks
+            end_with(self._channel, AbortKind.END, f"the primary goes on alone: {error}")  # as in _check_disks
             raise
 
     def _sync(self) -> None:
@@ -248,8 +243,7 @@ class PrimarySession:
         failure = self._pvm.machine.failure
         if failure is not None:
             reason = f"the primary's machine failed: {failure}"
-            self._channel.abort(AbortKind.SESSION, reason)
-            self._channel.linger()
+            end_with(self._channel, AbortKind.SESSION, reason)
             raise ColocacheError(reason)
 
     def _stay(self) -> None:
@@ -409,7 +403,8 @@ class PrimarySession:
             f"{self._pvm.unacked_pages}: start a fresh one with a larger limit"
         )
         self._abort_epoch(epoch, reason)
-        self._end(f"the primary goes on alone: {reason}")  # else that secondary would take over from its old epoch
+        # Else that secondary would take over from its old epoch.
+        end_with(self._channel, AbortKind.END, f"the primary goes on alone: {reason}")
         raise SecondaryLostError(reason)
 
     def _check_disks(self, epoch: int) -> None:
@@ -418,7 +413,7 @@ class PrimarySession:
             self._mirrors.check()
         except SecondaryLostError as error:
             self._abort_epoch(epoch, str(error))
-            self._end(f"the primary goes on alone: {error}")
+            end_with(self._channel, AbortKind.END, f"the primary goes on alone: {error}")
             raise
 
     def _take_back(self, epoch: int, error: ColocacheError) -> None:

@@ -25,6 +25,7 @@ from colocache.outputs.travel import unpack
 from colocache.replication.apart import Apart
 from colocache.replication.channel import Channel
 from colocache.replication.conversation import Meaning, State, meaning_of, out_of_order
+from colocache.replication.ending import end_with
 from colocache.replication.errors import ProtocolError, RefusedError, SecondaryLostError, SessionEndedError
 from colocache.replication.memory_limit import MemoryLimit
 from colocache.replication.messages import (
@@ -101,13 +102,13 @@ class SecondarySession:
                 return self._converse()
             except PeerLostError as error:
                 if self._channel.over:
-                    self._give_up(AbortKind.SESSION, self._channel.over)
+                    end_with(self._channel, AbortKind.SESSION, self._channel.over)
                     raise TimedOutError(self._channel.over) from error
                 # A stream that broke ended the control connection too, and knows better why.
                 failure = self._streams.failure
                 if failure is None or isinstance(failure, PeerLostError):
                     raise failure or error from None
-                self._give_up(AbortKind.SESSION, str(failure))
+                end_with(self._channel, AbortKind.SESSION, str(failure))
                 raise failure from error
 
     def _converse(self) -> str:
@@ -119,15 +120,11 @@ class SecondarySession:
         except (TimedOutError, SessionEndedError, SecondaryLostError):
             raise
         except StoppedError as error:
-            self._give_up(AbortKind.SESSION, str(error))
+            end_with(self._channel, AbortKind.SESSION, str(error))
             raise
         except ColocacheError as error:
-            self._give_up(AbortKind.SESSION, str(error))
+            end_with(self._channel, AbortKind.SESSION, str(error))
             raise
-
-    def _give_up(self, kind: AbortKind, reason: str, epoch: int = 0) -> None:
-        self._channel.abort(kind, reason, epoch=epoch)
-        self._channel.linger()
 
     def _listen(self) -> str:
         self._svm.output.lost(self._cache.status().sealed_epoch)  # it sends again what it did not hear to be sealed
@@ -358,7 +355,7 @@ class SecondarySession:
         try:
             result, take_over = self._svm.finish(sealed, stages)
         except SecondaryLostError as error:
-            self._give_up(AbortKind.LOAD, str(error), epoch)
+            end_with(self._channel, AbortKind.LOAD, str(error), epoch=epoch)
             raise
         if take_over:
             # Before the machine runs: the primary waits for LOADED, and must stand still instead.

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable
 
 from colocache.errors import PeerLostError, TimedOutError
-from colocache.replication.channel import LINGER_SECONDS, Channel
+from colocache.replication.channel import Channel
+from colocache.replication.ending import LINGER_SECONDS
 from colocache.replication.errors import ProtocolError, RefusedError
 from colocache.replication.messages import Message
 from colocache.replication.transport import PlainTransport, Wrap
