@@ -3,17 +3,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from fake_peer import PAGE, STATE, accepted, fake_primary, packet
+from fake_peer import PAGE, STATE, FakePeer, accepted, fake_primary, packet
 from toy import TOY_BLOCKS, Pair, no_page_wrong, once, pair_of
 
 from colocache import Memory, VetoError
-from colocache.replication.messages import AbortKind, MessageType
+from colocache.errors import PeerLostError
+from colocache.replication.channel import Channel
+from colocache.replication.messages import AbortKind, MessageType, decode_input, encode_input
 from colocache.replication.svm import Svm
+from colocache.replication.transport import PlainTransport
 
 M = MessageType
 
@@ -71,3 +77,49 @@ def test_a_device_state_of_which_half_came_is_no_epoch(pair: Pair) -> None:
     assert primary.join().checkpoints == 6
     assert secondary.join().wrong_pages == 0
     no_page_wrong(pair)
+
+
+def test_a_device_state_that_a_machine_chokes_on_costs_its_epoch_only(pair: Pair) -> None:
+    pair.make_secondary()
+    running = pair.run_secondary()
+    with fake_primary(pair) as peer:
+        accepted(peer)
+        for epoch, state in ((1, b"\xff no JSON, which is a ValueError"), (2, STATE)):
+            peer.say(M.CHECKPOINT_REQUEST, epoch)
+            assert peer.hear()[:2] == (M.CHECKPOINT_REPLY, epoch)
+            peer.say(M.VMSTATE_SEND, epoch, state)
+            peer.say(M.VMSTATE_SIZE, epoch)
+            assert peer.hear()[:2] == (M.ABORT if epoch == 1 else M.VMSTATE_RECEIVED, epoch)
+        assert peer.hear()[:2] == (M.VMSTATE_LOADED, 2)
+        peer.say(M.ABORT, a=int(AbortKind.END))
+        assert running.join().epoch == 2
+
+
+@pytest.mark.parametrize("taken", [0, 7, 300_000])
+def test_what_was_typed_is_found_behind_a_device_state_of_a_broken_connection(pair: Pair, taken: int) -> None:
+    """Whatever of the state was read before: its rest is no messages, and pages behind it are nobody's any more."""
+    pair.make_secondary()
+    ours, theirs = socket.socketpair()
+    with theirs, Channel(PlainTransport(ours), peer_timeout=2.0, device_state_max=1 << 20) as channel:
+        peer = FakePeer(theirs)
+        peer.say(M.INPUT, 0, encode_input(0, b"a"))
+        assert channel.receive_past_pages(pair.cache)[0].type is M.INPUT
+
+        def say() -> None:
+            peer.say(M.VMSTATE_SEND, 1, b"COLO" * 100_000)
+            peer.say(M.INPUT, 0, encode_input(1, b"b"))
+            theirs.sendall(packet(1, [(5, 2, 0)]))
+            peer.say(M.INPUT, 0, encode_input(2, b"c"))
+
+        saying = threading.Thread(target=say)
+        saying.start()
+        send, _ = channel.receive_past_pages(pair.cache)
+        assert (send.type, send.body_len) == (M.VMSTATE_SEND, 400_000)
+        channel.receive_into(memoryview(bytearray(taken)))
+        typed: list[tuple[int, bytes]] = []
+        until = time.monotonic() + 10
+        with contextlib.suppress(PeerLostError):
+            while len(typed) < 2 and time.monotonic() < until:
+                typed += [decode_input(message) for message in channel.rest()]
+        saying.join()
+    assert typed == [(1, b"b"), (2, b"c")]

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from types import TracebackType
 
-from colocache import Cache, Sender, SendResult, message_header
+from colocache import HEADER_BYTES, Cache, Sender, SendResult, message_header
 from colocache.disks.write import Write
 from colocache.errors import (
     BlockError,
@@ -33,7 +33,7 @@ from colocache.replication.heartbeat import Heartbeat
 from colocache.replication.incoming import Incoming
 from colocache.replication.messages import AbortKind, Message, MessageType, encode_reason, packed, parse_message
 from colocache.replication.page_packets import PagePackets
-from colocache.replication.read_ahead import ReadAhead
+from colocache.replication.read_ahead import ReadAhead, body_of_pages
 from colocache.replication.transport import Transport
 
 WORD_SECONDS = 0.1
@@ -61,6 +61,7 @@ class Channel:
         self._turn = threading.Lock()  # held by who waits for it: a lock alone is often had again by who gave it back
         self._heartbeat: Heartbeat | None = None
         self._coming = Incoming(self._receive, self._parse)
+        self._body_left = 0  # bytes of a device state, or of pages that nobody wants, which nobody has read
         self._packets = PagePackets() if transport.plain_fd is None else None
         self._closed = False
         self._limit: tuple[float, str] | None = None
@@ -85,10 +86,11 @@ class Channel:
         """Send one message whole."""
         self.send_together(packed(message, epoch=epoch, a=a, b=b, body=body))
 
-    def send_together(self, parts: list[bytes]) -> None:
-        """Send messages made by `packed`, one after the other, with one call of the system: the peer wakes once."""
+    def send_together(self, parts: list[bytes], timeout: float | None = None) -> None:
+        """Send messages made by `packed`, one after the other, with one call of the system: the peer wakes once.
+        `timeout`: the longest wait without a byte taken by the peer, if it is not the peer timeout."""
         with self._send_lock:
-            self._send_all([memoryview(part) for part in parts])
+            self._send_all([memoryview(part) for part in parts], timeout)
 
     def send_write(self, write: Write, timeout: float) -> None:
         """Send a DISK message; `timeout` is the longest wait without a byte taken by the peer."""
@@ -186,7 +188,7 @@ class Channel:
         """
         begin = time.monotonic()
         while (message := self.try_receive()) is None:
-            self._wait(select.POLLIN, self._awaited, max(0.0, self._patient_until(begin) - time.monotonic()))
+            self._wait(select.POLLIN, self._awaited, left=max(0.0, self._patient_until(begin) - time.monotonic()))
         return message
 
     def receive_within(self, seconds: float, wake_fd: int = -1) -> Message | None:
@@ -248,6 +250,8 @@ class Channel:
             raise PeerLostError(f"the connection broke while pages were received: {error}") from error
         self.last_heard = time.monotonic()
         message = self._parse(header)
+        if message.type is MessageType.VMSTATE_SEND:
+            self._body_left = message.body_len
         if message.type is MessageType.VMSTATE_SEND or not message.body_len:
             return message, n_pages
         self._coming.begin(header)
@@ -258,24 +262,28 @@ class Channel:
             return cache.receive_stream(self._fd, timeout=self.peer_timeout, epoch=epoch)
         return self._ahead.take_packets(cache, epoch, self._more_ahead)
 
-    def rest(self, cache: Cache) -> Iterator[Message]:
-        """What the peer had said when the connection broke, for whoever needs it: messages, their pages taken into the
-        cache, a device state thrown away. The error that ends it says nothing new."""
+    def rest(self) -> Iterator[Message]:
+        """What the peer had said when the connection broke, for whoever needs it. Pages and a device state are thrown
+        away: their epoch is given up. The error that ends it says nothing new."""
         while not self._closed and (self._readable.poll(0) or (self._ahead is not None and self._ahead.has_some())):
+            if self._body_left:
+                n = self._receive(memoryview(bytearray(min(self._body_left, DISCARD_BYTES))))
+                if not n:
+                    return  # the rest of it is not here, nor is what follows
+                self._body_left -= n
+                continue
             if not self._coming.begun:
-                header, _ = self._past_pages(cache, 0)
-                message = self._parse(header)
-                if message.type is MessageType.VMSTATE_SEND:
-                    self._skip(message.body_len)
+                header = bytearray(HEADER_BYTES)
+                self._fill(memoryview(header))
+                self._body_left = body_of_pages(header)
+                if not self._body_left and (message := self._parse(bytes(header))).type is MessageType.VMSTATE_SEND:
+                    self._body_left = message.body_len
+                if self._body_left:
                     continue
                 self._coming.begin(header)
             while (found := self._take_message()) is None:
                 self._wait(select.POLLIN, self._awaited)
             yield found
-
-    def _skip(self, n_bytes: int) -> None:
-        while n_bytes and (n := self._receive(memoryview(bytearray(min(n_bytes, DISCARD_BYTES))))):
-            n_bytes -= n
 
     def _receive(self, room: memoryview) -> int | None:
         return self._transport.receive(room) if self._ahead is None else self._ahead.receive(room)
@@ -293,10 +301,13 @@ class Channel:
         poll.poll()
 
     def receive_into(self, room: memoryview) -> None:
-        """Fill `room` with the next bytes."""
+        """Fill `room` with the body of the VMSTATE_SEND that came last."""
+        self._check_open()
+        self._fill(room)
+
+    def _fill(self, room: memoryview) -> None:
         done = 0
         while done < len(room):
-            self._check_open()
             n = self._receive(room[done:])
             if n is None:
                 self._wait(select.POLLIN, "say anything")
@@ -304,16 +315,19 @@ class Channel:
             if n == 0:
                 raise PeerLostError("the peer closed the connection")
             done += n
+            self._body_left = max(0, self._body_left - n)  # of a header there is none
             self.last_heard = time.monotonic()
 
     def _parse(self, header: bytes) -> Message:
         return parse_message(header, self._device_state_max)
 
-    def _wait(self, event: int, what: str, seconds: float | None = None) -> None:
+    def _wait(self, event: int, what: str, limit: float | None = None, *, left: float | None = None) -> None:
+        """Of `limit` seconds, or the peer timeout, `left` are left."""
         poll = select.poll()
         poll.register(self._fd, event)
-        if not poll.poll((self.peer_timeout if seconds is None else seconds) * 1000):
-            raise TimedOutError(f"the peer did not {what} for {self.peer_timeout:g} s")
+        limit = self.peer_timeout if limit is None else limit
+        if not poll.poll((limit if left is None else left) * 1000):
+            raise TimedOutError(f"the peer did not {what} for {limit:g} s")
 
     # ---- signs of life ----
 

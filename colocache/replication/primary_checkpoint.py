@@ -186,7 +186,7 @@ class PrimaryCheckpoint:
         """While the secondary stops its machine: what is done while both stand, as far as it can be done before."""
         self._sending.output()
         if self._newest_state:
-            with contextlib.suppress(ColocacheError):
+            with contextlib.suppress(Exception):  # nothing is lost by it, and this is the machine that the world sees
                 self._pvm.machine.rehearse(self._newest_state)
 
     def _sealed(self, received: Message) -> None:

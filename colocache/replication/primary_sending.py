@@ -19,7 +19,7 @@ class PrimarySending:
     """Sends what is pending of `pvm`, and what the log has. The session's thread calls all of it."""
 
     def __init__(self, pvm: Pvm, channel: Channel, trace: Trace, *, timeout: float) -> None:
-        """`timeout`: the longest wait without a byte of pages taken by the peer."""
+        """`timeout`: the longest wait without a byte of it taken by the peer."""
         self._pvm = pvm
         self._channel = channel
         self._trace = trace
@@ -50,7 +50,7 @@ class PrimarySending:
     def output(self) -> None:
         """What the machine sent travels before its epoch is sealed, for a secondary that takes over from that."""
         if parts := self.packed_output():
-            self._channel.send_together(parts)
+            self._channel.send_together(parts, self._timeout)  # as pages: it may be stopping its machine meanwhile
 
     def packed_output(self) -> list[bytes]:
         """The same as messages, for who sends them together with others."""

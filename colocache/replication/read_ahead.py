@@ -14,6 +14,17 @@ ROOM_BYTES = 1 << 20
 PACKET_BYTES_MAX = 40 + 1024 * 16 + (16 << 20)  # 4096 pages of 4 KiB, or some of a larger kind
 
 
+def body_of_pages(header: bytes | bytearray) -> int:
+    """Bytes behind the header of a PAGES packet, 0 for any other message. ProtocolError: more than are taken. (Its
+    checksum covers more than the header: only the C library, which has the rest, can tell whether it is right.)"""
+    if int.from_bytes(header[6:8], "little") != MSG_PAGES:
+        return 0
+    n_bytes = int.from_bytes(header[16:24], "little")
+    if HEADER_BYTES + n_bytes > PACKET_BYTES_MAX:
+        raise ProtocolError(f"a PAGES packet of {n_bytes} bytes came, at most {PACKET_BYTES_MAX} are taken")
+    return n_bytes
+
+
 class ReadAhead:
     """Reads `transport`; what was read too far is kept for whoever reads next. One thread."""
 
@@ -55,12 +66,7 @@ class ReadAhead:
         at = self._first
         if self._end - at < HEADER_BYTES:
             return HEADER_BYTES
-        if int.from_bytes(self._room[at + 6 : at + 8], "little") != MSG_PAGES:
-            return HEADER_BYTES
-        n_bytes = HEADER_BYTES + int.from_bytes(self._room[at + 16 : at + 24], "little")
-        if n_bytes > PACKET_BYTES_MAX:
-            raise ProtocolError(f"a PAGES packet of {n_bytes} bytes came, at most {PACKET_BYTES_MAX} are taken")
-        return n_bytes
+        return HEADER_BYTES + body_of_pages(self._room[at : at + HEADER_BYTES])
 
     def _fill(self, wanted: int) -> bool:
         """Read what is there, until `wanted` bytes are. False: there was nothing."""

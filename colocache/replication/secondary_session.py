@@ -180,7 +180,7 @@ class SecondarySession:
     def _hear_the_rest(self) -> None:
         """This side's own words found nobody, or it listens no more: what the primary said before may still be here."""
         with contextlib.suppress(ColocacheError):
-            for message in self._channel.rest(self._cache):
+            for message in self._channel.rest():
                 if message.type is MessageType.INPUT:
                     self._input_came(message)
 

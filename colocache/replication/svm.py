@@ -131,7 +131,7 @@ class Svm:
         """While the primary stops: with the newest state, what is about to be done with the next."""
         status = self.cache.status()
         if status.sealed_epoch and status.device_state_bytes <= REHEARSE_BYTES_MAX:
-            with contextlib.suppress(ColocacheError):
+            with contextlib.suppress(Exception):  # whatever a machine says of it now, the look before a seal says again
                 self.machine.rehearse(bytes(self.cache.device_state()))
 
     # ---- an epoch ----
@@ -143,6 +143,7 @@ class Svm:
 
     def abort_open(self, reason: str) -> int:
         """Give up the epoch that is arriving, if there is one: its number, or 0. Then look at `failed_over`."""
+        self._looked_at = None
         status = self.cache.status()
         if status.receiving_epoch <= status.sealed_epoch:
             return 0
@@ -159,9 +160,11 @@ class Svm:
 
     def look_at(self, state: memoryview) -> None:
         """The device state of the epoch that arrives, before its last pages are here. What is wrong with it the seal
-        tells, which looks at it again unless it is still the same."""
+        tells, which looks at it again unless it is still the same; a long one is looked at only then."""
         self._looked_at = None
-        with contextlib.suppress(ColocacheError):
+        if len(state) > REHEARSE_BYTES_MAX:
+            return
+        with contextlib.suppress(Exception):
             copy = bytes(state)
             self.machine.check_device_state(copy)
             self._looked_at = copy
@@ -169,7 +172,7 @@ class Svm:
     def _check(self, state: memoryview) -> None:
         """As seal asks: bytes in shared memory, which could have changed since."""
         looked_at, self._looked_at = self._looked_at, None
-        if looked_at is None or looked_at != bytes(state):
+        if looked_at is None or len(looked_at) != len(state) or looked_at != bytes(state):
             self.machine.check_device_state(state)
 
     def sync(self) -> None:
