@@ -99,6 +99,38 @@ def test_a_pause_costs_a_guest_with_a_rate_no_work(
     assert guest.mailbox.box.step >= 20
 
 
+class Clock:
+    """Stands instead of `time`: it moves when a test moves it."""
+
+    now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_guest_that_fell_far_behind_does_not_make_up_for_it_after_the_next_pause_either(
+    make: Make, guest: FakeGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds pass within its first step; the clock stands still before and after."""
+    clock = Clock()
+    monkeypatch.setattr(runner, "time", clock)
+    box = guest.mailbox.box
+    asked: list[int] = []  # steps, each time that it runs
+
+    def enter() -> None:
+        clock.now += 10.0 if not asked else 0.0
+        asked.append(int(box.limit) - int(box.step))
+        box.step = box.limit
+
+    thread = make(enter, rate=100)
+    for stops in (2, 3):
+        thread.go()
+        while len(asked) < stops:
+            time.sleep(0.001)
+        thread.stop()
+    assert asked == [1, 1, 1]
+
+
 def test_a_guest_that_dies_is_told_with_its_reason_and_never_waited_for(make: Make) -> None:
     def die() -> None:
         raise MachineError("exit reason 8 (shutdown)")

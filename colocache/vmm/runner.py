@@ -40,6 +40,7 @@ class GuestThread:
         self._kick = kick
         self._rate = steps_per_second
         self._behind = 0.0  # seconds of its work that a guest with a rate has not done yet, when it stands
+        self._since, self._first = 0.0, 0  # a guest with a rate runs as if it had begun then, at that step
         self._orders: SimpleQueue[str] = SimpleQueue()
         self._answers: SimpleQueue[str] = SimpleQueue()
         self.running = False
@@ -125,18 +126,22 @@ class GuestThread:
             self._orders.get()
             return
         # Its clock goes on where it stood with it: else each pause would cost it half a slice of work.
-        start, first = time.monotonic() - self._behind, int(box.step)
+        self._since, self._first = time.monotonic() - self._behind, int(box.step)
         try:
-            self._keep_to_rate(start, first)
+            self._keep_to_rate()
         finally:
-            now = time.monotonic()
-            self._behind = min(BEHIND_MAX, max(0.0, now - start - (int(box.step) - first) / self._rate))
+            # By the clock in force now, which a guest that fell far behind has had set anew.
+            self._behind = min(BEHIND_MAX, max(0.0, self._behind_at(time.monotonic())))
 
-    def _keep_to_rate(self, start: float, first: int) -> None:
-        """From GO until STOP, as if it had run since `start`, at step `first`."""
+    def _behind_at(self, now: float) -> float:
+        """Seconds of its work that the guest has not done by `now`; below 0 if it is ahead."""
+        return now - self._since - (int(self._mailbox.box.step) - self._first) / self._rate
+
+    def _keep_to_rate(self) -> None:
+        """From GO until STOP, by the clock that _run has set."""
         box = self._mailbox.box
         while True:
-            due = first + int((time.monotonic() - start) * self._rate) + 1
+            due = self._first + int((time.monotonic() - self._since) * self._rate) + 1
             if due > box.step:
                 box.limit = due
                 self._enter()
@@ -144,10 +149,9 @@ class GuestThread:
                     self._orders.get()
                     return
             now = time.monotonic()
-            behind = now - start - (int(box.step) - first) / self._rate
-            if behind > BEHIND_MAX:
-                start, first = now, int(box.step)
-            wait = max(SLICE, (int(box.step) + 1 - first) / self._rate - (now - start))
+            if self._behind_at(now) > BEHIND_MAX:
+                self._since, self._first = now, int(box.step)
+            wait = max(SLICE, (int(box.step) + 1 - self._first) / self._rate - (now - self._since))
             try:
                 self._orders.get(timeout=wait)
                 return
