@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from toy import QUICK, TOY_BLOCKS, Pair, Running
 
 from colocache import ArgumentError, ColocacheError, Memory, NoStateError, Phase
+from colocache.replication import arbiter as arbiters
 from colocache.replication.arbiter import ARBITERS, LeaseLostError, Loss, SoloArbiter, Verdict, make_arbiter
 
 Make = Callable[..., Memory]
@@ -28,6 +30,7 @@ class Lease:
         self.lose_at = lose_at
         self.fails = fails
         self.held = False
+        self.renewed = threading.Event()
 
     def _call(self, name: str) -> bool:
         """Does the lease hold?"""
@@ -47,6 +50,7 @@ class Lease:
 
     def renew(self) -> Verdict:
         held = self._call("renew")
+        self.renewed.set()
         return Verdict(held, "renewed" if held else "the lease is over")
 
     def lost(self) -> str | None:
@@ -75,10 +79,12 @@ def alone(make_memory: Make, folder: Path, arbiter: Lease, role: str, run_on: fl
 
 
 def moments_of(make_memory: Make, folder: Path, role: str) -> list[str]:
-    """Every call of a whole life of the arbiter, in order."""
+    """Every call of a whole life of the arbiter, in order; the machine goes on until a renewal was seen."""
     lease = Lease()
-    pair, running = alone(make_memory, folder, lease, role, run_on=1.3)
+    pair, running = alone(make_memory, folder, lease, role, run_on=0)
     try:
+        assert lease.renewed.wait(30), f"no renewal among {lease.calls}"
+        (pair.stop_p if role == "primary" else pair.stop_s).set()
         running.join()
         assert not lease.held, "the lease was never given back"
         return lease.calls
@@ -87,7 +93,10 @@ def moments_of(make_memory: Make, folder: Path, role: str) -> list[str]:
 
 
 @pytest.mark.parametrize("role", ["primary", "secondary"])
-def test_a_life_of_an_arbiter_is_acquire_fence_renew_release(make_memory: Make, tmp_path: Path, role: str) -> None:
+def test_a_life_of_an_arbiter_is_acquire_fence_renew_release(
+    make_memory: Make, tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arbiters, "RENEW_SECONDS", 0.05)
     calls = moments_of(make_memory, tmp_path, role)
     assert calls[0] == "acquire"
     assert calls[1] == "fence"
