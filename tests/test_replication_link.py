@@ -9,10 +9,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, no_page_wrong, once, pair_of, while_set
+from toy import QUICK, TOY_BLOCKS, TOY_PAGES, Pair, ToyMachine, no_page_wrong, once, pair_of, while_set
 
 from colocache import BlockSpec, ColocacheError, NoStateError, RamImage
 from colocache.replication.arbiter import Loss, SoloArbiter, Verdict
@@ -33,7 +34,6 @@ CUTS = [
     (MessageType.CHECKPOINT_REQUEST, "P→S", 3),
     (MessageType.CHECKPOINT_REPLY, "S→P", 3),
     (MessageType.VMSTATE_SEND, "P→S", 3),
-    (MessageType.PAGES, "P→S", 9),
     (MessageType.VMSTATE_SIZE, "P→S", 3),
     (MessageType.VMSTATE_RECEIVED, "S→P", 3),
     (MessageType.VMSTATE_LOADED, "S→P", 3),
@@ -47,7 +47,41 @@ def test_a_link_cut_at_any_message_costs_no_page(
     pair: Pair, kind: MessageType, direction: str, after: int, verdict: str
 ) -> None:
     pair.link.rule = once(kind, verdict, after=after, direction=direction)
-    primary, secondary = pair.start(checkpoints=6)
+    goes_on_without_a_wrong_page(pair)
+
+
+class WritesAsItSaves(ToyMachine):
+    """Saving its device state writes a page, as that of a device may."""
+
+    def save_device_state(self, *, with_hashes: bool = False) -> bytes:
+        self.write(1, 299, self.steps)
+        return super().save_device_state(with_hashes=with_hashes)
+
+
+@pytest.mark.parametrize("verdict", ["cut", "half-cut", "pass-cut"])
+def test_a_link_cut_among_the_last_pages_of_an_epoch_costs_no_page(pair: Pair, verdict: str) -> None:
+    """Between VMSTATE_SEND and VMSTATE_SIZE: both machines stand, and the device state is at the secondary."""
+    since_state = False
+    cut: list[int] = []
+
+    def rule(direction: str, kind: MessageType, epoch: int) -> str:
+        nonlocal since_state
+        if direction == "P→S" and kind in (MessageType.VMSTATE_SEND, MessageType.VMSTATE_SIZE):
+            since_state = kind is MessageType.VMSTATE_SEND
+        if since_state and kind is MessageType.PAGES and epoch == 3 and not cut:
+            cut.append(epoch)
+            return verdict
+        return "pass"
+
+    pair.link.rule = rule
+    goes_on_without_a_wrong_page(pair, machine=WritesAsItSaves)
+    assert cut == [3], "nothing was cut there"
+    assert len(pair.events_p.all("connected")) == 2
+
+
+def goes_on_without_a_wrong_page(pair: Pair, **options: Any) -> None:
+    """Six checkpoints, whatever the link does."""
+    primary, secondary = pair.start(checkpoints=6, **options)
     ended, followed = primary.join(), secondary.join()
     # Where RECEIVED or LOADED was lost the checkpoint is done and the primary does not count it.
     assert (ended.checkpoints, ended.alone) == (6, False)
