@@ -8,9 +8,11 @@ once with `--no-background` (all pages in the pause), once with `--resume-at loa
 secondary's flush) and once with `--cores-apart` (each side on its half of the cores, as two hosts would be). Told are
 medians of the rounds' p50, p99 and max in milliseconds, of both machines with their stages, and the steps a second that
 the primary's guest did, beside those of two guests that nobody replicates and whose log is taken and cleared at the
-same interval, and how many of this machine's cores all that kept busy: where these are all there are, the guests had to
-give what the pair took. Both sides share this machine, so on two cores four threads want to run: other work shows in
-every figure, and the load before each round is told beside them.
+same interval, and how many of this machine's cores were busy: where these are all there are, the guests had to give
+what the pair took. These two are not measured alike: the pair's is CPU time over time of its whole run, with start,
+initial copy and takeover; that of the guests alone is of their steady intervals. Both sides share this machine, so on
+two cores four threads want to run: other work shows in every figure, and the load before each round is told beside
+them.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ SHOWN = ("pvm_pause_ms", "pause_ms")
 COLUMNS = (
     Column("set", justify="left"), Column("over", justify="left"), Column("way", justify="left"),
     Column("PVM ms\np50/p99/max"), Column("SVM ms\np50/p99/max"), Column("of it\ncopy"),
-    Column("guest's\nsteps/s"), Column("of one\nalone"), Column("cores busy,\nwhile alone"),
+    Column("guest's\nsteps/s"), Column("of one\nalone"), Column("cores busy in\nits whole run, alone"),
 )  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def one(given: dict[str, Any], size: str, transport: str, way: str) -> dict[str,
 
 
 def children_seconds() -> float:
-    """CPU time of all that this process has started and seen end, guests included."""
+    """CPU time of all that this process has started and seen end, guests included: of whole runs, from start to end."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 

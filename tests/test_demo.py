@@ -327,3 +327,5 @@ def test_the_bench_of_pauses_sets_four_ways_beside_each_other() -> None:
         assert result["pvm_stages_ms"]["answer"]["p50"] > 0
         assert result["pvm_steps_per_s"] > 0
         assert result["alone_steps_per_s"] > 0
+        assert result["cores_busy"] > 0
+        assert result["alone_cores_busy"] > 0
