@@ -21,8 +21,8 @@ from support import BLOCKS, checkpoint, ours, page
 _numbers = itertools.count()
 
 
-# Run C programs or a model to their end. They share nothing with other tests (no guest, no named memory, no huge pages,
-# no measured time), so that CI runs them beside those.
+# Run C programs or a model to their end. They share nothing with other tests (no guest, no named memory, no huge page
+# taken, no measured time), so that CI runs them beside those.
 PROGRAMS = {
     "test_c_fuzz", "test_c_install", "test_c_step", "test_conversation_model", "test_crash", "test_disks_laws",
     "test_disks_model", "test_failing_calls", "test_outputs_laws", "test_spill_faults",

@@ -212,12 +212,13 @@ static const char *in_small_tmpfs(void)
 
 static const char *huge_pages(void)
 {
-    unsigned long free_pages = 0;
-    FILE *info = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages", "r");
-    if (!info || fscanf(info, "%lu", &free_pages) != 1)
+    /* Of all pages and not of the free ones: else others that give some back let it through, and then it holds what they count. */
+    unsigned long all_pages = 0;
+    FILE *info = fopen("/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages", "r");
+    if (!info || fscanf(info, "%lu", &all_pages) != 1)
         return "huge pages: this kernel has none of 2 MiB";
     fclose(info);
-    uint64_t bytes = (free_pages + 64) * HUGE_PAGE; /* more than there are, whoever else takes or gives back some */
+    uint64_t bytes = (all_pages + 64) * HUGE_PAGE;
     int guest = memfd_create("guest", MFD_HUGETLB | MFD_CLOEXEC), cache = memfd_create("cache", MFD_HUGETLB | MFD_CLOEXEC);
     if (guest < 0 || cache < 0 || ftruncate(guest, (off_t)bytes) != 0 || ftruncate(cache, (off_t)bytes) != 0)
         return "huge pages: no memfd of them";
