@@ -132,7 +132,7 @@ def test_a_rehearsal_that_fails_costs_nothing(pair: Pair) -> None:
     pair.svm.rehearse = pair.pvm.rehearse = rehearse  # type: ignore[method-assign]
     primary, secondary = pair.run_primary(), pair.run_secondary()
     assert primary.join().checkpoints == secondary.join().checkpoints == 4
-    assert len(rehearsed) == 2 * 3
+    assert len(rehearsed) >= 2 * 3
     assert not pair.events_s.all("aborted")
     no_page_wrong(pair)
 

@@ -225,6 +225,10 @@ class Channel:
         while self.may_spin and time.monotonic() < until and not self._readable.poll(0):
             pass
 
+    def has_come(self) -> bool:
+        """Is there a byte of the peer's, or the end of the connection, to be read?"""
+        return bool(self._readable.poll(0)) or (self._ahead is not None and self._ahead.has_some())
+
     def try_receive(self) -> Message | None:
         """The next message if all of it has come; never waits. What has come of it is kept for the next call."""
         self._check_open()
@@ -265,7 +269,7 @@ class Channel:
     def rest(self) -> Iterator[Message]:
         """What the peer had said when the connection broke, for whoever needs it. Pages and a device state are thrown
         away: their epoch is given up. The error that ends it says nothing new."""
-        while not self._closed and (self._readable.poll(0) or (self._ahead is not None and self._ahead.has_some())):
+        while not self._closed and self.has_come():
             if self._body_left:
                 n = self._receive(memoryview(bytearray(min(self._body_left, DISCARD_BYTES))))
                 if not n:

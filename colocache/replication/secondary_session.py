@@ -288,14 +288,20 @@ class SecondarySession:
         if self._cache.status().sealed_epoch == 0:
             self._initial_copy_done()
         self._asked = False
+        self._svm.rehearse()
+        stages.done("rehearse")
+        if self._svm.running:
+            self._svm.sync()  # most of its log, so that little of it is left when the primary stands
+        stages.done("first sync")
         self._svm.pause()
         stages.done("stop")
         may_have = self._limit.make_room(wanted_pages) if self._limit else 0
         self._say(MessageType.CHECKPOINT_REPLY, epoch, may_have)
         self._svm.sync()  # while the primary stops its machine and saves it
         stages.done("sync")
-        self._svm.rehearse()
-        stages.done("rehearse")
+        if not self._channel.has_come():  # else it would be waited for
+            self._svm.rehearse()
+            stages.done("rehearse again")
         limit = self._options.timing.checkpoint_timeout
         self._channel.limit(limit, f"the primary did not complete epoch {epoch} within {limit:g} s")
         try:

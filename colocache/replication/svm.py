@@ -128,7 +128,7 @@ class Svm:
         return report.n_pages, len(report.wrong)
 
     def rehearse(self) -> None:
-        """While the primary stops: with the newest state, what is about to be done with the next."""
+        """With the newest state, what is about to be done with the next."""
         status = self.cache.status()
         if status.sealed_epoch and status.device_state_bytes <= REHEARSE_BYTES_MAX:
             with contextlib.suppress(Exception):  # whatever a machine says of it now, the look before a seal says again
