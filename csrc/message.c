@@ -9,17 +9,15 @@
 #include <string.h>
 #include <sys/socket.h>
 
-#include "atomics.h"
 #include "checksum.h"
 #include "clock.h"
 #include "colocache.h"
 #include "error.h"
+#include "lookout.h"
 
 #define WIRE_MAGIC 0x4f4c4f43u /* bytes "COLO" */
 #define CHECKED_BYTES 32u
 #define IOV_AT_ONCE 1024u /* UIO_MAXIOV */
-#define LOOKOUT_NS 50000u /* 20000 was in vain too often: slower than none */
-#define SLEEPS_MAX 8u     /* for each look-out in vain: together they take a few microseconds of each wait */
 
 struct wire_header {
     uint32_t magic;
@@ -121,35 +119,6 @@ static int wait_for(int fd, short events, int timeout_ms)
     }
 }
 
-/* look_out -- nothing is there: ask again, or (false) sleep?  To be woken takes a reader nearly LOOKOUT_NS here, and its sender has to wake it
- * with every few pages, which come after less.  Where it is in vain, because the peer is slower or waits for this very CPU, the next waits
- * sleep at once. */
-static bool look_out(struct cc_lookout *lookout)
-{
-    const uint64_t now = cc_now_ns();
-    if (!lookout->until_ns && lookout->sleeps) {
-        lookout->sleeps--;
-        return false;
-    }
-    if (!lookout->until_ns) {
-        lookout->until_ns = now + LOOKOUT_NS;
-    } else if (now >= lookout->until_ns) {
-        lookout->until_ns = 0;
-        lookout->in_vain += lookout->in_vain < SLEEPS_MAX;
-        lookout->sleeps = lookout->in_vain;
-        return false;
-    }
-    for (unsigned i = 0; i < 16; i++)
-        cc_relax();
-    return true;
-}
-
-static void seen(struct cc_lookout *lookout)
-{
-    if (lookout->until_ns)
-        *lookout = (struct cc_lookout){0};
-}
-
 /* drop -- forget n bytes from the front of the iovecs */
 static void drop(struct iovec **iov, uint32_t *n_iov, size_t n)
 {
@@ -178,14 +147,14 @@ static int move_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, e
             drop(&iov, &n_iov, (size_t)n);
             if (!writing) {
                 move = READ;
-                seen(lookout);
+                cc_lookout_came(lookout, (uint64_t)n);
             }
         } else if (n == 0 && !writing) {
             return cc_fail(COLOCACHE_E_PEER_LOST, "the peer closed the connection");
         } else if (errno == EAGAIN) {
             if (move == READ_IF_THERE)
                 return 1;
-            if (!writing && look_out(lookout))
+            if (!writing && cc_look_out(lookout))
                 continue;
             int rc = wait_for(fd, writing ? POLLOUT : POLLIN, timeout_ms);
             if (rc)

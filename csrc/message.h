@@ -19,6 +19,8 @@
 #include <stdint.h>
 #include <sys/uio.h>
 
+#include "lookout.h"
+
 #define CC_RUN_ZERO 1u
 
 struct cc_run {
@@ -38,14 +40,8 @@ int cc_message_get(const void *header, struct cc_message *out);
 /* Over the first 32 bytes of the header and n_bytes that follow it. */
 uint64_t cc_message_checksum(const void *header, const void *runs, uint64_t n_bytes);
 
-/* How one reader waits: it looks out for a moment before it sleeps, as long as that pays.  All zero at the beginning. */
-struct cc_lookout {
-    uint64_t until_ns;        /* it is looking out; 0: it is not */
-    uint32_t in_vain, sleeps; /* look-outs one after the other; waits that are to sleep at once */
-};
-
 /* Move all bytes of these iovecs (which are used up), however many calls it takes; timeout_ms without a byte moved ends it.
- * 0, E_PEER_LOST, E_TIMEOUT, -errno. */
+ * A reader looks out before it sleeps, as long as that pays.  0, E_PEER_LOST, E_TIMEOUT, -errno. */
 int cc_read_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms, struct cc_lookout *lookout);
 int cc_write_all(int fd, struct iovec *iov, uint32_t n_iov, int timeout_ms);
 /* As cc_read_all, but 1 at once, with nothing taken, if not one byte is there yet. */

@@ -727,8 +727,9 @@ int colocache_receive_done(struct colocache *cc, uint64_t epoch, uint32_t block,
  * pages of a packet that broke off keep their bits, so nothing is wrong, but the epoch's count
  * is short and it must be aborted.  After any error, E_TIMEOUT included, the connection is out
  * of step: close it; a peer that is alive sends something (a PING of yours) more often than
- * timeout_ms.  epoch 0: take the epoch of the packets as it comes.  Where bytes follow each other
- * closely the thread looks out for the next ones, at most 50 us, before it sleeps. */
+ * timeout_ms.  epoch 0: take the epoch of the packets as it comes.  Where 16 KiB or more have come
+ * since it last waited, the thread looks out for the next bytes, at most 50 us, before it sleeps;
+ * never at the beginning, and more seldom where nothing comes of it. */
 int colocache_receive_stream(struct colocache *cc, int fd, int timeout_ms, uint64_t epoch,
                              void *header, uint64_t *n_pages_out);
 

@@ -354,29 +354,6 @@ static void what_is_not_there_yet_is_not_waited_for(void)
     end();
 }
 
-/* A reader that looks out before it sleeps stops doing so for a while where nothing comes, and begins anew when something did. */
-static void looking_out_in_vain_is_paid_with_sleeps(void)
-{
-    struct cc_lookout lookout = {0};
-    uint8_t byte = 7, got;
-    begin();
-    for (uint32_t in_vain = 1; in_vain < 12; in_vain++) {
-        for (uint32_t n = lookout.sleeps + 1; n; n--) { /* those that sleep at once, then one that looks out */
-            struct iovec iov = {.iov_base = &got, .iov_len = 1};
-            CHECK_RC(COLOCACHE_E_TIMEOUT, cc_read_all(pair[1], &iov, 1, 0, &lookout));
-            CHECK(lookout.until_ns == 0);
-        }
-        CHECK_EQ(in_vain < 8 ? in_vain : 8, lookout.in_vain);
-        CHECK_EQ(lookout.in_vain, lookout.sleeps);
-    }
-    struct iovec iov = {.iov_base = &got, .iov_len = 1};
-    lookout.until_ns = UINT64_MAX; /* it is looking out, however long it takes */
-    REQUIRE(send(pair[0], &byte, 1, 0) == 1);
-    CHECK_RC(0, cc_read_all(pair[1], &iov, 1, 0, &lookout));
-    CHECK(lookout.until_ns == 0 && lookout.in_vain == 0 && lookout.sleeps == 0 && got == 7);
-    end();
-}
-
 /* ---- packets in memory ----------------------------------------------------------------------------------------------- */
 
 /* Any cut of a packet: nothing of it is taken before it is whole, and what follows it is left. */
@@ -447,7 +424,6 @@ int main(void)
     RUN(what_is_no_socket_is_an_error);
     RUN(headers_survive_the_trip_and_damage_is_seen);
     RUN(what_is_not_there_yet_is_not_waited_for);
-    RUN(looking_out_in_vain_is_paid_with_sleeps);
     RUN(a_packet_in_memory_is_taken_whole_or_not_at_all);
     RUN(a_packet_in_memory_whose_runs_are_longer_than_it_is_refused);
     return DONE();
