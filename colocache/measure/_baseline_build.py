@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the compiled module `colocache.measure._baseline`: what is measured against (baseline.c, transfer.c).
 
-The engine's copy variants, thread pool and bitmaps are compiled in from csrc/, so that both are measured with one code;
-the checkpoints of transfer.c are libcolocache's own.
+The engine's copy variants, thread pool, bitmaps and look-out are compiled in from csrc/, so that both are measured with
+one code; the checkpoints of transfer.c are libcolocache's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from cffi import FFI
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
-BITMAPS = ("bitmap", "bitmap_pass", "bitmap_sweep")
+OURS = ("bitmap", "bitmap_pass", "bitmap_sweep", "lookout")
 
 DECLARATIONS = """
 struct baseline_pool;
@@ -58,13 +58,13 @@ ffibuilder.cdef(DECLARATIONS)
 ffibuilder.set_source(
     "colocache.measure._baseline",
     '#define _GNU_SOURCE\n#include "baseline.c"\n#include "transfer.c"\n#include "page_copy.c"\n#include "pool.c"\n',
-    sources=[f"csrc/{name}.c" for name in BITMAPS],
+    sources=[f"csrc/{name}.c" for name in OURS],
     include_dirs=[str(HERE), str(CSRC), str(CSRC / "include")],
     libraries=[":libcolocache.so.0"],  # setup.py adds the directory of the one it has just linked
     runtime_library_dirs=["$ORIGIN/../lib"],
     depends=[
         *(str(HERE / name) for name in ("baseline.c", "transfer.c")),
-        *(str(CSRC / name) for name in ("page_copy.c", "pool.c", "bitmap.h", "include/colocache.h")),
+        *(str(CSRC / name) for name in ("page_copy.c", "pool.c", "bitmap.h", "lookout.h", "include/colocache.h")),
     ],
     extra_compile_args=["-std=gnu11", "-O3", "-fvisibility=hidden", "-pthread"],
     py_limited_api=True,

@@ -8,9 +8,9 @@
  *            runs known to both sides before the clock starts; then QEMU's union and flush of what came
  *
  * A thread sends and the caller receives.  Both stand ready when the clock starts, so that making a thread is in none of the times.
+ * Every way reads as the engine does: it looks out before it sleeps (lookout.h).
  */
 #include <errno.h>
-#include <limits.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -23,8 +23,12 @@
 #include "atomics.h"
 #include "clock.h"
 #include "colocache.h"
+#include "lookout.h"
 
-#define STATE_MESSAGE 8 /* VMSTATE_SIZE (colocache.h has no names for messages without pages) */
+/* colocache.h has no names for messages without pages: the device state, which comes before the last of them, and how many they were */
+#define VMSTATE_SEND 3
+#define VMSTATE_SIZE 4
+#define IOV_AT_ONCE 64 /* the kernel reads all of them in every call, and a socket brings some 200 KiB in one */
 #define HOT_BYTES (1u << 20)
 #define STACK_BYTES (64u << 10) /* more than sending needs */
 
@@ -41,6 +45,7 @@ struct transfer {
     const char *primary;
     char *cache, *guest;
     /* inside */
+    struct cc_lookout lookout;
     struct iovec *from, *to;
     uint32_t n_iov;
     uint64_t n_bytes;
@@ -49,16 +54,25 @@ struct transfer {
     int (*send)(struct transfer *transfer);
 };
 
-/* move_all -- every byte of these iovecs, by a blocking socket.  0 or -errno */
-static int move_all(int fd, struct iovec *iov, uint32_t n_iov, bool writing)
+/* move_all -- every byte of these iovecs, by a blocking socket: written, or read with a look-out before each sleep.  0 or -errno */
+static int move_all(int fd, struct iovec *iov, uint32_t n_iov, struct cc_lookout *reading)
 {
+    bool asleep = false;
     while (n_iov) {
-        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n_iov < IOV_MAX ? n_iov : IOV_MAX};
-        ssize_t n = writing ? sendmsg(fd, &msg, MSG_NOSIGNAL) : recvmsg(fd, &msg, 0);
+        struct msghdr msg = {.msg_iov = iov, .msg_iovlen = n_iov < IOV_AT_ONCE ? n_iov : IOV_AT_ONCE};
+        ssize_t n = reading ? recvmsg(fd, &msg, asleep ? 0 : MSG_DONTWAIT) : sendmsg(fd, &msg, MSG_NOSIGNAL);
         if (n == 0)
             return -EPIPE;
+        if (n < 0 && reading && !asleep && errno == EAGAIN) {
+            asleep = !cc_look_out(reading);
+            continue;
+        }
         if (n < 0 && errno != EINTR)
-            return -errno;
+            return -errno; /* EAGAIN: the socket's own limit */
+        if (n > 0 && reading) {
+            cc_lookout_came(reading, (uint64_t)n);
+            asleep = false;
+        }
         for (; n_iov && n >= (ssize_t)iov->iov_len; iov++, n_iov--)
             n -= (ssize_t)iov->iov_len;
         if (n > 0) {
@@ -69,10 +83,10 @@ static int move_all(int fd, struct iovec *iov, uint32_t n_iov, bool writing)
     return 0;
 }
 
-static int move_bytes(int fd, void *bytes, uint64_t n_bytes, bool writing)
+static int move_bytes(int fd, void *bytes, uint64_t n_bytes, struct cc_lookout *reading)
 {
     struct iovec iov = {.iov_base = bytes, .iov_len = n_bytes};
-    return n_bytes ? move_all(fd, &iov, 1, writing) : 0;
+    return n_bytes ? move_all(fd, &iov, 1, reading) : 0;
 }
 
 /* have_stack -- as a thread that has sent before: the pages of its stack are there */
@@ -101,6 +115,7 @@ static int64_t both(struct transfer *transfer, int (*send)(struct transfer *), i
 {
     pthread_t thread;
     transfer->ready = transfer->go = 0;
+    transfer->lookout = (struct cc_lookout){0};
     transfer->send = send;
     int rc = pthread_create(&thread, NULL, sending, transfer);
     if (rc)
@@ -120,39 +135,57 @@ static int64_t both(struct transfer *transfer, int (*send)(struct transfer *), i
 
 /* ---- ours -------------------------------------------------------------------------------------------------------------- */
 
+static int send_message(struct transfer *transfer, uint32_t type, const struct iovec *body, uint64_t n_pages)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    struct iovec iov[] = {{.iov_base = header, .iov_len = sizeof header}, *body};
+    int rc = colocache_message_header(header, type, transfer->epoch, body->iov_len, (uint32_t)n_pages, 0);
+    return rc ? rc : move_all(transfer->far, iov, 2, NULL);
+}
+
 static int send_ours(struct transfer *transfer)
 {
     struct colocache_send_result result = {.struct_size = sizeof result};
-    int rc = colocache_sender_send(transfer->sender, transfer->far, transfer->timeout_ms, transfer->epoch, 0, 1, 0, &result);
-    uint8_t header[COLOCACHE_HEADER_BYTES];
-    struct iovec iov[] = {{.iov_base = header, .iov_len = sizeof header}, *transfer->from};
+    int rc = send_message(transfer, VMSTATE_SEND, transfer->from, 0);
     if (rc == 0)
-        rc = colocache_message_header(header, STATE_MESSAGE, transfer->epoch, iov[1].iov_len, (uint32_t)result.n_pages, 0);
-    return rc ? rc : move_all(transfer->far, iov, 2, true);
+        rc = colocache_sender_send(transfer->sender, transfer->far, transfer->timeout_ms, transfer->epoch, 0, 1, 0, &result);
+    return rc ? rc : send_message(transfer, VMSTATE_SIZE, &(struct iovec){0}, result.n_pages);
+}
+
+/* receive_message -- pages until a message of this type, with a body of so many bytes */
+static int receive_message(struct transfer *transfer, uint32_t type_wanted, uint64_t n_bytes, uint32_t *n_pages)
+{
+    uint8_t header[COLOCACHE_HEADER_BYTES];
+    uint64_t epoch, body_bytes;
+    uint32_t type, zero;
+    int rc = colocache_receive_stream(transfer->cc, transfer->near, transfer->timeout_ms, transfer->epoch, header, NULL);
+    if (rc == 0)
+        rc = colocache_message_parse(header, &type, &epoch, &body_bytes, n_pages, &zero);
+    if (rc == 0 && (type != type_wanted || epoch != transfer->epoch || body_bytes != n_bytes))
+        rc = COLOCACHE_E_PACKET;
+    return rc;
 }
 
 static int receive_ours(struct transfer *transfer)
 {
-    uint8_t header[COLOCACHE_HEADER_BYTES];
     struct colocache *cc = transfer->cc;
-    uint64_t epoch, state_bytes;
-    uint32_t type, n_pages, zero;
+    uint32_t n_pages;
     void *state;
-    int rc = colocache_receive_stream(cc, transfer->near, transfer->timeout_ms, transfer->epoch, header, NULL);
-    transfer->arrived_ns = cc_now_ns();
-    if (rc == 0)
-        rc = colocache_message_parse(header, &type, &epoch, &state_bytes, &n_pages, &zero);
-    if (rc == 0 && (type != STATE_MESSAGE || state_bytes != transfer->state_bytes))
-        rc = COLOCACHE_E_PACKET;
+    int rc = receive_message(transfer, VMSTATE_SEND, transfer->state_bytes, &n_pages);
     if (rc == 0)
         rc = colocache_device_state_begin(cc, transfer->epoch, transfer->state_bytes, &state);
     if (rc == 0)
-        rc = move_bytes(transfer->near, state, transfer->state_bytes, false);
+        rc = move_bytes(transfer->near, state, transfer->state_bytes, &transfer->lookout);
+    if (rc == 0)
+        rc = receive_message(transfer, VMSTATE_SIZE, 0, &n_pages);
+    transfer->arrived_ns = cc_now_ns();
     if (rc == 0)
         rc = colocache_sync_words(cc, 0, 0, transfer->n_pages, transfer->words);
     if (rc == 0)
         rc = colocache_seal(
-            cc, &(struct colocache_seal_args){.struct_size = sizeof(struct colocache_seal_args), .epoch = epoch, .n_pages = n_pages}, NULL);
+            cc,
+            &(struct colocache_seal_args){.struct_size = sizeof(struct colocache_seal_args), .epoch = transfer->epoch, .n_pages = n_pages},
+            NULL);
     if (rc == 0)
         rc = colocache_flush(cc, NULL);
     return rc ? rc : colocache_loaded(cc, 1);
@@ -178,25 +211,25 @@ static void qemu_part(struct transfer *transfer, const char *cache)
     baseline_qemu_flush(transfer->received, transfer->n_pages, transfer->guest, cache);
 }
 
-static int pass_hot(struct transfer *transfer, int fd, bool writing)
+static int pass_hot(struct transfer *transfer, int fd, struct cc_lookout *reading)
 {
     int rc = 0;
-    char *buffer = writing ? transfer->from->iov_base : transfer->to->iov_base;
+    char *buffer = reading ? transfer->to->iov_base : transfer->from->iov_base;
     for (uint64_t left = transfer->n_bytes, n; rc == 0 && left; left -= n) {
         n = left < HOT_BYTES ? left : HOT_BYTES;
-        rc = move_bytes(fd, buffer, n, writing);
+        rc = move_bytes(fd, buffer, n, reading);
     }
     return rc;
 }
 
 static int send_hot(struct transfer *transfer)
 {
-    return pass_hot(transfer, transfer->far, true);
+    return pass_hot(transfer, transfer->far, NULL);
 }
 
 static int receive_hot(struct transfer *transfer)
 {
-    int rc = pass_hot(transfer, transfer->near, false);
+    int rc = pass_hot(transfer, transfer->near, &transfer->lookout);
     if (rc == 0)
         qemu_part(transfer, transfer->primary); /* nothing was stored: the primary's memory stands for a cache that has it all */
     return rc;
@@ -219,12 +252,12 @@ int64_t transfer_hot(struct transfer *transfer, uint64_t n_bytes)
 
 static int send_in_place(struct transfer *transfer)
 {
-    return move_all(transfer->far, transfer->from, transfer->n_iov, true);
+    return move_all(transfer->far, transfer->from, transfer->n_iov, NULL);
 }
 
 static int receive_in_place(struct transfer *transfer)
 {
-    int rc = move_all(transfer->near, transfer->to, transfer->n_iov, false);
+    int rc = move_all(transfer->near, transfer->to, transfer->n_iov, &transfer->lookout);
     if (rc == 0)
         qemu_part(transfer, transfer->cache);
     return rc;
