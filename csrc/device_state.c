@@ -22,7 +22,7 @@ static uint64_t area_bytes(const struct colocache *cc)
 static int reserve(struct colocache *cc, uint32_t area, uint64_t n_bytes)
 {
     if (n_bytes <= cc->region.device_reserved[area])
-        return 0; /* nothing of the region is ever given back */
+        return 0; /* nothing of these areas is ever given back */
     int rc = cc_map_reserve(cc->region.fd, CC_DEVICES_OFFSET + area * area_bytes(cc), n_bytes, "the device-state area");
     if (rc == 0)
         cc->region.device_reserved[area] = n_bytes;

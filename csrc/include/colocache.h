@@ -24,7 +24,7 @@
  *     colocache_receive_*         the initial copy, epoch 1; colocache_preflush at any time
  *  then for each epoch, the first included:
  *     colocache_receive_*         pages of the epoch, from any number of threads
- *     colocache_device_state_begin, then write the bytes
+ *     colocache_device_state_begin, then write the bytes: before the last pages, or after them
  *     [you stop the SVM's vCPUs and device threads; the receiving calls have come back]
  *     colocache_sync_dirty_log    get, OR into the SVM bitmap, clear (or colocache_sync_words, for
  *                                 a log of your own)
@@ -55,10 +55,11 @@
  *  then for each epoch:
  *     colocache_sender_sync_dirty_log, colocache_sender_send    at any time, while the PVM runs
  *     [the secondary says that its VM stands; you stop the PVM's vCPUs and device threads]
- *     colocache_sender_sync_dirty_log, colocache_sender_send    the rest; then the device state,
- *                                                               and how many pages were sent
- *     [RECEIVED comes] colocache_sender_received, release the output withheld
- *     [LOADED comes] the PVM runs
+ *     [you save the device state, which may write guest RAM, and send it]
+ *     colocache_sender_sync_dirty_log, colocache_sender_send    the rest; then how many pages were
+ *                                                               sent for the epoch
+ *     [RECEIVED comes] colocache_sender_received; the PVM runs; release the output withheld
+ *     [LOADED comes] pages of the next epoch may go
  *  After an aborted epoch: colocache_sender_resend.  While the connection is lost the PVM may run
  *  on; its log keeps.
  *  At a reconnection the secondary tells its history_id and sealed_epoch (colocache_get_status) and
