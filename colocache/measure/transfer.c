@@ -8,9 +8,11 @@
  *            runs known to both sides before the clock starts; then QEMU's union and flush of what came
  *
  * A thread sends and the caller receives.  Both stand ready when the clock starts, so that making a thread is in none of the times.
- * Every way reads as the engine does: it looks out before it sleeps (lookout.h).
+ * Every way reads as a pair's secondary does while its machine stands: it stays awake for the first byte of what comes next, as
+ * Channel.spin of replication/channel.py does, and within a stream of pages it looks out before it sleeps (lookout.h).
  */
 #include <errno.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdbool.h>
@@ -28,7 +30,8 @@
 /* colocache.h has no names for messages without pages: the device state, which comes before the last of them, and how many they were */
 #define VMSTATE_SEND 3
 #define VMSTATE_SIZE 4
-#define IOV_AT_ONCE 64 /* the kernel reads all of them in every call, and a socket brings some 200 KiB in one */
+#define IOV_AT_ONCE 64   /* the kernel reads all of them in every call, and a socket brings some 200 KiB in one */
+#define AWAKE_NS 1000000 /* as SPIN_SECONDS of replication/channel.py */
 #define HOT_BYTES (1u << 20)
 #define STACK_BYTES (64u << 10) /* more than sending needs */
 
@@ -53,6 +56,15 @@ struct transfer {
     int sent;           /* what the sender came to */
     int (*send)(struct transfer *transfer);
 };
+
+/* stay_awake -- until a byte is there, for a moment: to sleep and be woken would take longer than most waits */
+static void stay_awake(int fd)
+{
+    const uint64_t until = cc_now_ns() + AWAKE_NS;
+    struct pollfd readable = {.fd = fd, .events = POLLIN};
+    while (poll(&readable, 1, 0) == 0 && cc_now_ns() < until)
+        ;
+}
 
 /* move_all -- every byte of these iovecs, by a blocking socket: written, or read with a look-out before each sleep.  0 or -errno */
 static int move_all(int fd, struct iovec *iov, uint32_t n_iov, struct cc_lookout *reading)
@@ -158,6 +170,7 @@ static int receive_message(struct transfer *transfer, uint32_t type_wanted, uint
     uint8_t header[COLOCACHE_HEADER_BYTES];
     uint64_t epoch, body_bytes;
     uint32_t type, zero;
+    stay_awake(transfer->near);
     int rc = colocache_receive_stream(transfer->cc, transfer->near, transfer->timeout_ms, transfer->epoch, header, NULL);
     if (rc == 0)
         rc = colocache_message_parse(header, &type, &epoch, &body_bytes, n_pages, &zero);
@@ -229,6 +242,7 @@ static int send_hot(struct transfer *transfer)
 
 static int receive_hot(struct transfer *transfer)
 {
+    stay_awake(transfer->near);
     int rc = pass_hot(transfer, transfer->near, &transfer->lookout);
     if (rc == 0)
         qemu_part(transfer, transfer->primary); /* nothing was stored: the primary's memory stands for a cache that has it all */
@@ -257,6 +271,7 @@ static int send_in_place(struct transfer *transfer)
 
 static int receive_in_place(struct transfer *transfer)
 {
+    stay_awake(transfer->near);
     int rc = move_all(transfer->near, transfer->to, transfer->n_iov, &transfer->lookout);
     if (rc == 0)
         qemu_part(transfer, transfer->cache);
