@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import select
 import socket
 import threading
 import time
@@ -14,8 +16,8 @@ import pytest
 from fake_peer import PAGE, STATE, FakePeer, accepted, fake_primary, packet
 from toy import TOY_BLOCKS, Pair, no_page_wrong, once, pair_of
 
-from colocache import Memory, VetoError
-from colocache.errors import PeerLostError
+from colocache import Memory, VetoError, message_header
+from colocache.errors import PeerLostError, TimedOutError
 from colocache.replication.channel import Channel
 from colocache.replication.messages import AbortKind, MessageType, decode_input, encode_input
 from colocache.replication.svm import Svm
@@ -123,3 +125,35 @@ def test_what_was_typed_is_found_behind_a_device_state_of_a_broken_connection(pa
                 typed += [decode_input(message) for message in channel.rest()]
         saying.join()
     assert typed == [(1, b"b"), (2, b"c")]
+
+
+def test_a_peer_that_talks_on_holds_up_no_takeover() -> None:
+    """What it had said before is looked for; not for longer than a moment."""
+    ours, theirs = socket.socketpair()
+    over = threading.Event()
+
+    def talk() -> None:
+        body = encode_input(0, bytes(60_000))
+        slow = itertools.cycle(message_header(M.INPUT, 0, len(body)) + body)
+        with contextlib.suppress(OSError):
+            while not over.is_set():
+                theirs.sendall(bytes([next(slow)]))
+                over.wait(0.005)
+
+    with theirs, Channel(PlainTransport(ours), peer_timeout=60.0, device_state_max=1 << 20) as channel:
+        heard: list[object] = []
+
+        def listen() -> None:
+            with contextlib.suppress(TimedOutError, PeerLostError):
+                heard.extend(channel.rest())
+            over.set()
+
+        talking, listening = threading.Thread(target=talk), threading.Thread(target=listen)
+        talking.start()
+        assert select.select([ours], [], [], 10)[0]
+        listening.start()
+        assert over.wait(30), "it listens for as long as the peer talks"
+        channel.shut_down()
+        talking.join()
+        listening.join()
+    assert heard == []

@@ -37,6 +37,7 @@ from colocache.replication.read_ahead import ReadAhead, body_of_pages
 from colocache.replication.transport import Transport
 
 WORD_SECONDS = 0.1
+REST_SECONDS = 0.5  # that `rest` listens at most: a peer that talks on must not hold up a takeover
 DISCARD_BYTES = 1 << 18
 SPIN_SECONDS = 0.001  # that `spin` keeps a core awake: sleeping and waking costs more than most answers take
 
@@ -268,8 +269,9 @@ class Channel:
 
     def rest(self) -> Iterator[Message]:
         """What the peer had said when the connection broke, for whoever needs it. Pages and a device state are thrown
-        away: their epoch is given up. The error that ends it says nothing new."""
-        while not self._closed and self.has_come():
+        away: their epoch is given up. The error that ends it says nothing new, nor does its time's end."""
+        until = time.monotonic() + REST_SECONDS
+        while not self._closed and time.monotonic() < until and self.has_come():
             if self._body_left:
                 n = self._receive(memoryview(bytearray(min(self._body_left, DISCARD_BYTES))))
                 if not n:
@@ -278,7 +280,7 @@ class Channel:
                 continue
             if not self._coming.begun:
                 header = bytearray(HEADER_BYTES)
-                self._fill(memoryview(header))
+                self._fill(memoryview(header), until)
                 self._body_left = body_of_pages(header)
                 if not self._body_left and (message := self._parse(bytes(header))).type is MessageType.VMSTATE_SEND:
                     self._body_left = message.body_len
@@ -286,7 +288,7 @@ class Channel:
                     continue
                 self._coming.begin(header)
             while (found := self._take_message()) is None:
-                self._wait(select.POLLIN, self._awaited)
+                self._wait(select.POLLIN, self._awaited, left=max(0.0, until - time.monotonic()))
             yield found
 
     def _receive(self, room: memoryview) -> int | None:
@@ -309,12 +311,13 @@ class Channel:
         self._check_open()
         self._fill(room)
 
-    def _fill(self, room: memoryview) -> None:
+    def _fill(self, room: memoryview, until: float | None = None) -> None:
         done = 0
         while done < len(room):
             n = self._receive(room[done:])
             if n is None:
-                self._wait(select.POLLIN, "say anything")
+                left = None if until is None else max(0.0, until - time.monotonic())
+                self._wait(select.POLLIN, "say anything", left=left)
                 continue
             if n == 0:
                 raise PeerLostError("the peer closed the connection")
